@@ -1,0 +1,79 @@
+"""Load a checkpoint's weights into a module, strictly, and say in one line where they do not fit."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from amc_hw.errors import UserError
+from amc_hw.specs import one_line
+
+
+def load_checkpoint(module: nn.Module, file: str | Path) -> str:
+    """Copy the weights in `file` into `module` (in place) and return the file's SHA-256, in hex.
+
+    The file is a state dict, or a dict that holds one under `state_dict` or `model`; a `module.` before every
+    key (DataParallel) is dropped. Only tensors are unpickled.
+
+    Raises:
+        UserError: the file is missing or no checkpoint, or a key is missing, unexpected or of another shape;
+            then `module` is as it was.
+    """
+    path = Path(file).expanduser()
+    try:
+        digest = _sha256(path)
+    except OSError as exc:
+        raise UserError(f"cannot read checkpoint {str(file)!r}: {exc.strerror or exc}") from exc
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as exc:  # unpickling an arbitrary file fails in arbitrary ways
+        raise UserError(
+            f"{str(file)!r} is not a checkpoint of tensors alone ({one_line(exc)[:160]}): "
+            "write one with torch.save(model.state_dict(), FILE)"
+        ) from exc
+    weights = _state_dict(content, file, expected=module.state_dict())
+    module.load_state_dict(weights)
+    return digest
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _state_dict(content: Any, file: str | Path, *, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    for key in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    if not isinstance(content, Mapping) or not content:
+        raise UserError(f"{str(file)!r} holds no state dict but a {type(content).__name__} of no use here")
+    for key, value in content.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise UserError(f"{str(file)!r} holds no state dict: {key!r} is a {type(value).__name__}, not a tensor")
+    weights = dict(content)
+    prefix = "module."
+    if all(key.startswith(prefix) for key in weights) and not any(key.startswith(prefix) for key in expected):
+        weights = {key.removeprefix(prefix): value for key, value in weights.items()}
+    for key, value in expected.items():
+        if key.endswith("num_batches_tracked"):  # absent in old checkpoints, and of no use in evaluation
+            weights.setdefault(key, value)
+    wrong = [key for key in expected if key not in weights or weights[key].shape != expected[key].shape]
+    wrong += [key for key in weights if key not in expected]
+    if wrong:
+        first = wrong[0]
+        more = f", and {len(wrong) - 1} more keys differ" if len(wrong) > 1 else ""
+        raise UserError(
+            f"{str(file)!r} does not fit the model: {first} is {_shape(weights.get(first))} in the file and "
+            f"{_shape(expected.get(first))} in the model{more}; check the model's name and options"
+        )
+    return weights
+
+
+def _shape(tensor: Tensor | None) -> str:
+    return "missing" if tensor is None else str(tuple(tensor.shape))

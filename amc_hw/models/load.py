@@ -1,0 +1,227 @@
+"""Turn a model spec into a module in eval mode, with its input shape, normalisation and weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from amc_hw.errors import UserError
+from amc_hw.models.checkpoint import load_checkpoint
+from amc_hw.models.mobilenet import mobilenet_v1, mobilenet_v1_cifar
+from amc_hw.models.resnet_cifar import plain20, resnet20, resnet56
+from amc_hw.specs import (
+    Spec,
+    call_factory,
+    guess_options,
+    one_line,
+    parse_spec,
+    positive_float,
+    positive_int,
+    read_options,
+    unknown_name,
+)
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """A network of ours: how to build it, the (C, H, W) it was made for, and its options with their converters."""
+
+    build: Callable[..., nn.Module]
+    input_shape: tuple[int, int, int]
+    options: Mapping[str, Callable[[str], Any]] = field(default_factory=lambda: {"num_classes": positive_int})
+
+
+_MOBILENET_OPTIONS = {"width": positive_float, "num_classes": positive_int}
+
+MODELS: dict[str, ModelEntry] = {
+    "mobilenet_v1": ModelEntry(mobilenet_v1, (3, 224, 224), _MOBILENET_OPTIONS),
+    "mobilenet_v1_cifar": ModelEntry(mobilenet_v1_cifar, (3, 32, 32), _MOBILENET_OPTIONS),
+    "plain20": ModelEntry(plain20, (3, 32, 32)),
+    "resnet20": ModelEntry(resnet20, (3, 32, 32)),
+    "resnet56": ModelEntry(resnet56, (3, 32, 32)),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A module in eval mode on the CPU, with what is needed to run it.
+
+    `input_shape` is (C, H, W); `mean` and `std` have C values each, for images in [0, 1]; `example_inputs` are
+    tensors with a batch of 1; `checkpoint_sha256` is null for a module with random weights.
+    """
+
+    spec: str
+    module: nn.Module
+    input_shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    example_inputs: tuple[Tensor, ...]
+    checkpoint_sha256: str | None
+
+
+@dataclass(frozen=True)
+class _Built:
+    """What a source knows of the module it made; None where it leaves that to the caller."""
+
+    module: nn.Module
+    input_shape: Sequence[int] | None = None
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    example_inputs: tuple[Tensor, ...] | None = None
+
+
+def load_model(
+    spec: str | Spec,
+    *,
+    input_shape: Sequence[int] | None = None,
+    checkpoint: str | Path | None = None,
+    seed: int = 0,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> LoadedModel:
+    """Build the model that `spec` names: one of ours, `torchvision:NAME`, `timm:NAME`, or a factory.
+
+    Args:
+        spec: for instance `mobilenet_v1?width=0.5`, `torchvision:resnet18?num_classes=10`, `nets.py:factory`.
+        input_shape: (C, H, W) or (1, C, H, W), in place of the model's own.
+        checkpoint: a file of weights, loaded strictly; without it the weights are random, the same for one `seed`.
+        seed: for the random weights; the global random state is left alone.
+        mean, std: per channel for images in [0, 1], or one value for all; in place of the model's own. A model
+            that names none gets ImageNet's for three channels, and none (0 and 1) for any other number.
+
+    Raises:
+        UserError: unknown model or option, a factory that fails or gives no module, no input shape, an input that
+            the model does not take, a checkpoint that cannot be read or does not fit.
+    """
+    spec = parse_spec(spec)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed the GPUs
+        built = _build(spec)
+        module = built.module.cpu().eval()
+        digest = None if checkpoint is None else load_checkpoint(module, checkpoint)
+        shape, inputs = _inputs(spec, built, input_shape)
+        _check_forward(spec, module, inputs)
+    fallback = (IMAGENET_MEAN, IMAGENET_STD) if shape[0] == 3 else ((0.0,), (1.0,))
+    loaded_mean = _per_channel("mean", mean, built.mean, fallback[0], channels=shape[0])
+    loaded_std = _per_channel("std", std, built.std, fallback[1], channels=shape[0])
+    if not all(value > 0 for value in loaded_std):
+        raise UserError(f"std of {str(spec)!r} must be above 0, not {loaded_std}")
+    return LoadedModel(str(spec), module, shape, loaded_mean, loaded_std, inputs, digest)
+
+
+def _build(spec: Spec) -> _Built:
+    if spec.name in MODELS:
+        if spec.path is not None:
+            raise UserError(f"{spec.name} takes no ':PATH', got {str(spec)!r}")
+        entry = MODELS[spec.name]
+        return _Built(entry.build(**read_options(spec, entry.options)), entry.input_shape)
+    if spec.name in _LIBRARIES:
+        if spec.path is None:
+            raise UserError(f"{spec.name!r} does not say which model: write {spec.name}:NAME")
+        return _LIBRARIES[spec.name](spec)
+    return _from_factory(spec)
+
+
+def _from_torchvision(spec: Spec) -> _Built:
+    import torchvision
+
+    options = guess_options(spec)
+    names = torchvision.models.list_models(module=torchvision.models)
+    if spec.path not in names:
+        raise unknown_name("torchvision model", str(spec.path), names, forms=())
+    if "weights" in options:
+        raise UserError(f"{str(spec)!r}: weights come from a file, with --checkpoint")
+    size = options.get("image_size", 299 if spec.path == "inception_v3" else 224)
+    if spec.path in ("googlenet", "inception_v3"):
+        options.setdefault("init_weights", True)  # its default, which it warns about when left unsaid
+    try:
+        module = torchvision.models.get_model(spec.path, weights=None, **options)
+    except Exception as exc:
+        raise UserError(f"{str(spec)!r} cannot be built: {one_line(exc)}") from exc
+    return _Built(module, (3, size, size))
+
+
+def _from_timm(spec: Spec) -> _Built:
+    try:
+        import timm  # type: ignore[import-not-found, import-untyped, unused-ignore]
+    except ImportError as exc:
+        raise UserError(f"{str(spec)!r} needs timm: pip install timm") from exc
+    try:
+        module = timm.create_model(spec.path, **{**guess_options(spec), "pretrained": False})
+    except Exception as exc:
+        raise UserError(f"{str(spec)!r} cannot be built: {one_line(exc)}") from exc
+    config = module.pretrained_cfg
+    return _Built(module, config.get("input_size"), config.get("mean"), config.get("std"))
+
+
+_LIBRARIES: dict[str, Callable[[Spec], _Built]] = {"torchvision": _from_torchvision, "timm": _from_timm}
+
+
+def _from_factory(spec: Spec) -> _Built:
+    known = [*MODELS, *_LIBRARIES]
+    made = call_factory(spec, kind="model", known=known)
+    module, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if not isinstance(module, nn.Module):
+        raise UserError(f"{str(spec)!r} returned a {type(made).__name__}, not a module or (module, example inputs)")
+    if inputs is not None:
+        inputs = tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
+        if not inputs or not all(isinstance(x, Tensor) and x.dim() > 0 for x in inputs):
+            raise UserError(f"{str(spec)!r} returned example inputs that are not tensors")
+        inputs = tuple(x[:1].cpu() for x in inputs)
+    shape, mean, std = (getattr(module, key, None) for key in ("input_shape", "mean", "std"))
+    return _Built(module, shape, mean, std, inputs)
+
+
+def _inputs(
+    spec: Spec, built: _Built, input_shape: Sequence[int] | None
+) -> tuple[tuple[int, int, int], tuple[Tensor, ...]]:
+    if input_shape is None and built.example_inputs is not None:
+        return _shape(spec, built.example_inputs[0].shape), built.example_inputs
+    wanted = input_shape if input_shape is not None else built.input_shape
+    if wanted is None:
+        raise UserError(f"the input shape of {str(spec)!r} is not known: give --input 1x3x224x224")
+    shape = _shape(spec, wanted)
+    return shape, (torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)),)
+
+
+def _shape(spec: Spec, wanted: Sequence[int]) -> tuple[int, int, int]:
+    try:
+        sizes = [int(size) for size in wanted]
+    except (TypeError, ValueError):
+        sizes = []
+    if len(sizes) == 4 and sizes[0] == 1:
+        sizes = sizes[1:]
+    if len(sizes) != 3 or min(sizes) < 1:
+        raise UserError(f"input of {str(spec)!r} must be like 1x3x224x224, not {wanted!r}")
+    return sizes[0], sizes[1], sizes[2]
+
+
+def _check_forward(spec: Spec, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    try:
+        with torch.no_grad():
+            module(*inputs)
+    except Exception as exc:
+        shapes = " and ".join("x".join(map(str, x.shape)) for x in inputs)
+        raise UserError(f"{str(spec)!r} does not take input {shapes}: {one_line(exc)}") from exc
+
+
+def _per_channel(name: str, *candidates: Sequence[float] | None, channels: int) -> tuple[float, ...]:
+    values = next(candidate for candidate in candidates if candidate is not None)
+    try:
+        numbers = tuple(float(value) for value in values)
+    except (TypeError, ValueError):
+        numbers = ()
+    if len(numbers) == 1:
+        numbers *= channels
+    if len(numbers) != channels or not all(map(math.isfinite, numbers)):
+        raise UserError(f"{name} must have {channels} finite values, one for each channel of the input, not {values!r}")
+    return numbers

@@ -1,0 +1,369 @@
+"""`OpGraph` + weights -> a float32 TFLite model. Layout NHWC, names of nodes kept, batch-norms already folded.
+
+The flatbuffer is written directly with LiteRT's schema classes: milliseconds per operator, no converter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from profilers.builders.weights import Weights, checked_weights, map_as_convolution
+from profilers.errors import DeviceError, UnsupportedOperatorError
+from profilers.ops import OpGraph, OpNode, OpSpec
+
+SCHEMA_VERSION = 3
+#: Kernels read constants in place, with vector loads; the generated classes alone align them to 4 bytes.
+CONSTANT_ALIGNMENT = 16
+_FUSED = {"none": "NONE", "relu": "RELU", "relu6": "RELU6"}
+_ACTIVATION_OPS = {"relu": "RELU", "relu6": "RELU6", "hardswish": "HARD_SWISH", "sigmoid": "LOGISTIC"}
+#: Kinds whose TFLite operator fuses no activation. (CONCATENATION has the field; XNNPACK ignores what it says.)
+_UNFUSED_KINDS = ("concat", "global_avg_pool", "flatten")
+_NEVER_NEGATIVE = ("relu", "relu6", "sigmoid", "hardsigmoid")
+
+
+def build(graph: OpGraph, weights: Weights) -> bytes:
+    """The serialized TFLite model of `graph`; input `input` (N, H, W, C) and outputs named after their nodes.
+
+    Vectors are (N, C): outputs that descend from a vector operator, and a 1x1 input that only `linear` reads.
+    Raises ValueError where weights do not fit, UnsupportedOperatorError where TFLite has no such operator, and
+    DeviceError where LiteRT is not installed.
+    """
+    checked_weights(graph, weights)
+    try:
+        import flatbuffers
+        from ai_edge_litert import schema_py_generated as schema
+    except ImportError:
+        raise DeviceError("TFLite models need LiteRT: pip install 'amc-hw[litert]'") from None
+    writer = _Writer(schema)
+    network = _Network(graph, weights, writer)
+    for node in graph.nodes:
+        _emit(network, node)
+    builder = flatbuffers.Builder(writer.size_bytes)
+    builder.Finish(writer.model([OpGraph.INPUT], graph.outputs).Pack(builder), file_identifier=b"TFL3")
+    return bytes(memoryview(builder.Bytes)[builder.Head() :])
+
+
+class _Constant:
+    """A buffer of the model whose bytes start at a multiple of CONSTANT_ALIGNMENT; packed like the schema's own."""
+
+    def __init__(self, buffer: Any) -> None:
+        self.buffer = buffer
+
+    def Pack(self, builder: Any) -> int:
+        builder.Prep(CONSTANT_ALIGNMENT, self.buffer.data.nbytes)
+        offset: int = self.buffer.Pack(builder)
+        return offset
+
+
+class _Writer:
+    """The tensors, constants and operators of a model; knows the schema, not the networks."""
+
+    def __init__(self, schema: Any) -> None:
+        self.schema = schema
+        self.tensors: list[Any] = []
+        self.buffers: list[Any] = [schema.BufferT()]  # buffer 0 is empty: that of all tensors computed at run time
+        self.operators: list[Any] = []
+        self.codes: dict[tuple[int, int], int] = {}  # (builtin operator, version) -> index
+        self.index: dict[str, int] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.constant_bytes = 0
+
+    @property
+    def size_bytes(self) -> int:
+        """About the size of the model, from above; a builder that starts smaller copies itself as it grows."""
+        return self.constant_bytes + 512 * (len(self.tensors) + len(self.operators) + 2)
+
+    def tensor(self, name: str, shape: tuple[int, ...], *, dtype: str = "FLOAT32", buffer: int = 0) -> str:
+        if name in self.index:
+            raise ValueError(f"two tensors are named {name!r}; give every node a name of its own")
+        self.index[name] = len(self.tensors)
+        self.shapes[name] = shape
+        code = getattr(self.schema.TensorType, dtype)
+        self.tensors.append(self.schema.TensorT(list(shape), code, buffer, name, hasRank=True))
+        return name
+
+    def constant(self, name: str, array: np.ndarray, *, dtype: str = "FLOAT32") -> str:
+        data = np.ascontiguousarray(array, dtype="<i4" if dtype == "INT32" else "<f4").reshape(-1).view(np.uint8)
+        self.buffers.append(_Constant(self.schema.BufferT(data)))
+        self.constant_bytes += data.nbytes + CONSTANT_ALIGNMENT
+        return self.tensor(name, array.shape, dtype=dtype, buffer=len(self.buffers) - 1)
+
+    def operator(
+        self,
+        code: str,
+        inputs: list[str],
+        output: str,
+        shape: tuple[int, ...],
+        *,
+        version: int = 1,
+        options: tuple[str, dict[str, Any]] | None = None,
+    ) -> str:
+        """Adds an operator whose output becomes the tensor `output`; `options` are a schema table and its fields."""
+        operator = self.schema.OperatorT(
+            opcodeIndex=self.codes.setdefault((getattr(self.schema.BuiltinOperator, code), version), len(self.codes)),
+            inputs=[self.index[name] for name in inputs],
+            outputs=[self.index[self.tensor(output, shape)]],
+        )
+        if options is not None:
+            table, values = options
+            operator.builtinOptionsType = getattr(self.schema.BuiltinOptions, table)
+            operator.builtinOptions = getattr(self.schema, f"{table}T")(**values)
+        self.operators.append(operator)
+        return output
+
+    def reshape(self, source: str, output: str, shape: tuple[int, ...]) -> str:
+        wanted = self.constant(f"{output}/shape", np.array(shape), dtype="INT32")
+        options = ("ReshapeOptions", {"newShape": shape})
+        return self.operator("RESHAPE", [source, wanted], output, shape, options=options)
+
+    def activation(self, activation: str, source: str, output: str) -> str:
+        """An activation as operators of its own."""
+        shape = self.shapes[source]
+        if activation in _ACTIVATION_OPS:
+            return self.operator(_ACTIVATION_OPS[activation], [source], output, shape)
+        if activation == "silu":
+            gate = self.operator("LOGISTIC", [source], f"{output}/gate", shape)
+            return self.operator("MUL", [source, gate], output, shape, options=self.fusing("MulOptions", "none"))
+        if activation == "hardsigmoid":  # relu6(x + 3) / 6
+            three = self.constant(f"{output}/three", np.array([3.0]))
+            sixth = self.constant(f"{output}/sixth", np.array([1.0 / 6.0]))
+            options = self.fusing("AddOptions", "relu6")
+            sixfold = self.operator("ADD", [source, three], f"{output}/sixfold", shape, options=options)
+            return self.operator("MUL", [sixfold, sixth], output, shape, options=self.fusing("MulOptions", "none"))
+        raise UnsupportedOperatorError(f"{output}: {activation!r} is not an activation that can stand alone")
+
+    def fusing(self, table: str, activation: str, **values: Any) -> tuple[str, dict[str, Any]]:
+        """Options of an operator that also computes `activation`."""
+        code = getattr(self.schema.ActivationFunctionType, _FUSED[activation])
+        return table, {"fusedActivationFunction": code, **values}
+
+    def model(self, inputs: list[str], outputs: tuple[str, ...]) -> Any:
+        schema = self.schema
+        # Runtimes older than schema 3a read only the first field of a code, which is one byte.
+        codes = [schema.OperatorCodeT(min(code, 127), None, version, code) for code, version in self.codes]
+        ends = [[self.index[name] for name in names] for names in (inputs, outputs)]
+        subgraph = schema.SubGraphT(self.tensors, *ends, self.operators, "network")
+        return schema.ModelT(SCHEMA_VERSION, codes, [subgraph], "amc-hw", self.buffers)
+
+
+class _Network:
+    """What an operator has to know of the network around it: its arrays, readers and the layout of its inputs."""
+
+    def __init__(self, graph: OpGraph, weights: Weights, writer: _Writer) -> None:
+        self.writer = writer
+        self.weights = weights
+        self.outputs = graph.outputs
+        self.batch = graph.nodes[0].op.batch
+        self.by_name = {node.name: node for node in graph.nodes}
+        self.readers: dict[str, list[str]] = {}  # tensor -> kinds of the nodes that read it
+        for node in graph.nodes:
+            for source in node.inputs:
+                self.readers.setdefault(source, []).append(node.op.kind)
+        channels, height, width = graph.input_shape
+        vector = (height, width) == (1, 1) and self.only_linear_reads(OpGraph.INPUT)
+        writer.tensor(OpGraph.INPUT, (self.batch, channels) if vector else (self.batch, height, width, channels))
+
+    def only_linear_reads(self, name: str) -> bool:
+        readers = self.readers.get(name, [])
+        return name not in self.outputs and bool(readers) and all(kind == "linear" for kind in readers)
+
+    def keeps_channels_last(self, name: str) -> bool:
+        """True for a `flatten` whose vectors stay in (H, W, C) order: the readers' weights are permuted instead."""
+        node = self.by_name.get(name)
+        return node is not None and node.op.kind == "flatten" and self.only_linear_reads(name)
+
+    def activation_of(self, name: str) -> str:
+        """The activation that made the tensor `name`, "none" for the input."""
+        return self.by_name[name].op.activation if name in self.by_name else "none"
+
+    def as_image(self, name: str) -> str:
+        """The tensor as (N, H, W, C); vectors get H = W = 1."""
+        shape, image = self.writer.shapes[name], f"{name}/image"
+        if len(shape) == 4:
+            return name
+        return image if image in self.writer.index else self.writer.reshape(name, image, (shape[0], 1, 1, shape[1]))
+
+    def operands(self, names: tuple[str, ...]) -> list[str]:
+        """The tensors, all of one rank: a gate (N, C) multiplies an image as (N, 1, 1, C)."""
+        if all(len(self.writer.shapes[name]) == 2 for name in names):
+            return list(names)
+        return [self.as_image(name) for name in names]
+
+    def image_shape(self, op: OpSpec) -> tuple[int, int, int, int]:
+        return self.batch, op.out_height, op.out_width, op.out_channels
+
+
+def _emit(network: _Network, node: OpNode) -> None:
+    op, writer = node.op, network.writer
+    if op.dtype != "float32":
+        raise UnsupportedOperatorError(f"{node.name}: TFLite models are built in float32 only, not in {op.dtype}")
+    if op.kind == "activation":
+        writer.activation(op.activation, node.inputs[0], node.name)
+    elif op.activation == "none" or (op.activation in _FUSED and op.kind not in _UNFUSED_KINDS):
+        _EMITTERS[op.kind](network, node, node.name, op.activation)
+    else:
+        linear = f"{node.name}/linear"
+        _EMITTERS[op.kind](network, node, linear, "none")
+        writer.activation(op.activation, linear, node.name)
+
+
+# Windows: PyTorch pads symmetrically; TFLite knows only VALID, and SAME, which puts an odd pixel last.
+
+
+def _pads_read(op: OpSpec, axis: int) -> tuple[int, int]:
+    """Padding (before, after) along an axis (0 vertical, 1 horizontal), less what no window reads."""
+    size, out = (op.height, op.out_height) if axis == 0 else (op.width, op.out_width)
+    reach = op.dilation[axis] * (op.kernel[axis] - 1) + 1
+    before = op.padding[axis]
+    return before, max((out - 1) * op.stride[axis] + reach - before - size, 0)
+
+
+def _is_same(op: OpSpec, axis: int) -> bool:
+    """True where SAME has the output size and the leading padding of `op` along an axis; the rest follows."""
+    size, out = (op.height, op.out_height) if axis == 0 else (op.width, op.out_width)
+    reach = op.dilation[axis] * (op.kernel[axis] - 1) + 1
+    total = max((out - 1) * op.stride[axis] + reach - size, 0)
+    return out == -(-size // op.stride[axis]) and total // 2 == op.padding[axis]
+
+
+def _padded(network: _Network, node: OpNode, *, fill: float = 0.0, same: bool = True) -> tuple[str, dict[str, Any]]:
+    """A node's input, padded by an operator of its own where no scheme pads alike, and the window's options."""
+    op, writer = node.op, network.writer
+    source = network.as_image(node.inputs[0])
+    vertical, horizontal = _pads_read(op, 0), _pads_read(op, 1)
+    scheme = "VALID"
+    if same and op.padding != (0, 0) and _is_same(op, 0) and _is_same(op, 1):
+        scheme = "SAME"
+    elif any((*vertical, *horizontal)):
+        batch, height, width, channels = writer.shapes[source]
+        shape = (batch, height + sum(vertical), width + sum(horizontal), channels)
+        pads = writer.constant(f"{node.name}/pads", np.array([(0, 0), vertical, horizontal, (0, 0)]), dtype="INT32")
+        if fill == 0.0:
+            source = writer.operator("PAD", [source, pads], f"{node.name}/padded", shape)
+        else:
+            value = writer.constant(f"{node.name}/fill", np.array([fill]))
+            inputs = [source, pads, value]
+            source = writer.operator("PADV2", inputs, f"{node.name}/padded", shape)
+    padding = getattr(writer.schema.Padding, scheme)
+    return source, {"padding": padding, "strideH": op.stride[0], "strideW": op.stride[1]}
+
+
+# One function per kind: (network, node, name of the output, activation to fuse)
+
+
+def _conv(network: _Network, node: OpNode, output: str, activation: str) -> None:
+    op, writer, arrays = node.op, network.writer, network.weights[node.name]
+    product, fused = (f"{node.name}/product", "none") if op.fused_add else (output, activation)
+    source, window = _padded(network, node)
+    window |= {"dilationHFactor": op.dilation[0], "dilationWFactor": op.dilation[1]}
+    bias = writer.constant(f"{node.name}.bias", arrays["bias"])
+    if op.kind == "depthwise_conv":  # (C, 1, kh, kw) -> (1, kh, kw, C)
+        weight = writer.constant(f"{node.name}.weight", arrays["weight"].transpose(1, 2, 3, 0))
+        options = writer.fusing("DepthwiseConv2DOptions", fused, depthMultiplier=1, **window)
+        code, version = "DEPTHWISE_CONV_2D", 1 if op.dilation == (1, 1) else 2
+    else:  # (O, I/groups, kh, kw) -> (O, kh, kw, I/groups)
+        weight = writer.constant(f"{node.name}.weight", arrays["weight"].transpose(0, 2, 3, 1))
+        options = writer.fusing("Conv2DOptions", fused, **window)
+        code, version = "CONV_2D", 1 if op.groups == 1 else 6
+    inputs = [source, weight, bias]
+    writer.operator(code, inputs, product, network.image_shape(op), version=version, options=options)
+    if op.fused_add:
+        operands = [product, network.as_image(node.inputs[1])]
+        options = writer.fusing("AddOptions", activation)
+        writer.operator("ADD", operands, output, network.image_shape(op), options=options)
+
+
+def _channel_map(network: _Network, node: OpNode, output: str, activation: str) -> None:
+    op, writer = node.op, network.writer
+    weight = map_as_convolution(network.weights[node.name]["index"], op.in_channels[0])  # (O, I, 1, 1)
+    source, window = _padded(network, node)
+    inputs = [
+        source,
+        writer.constant(f"{node.name}.weight", weight.transpose(0, 2, 3, 1)),
+        writer.constant(f"{node.name}.bias", np.zeros(op.out_channels)),
+    ]
+    options = writer.fusing("Conv2DOptions", activation, **window)
+    writer.operator("CONV_2D", inputs, output, network.image_shape(op), options=options)
+
+
+def _linear(network: _Network, node: OpNode, output: str, activation: str) -> None:
+    writer, arrays, (source,) = network.writer, network.weights[node.name], node.inputs
+    weight = arrays["weight"]  # (O, I)
+    if network.keeps_channels_last(source):
+        flat = network.by_name[source].op
+        shape = (-1, flat.in_channels[0], flat.height, flat.width)
+        weight = weight.reshape(shape).transpose(0, 2, 3, 1).reshape(weight.shape)
+    inputs = [
+        source,
+        writer.constant(f"{node.name}.weight", weight),
+        writer.constant(f"{node.name}.bias", arrays["bias"]),
+    ]
+    options = writer.fusing("FullyConnectedOptions", activation)
+    writer.operator("FULLY_CONNECTED", inputs, output, (network.batch, node.op.out_channels), options=options)
+
+
+def _elementwise(network: _Network, node: OpNode, output: str, activation: str) -> None:
+    writer, operands = network.writer, network.operands(node.inputs)
+    shape = np.broadcast_shapes(*(writer.shapes[name] for name in operands))
+    code = node.op.kind.upper()
+    options = writer.fusing(f"{node.op.kind.capitalize()}Options", activation)
+    writer.operator(code, operands, output, shape, options=options)
+
+
+def _concat(network: _Network, node: OpNode, output: str, activation: str) -> None:
+    writer, operands = network.writer, network.operands(node.inputs)
+    *rest, _ = writer.shapes[operands[0]]
+    options = writer.fusing("ConcatenationOptions", activation, axis=len(rest))
+    writer.operator("CONCATENATION", operands, output, (*rest, node.op.out_channels), options=options)
+
+
+def _pool(network: _Network, node: OpNode, output: str, activation: str) -> None:
+    op, writer = node.op, network.writer
+    if op.dilation != (1, 1):
+        raise UnsupportedOperatorError(f"{node.name}: TFLite has no dilated pooling; give {op} a dilation of 1")
+    if op.kind == "max_pool":
+        # A zero never wins over what an activation made non-negative, and XNNPACK takes PAD but not PADV2.
+        zero = network.activation_of(node.inputs[0]) in _NEVER_NEGATIVE
+        code = "MAX_POOL_2D"
+        source, window = _padded(network, node, fill=0.0 if zero else float(np.finfo(np.float32).min))
+    else:  # SAME leaves the padding out of the mean, PyTorch counts it in
+        code = "AVERAGE_POOL_2D"
+        source, window = _padded(network, node, same=False)
+    window |= {"filterHeight": op.kernel[0], "filterWidth": op.kernel[1]}
+    options = writer.fusing("Pool2DOptions", activation, **window)
+    writer.operator(code, [source], output, network.image_shape(op), options=options)
+
+
+def _global_avg_pool(network: _Network, node: OpNode, output: str, activation: str) -> None:
+    writer = network.writer
+    inputs = [network.as_image(node.inputs[0]), writer.constant(f"{node.name}/axes", np.array([1, 2]), dtype="INT32")]
+    shape = (network.batch, node.op.out_channels)
+    writer.operator("MEAN", inputs, output, shape, options=("ReducerOptions", {"keepDims": False}))
+
+
+def _flatten(network: _Network, node: OpNode, output: str, activation: str) -> None:
+    op, writer = node.op, network.writer
+    (source,) = node.inputs
+    if op.height * op.width > 1 and not network.keeps_channels_last(node.name):
+        order = writer.constant(f"{node.name}/order", np.array([0, 3, 1, 2]), dtype="INT32")
+        shape = (network.batch, op.in_channels[0], op.height, op.width)
+        source = writer.operator("TRANSPOSE", [source, order], f"{node.name}/channels_first", shape)
+    writer.reshape(source, output, (network.batch, op.out_channels))
+
+
+_EMITTERS: dict[str, Callable[[_Network, OpNode, str, str], None]] = {
+    "conv": _conv,
+    "depthwise_conv": _conv,
+    "channel_map": _channel_map,
+    "linear": _linear,
+    "add": _elementwise,
+    "mul": _elementwise,
+    "concat": _concat,
+    "max_pool": _pool,
+    "avg_pool": _pool,
+    "global_avg_pool": _global_avg_pool,
+    "flatten": _flatten,
+}

@@ -1,0 +1,77 @@
+"""Weights of an `OpGraph`: random ones for timing, checked ones from a trained network."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+
+import numpy as np
+
+from profilers.ops import OpGraph, OpNode
+
+#: node name -> {"weight": (O, I/groups, kh, kw) or (O, I), "bias": (O,), "index": (O,)}, as far as its kind has them.
+Weights = Mapping[str, Mapping[str, np.ndarray]]
+
+
+def weight_shapes(node: OpNode) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the arrays a node needs.
+
+    `index` of a `channel_map` names, for every output channel, the input channel it copies; -1 is a zero channel.
+    """
+    op = node.op
+    if op.kind in ("conv", "depthwise_conv"):
+        shape = (op.out_channels, op.in_channels[0] // op.groups, *op.kernel)
+        return {"weight": shape, "bias": (op.out_channels,)}
+    if op.kind == "linear":
+        return {"weight": (op.out_channels, op.in_channels[0]), "bias": (op.out_channels,)}
+    return {"index": (op.out_channels,)} if op.kind == "channel_map" else {}
+
+
+def random_weights(graph: OpGraph, *, seed: int = 0) -> dict[str, dict[str, np.ndarray]]:
+    """He-normal weights and small biases, float32, a function of (seed, node name) only.
+
+    Activations stay near unit variance, so no value is subnormal and timing sees ordinary numbers.
+    """
+    weights: dict[str, dict[str, np.ndarray]] = {}
+    for node in graph.nodes:
+        rng = np.random.default_rng([seed, zlib.crc32(node.name.encode())])
+        arrays: dict[str, np.ndarray] = {}
+        for name, shape in weight_shapes(node).items():
+            if name == "index":
+                source, out = node.op.in_channels[0], node.op.out_channels
+                before = max(out - source, 0) // 2
+                index = np.arange(out) - before
+                arrays[name] = np.where((index >= 0) & (index < source), index, -1)
+            elif name == "weight":
+                fan_in = int(np.prod(shape[1:]))
+                arrays[name] = (rng.standard_normal(shape) * np.sqrt(2.0 / fan_in)).astype(np.float32)
+            else:
+                arrays[name] = (rng.standard_normal(shape) * 0.1).astype(np.float32)
+        if arrays:
+            weights[node.name] = arrays
+    return weights
+
+
+def checked_weights(graph: OpGraph, weights: Weights) -> Weights:
+    """`weights` itself, after checking that every node has what `weight_shapes` asks for; ValueError if not."""
+    for node in graph.nodes:
+        for name, shape in weight_shapes(node).items():
+            array = weights.get(node.name, {}).get(name)
+            if array is None:
+                raise ValueError(f"{node.name}: no {name} given")
+            if array.shape != shape:
+                raise ValueError(f"{node.name}: {name} has shape {array.shape}, the operator {node.op} needs {shape}")
+            if name == "index" and not ((array >= -1) & (array < node.op.in_channels[0])).all():
+                raise ValueError(f"{node.name}: index names channels outside -1..{node.op.in_channels[0] - 1}")
+    return weights
+
+
+def map_as_convolution(index: np.ndarray, in_channels: int) -> np.ndarray:
+    """A channel map as the weights of a 1x1 convolution, (O, I, 1, 1), of zeros and ones.
+
+    Runtimes keep a convolution in their blocked layout; slices and pads would leave it.
+    """
+    weight = np.zeros((len(index), in_channels, 1, 1), dtype=np.float32)
+    kept = index >= 0
+    weight[np.nonzero(kept)[0], index[kept], 0, 0] = 1.0
+    return weight

@@ -1,0 +1,236 @@
+"""What is timed: one fused operator (`OpSpec`), and networks made of them (`OpGraph`).
+
+An operator is what a runtime executes as one kernel: a convolution with its batch-norm folded in and
+its activation fused. Shapes are those of one image, channels first, whatever layout a runtime uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+#: Operators whose output width is free of their input width: (c_in, c_out) are two axes.
+TWO_AXIS_KINDS = ("conv", "linear", "channel_map")
+#: Operators whose output has the channels of their first input: one axis.
+ONE_AXIS_KINDS = ("depthwise_conv", "add", "mul", "activation", "max_pool", "avg_pool", "global_avg_pool", "flatten")
+#: `concat` has the sum of its inputs' channels: one axis, the sum.
+KINDS = (*TWO_AXIS_KINDS, *ONE_AXIS_KINDS, "concat")
+ACTIVATIONS = ("none", "relu", "relu6", "hardswish", "hardsigmoid", "sigmoid", "silu")
+
+
+@dataclass(frozen=True, order=True)
+class OpSpec:
+    """One fused operator.
+
+    in_channels: channels of every input, in order (one for most kinds, two for `add`, any for `concat`).
+    height, width: spatial size of the (first) input; 1, 1 for vectors.
+    out_channels: channels of the output; for `flatten` it is in_channels * height * width.
+    kernel, stride, padding, dilation: (vertical, horizontal), in pixels; padding is symmetric.
+    groups: 1, or in_channels for `depthwise_conv`.
+    activation: fused into the operator, one of ACTIVATIONS.
+    fused_add: the runtime adds a second tensor of the output's shape inside this kernel, before the activation.
+    """
+
+    kind: str
+    in_channels: tuple[int, ...]
+    height: int
+    width: int
+    out_channels: int
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    activation: str = "none"
+    fused_add: bool = False
+    dtype: str = "float32"
+    batch: int = 1
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"unknown operator kind {self.kind!r}; known: {', '.join(KINDS)}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"unknown activation {self.activation!r}; known: {', '.join(ACTIVATIONS)}")
+        sizes = (*self.in_channels, self.height, self.width, self.out_channels, *self.kernel, *self.stride, self.batch)
+        if not self.in_channels or any(not isinstance(size, int) or size < 1 for size in sizes):
+            raise ValueError(f"operator sizes must be positive integers: {self}")
+        if self.groups < 1 or min(self.padding) < 0 or min(*self.dilation, self.out_height, self.out_width) < 1:
+            raise ValueError(f"impossible groups, padding, dilation or output size: {self}")
+        if self.kind == "add" and len(set(self.in_channels)) > 1:
+            raise ValueError(f"an addition needs inputs of equal channels: {self}")
+        if self.kind == "activation" and self.activation == "none":
+            raise ValueError("an activation operator needs an activation")
+        if self.kind == "depthwise_conv" and not self.in_channels[0] == self.out_channels == self.groups:
+            raise ValueError(f"a depthwise convolution has as many groups and outputs as inputs: {self}")
+
+    @property
+    def out_height(self) -> int:
+        return self._out_size(0, self.height)
+
+    @property
+    def out_width(self) -> int:
+        return self._out_size(1, self.width)
+
+    def _out_size(self, axis: int, size: int) -> int:
+        if self.kind in ("linear", "flatten", "global_avg_pool"):
+            return 1
+        if self.kind == "channel_map":
+            return -(-size // self.stride[axis])
+        if self.kind not in ("conv", "depthwise_conv", "max_pool", "avg_pool"):
+            return size
+        reach = self.dilation[axis] * (self.kernel[axis] - 1) + 1
+        return (size + 2 * self.padding[axis] - reach) // self.stride[axis] + 1
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of the convolution or matrix product for one image; 0 for the others."""
+        if self.kind not in ("conv", "depthwise_conv", "linear"):
+            return 0
+        per_output = self.in_channels[0] // self.groups * self.kernel[0] * self.kernel[1]
+        return per_output * self.out_channels * self.out_height * self.out_width
+
+    @property
+    def params(self) -> int:
+        """Weights and one bias per output (what is left of a batch-norm once folded)."""
+        if self.kind not in ("conv", "depthwise_conv", "linear"):
+            return 0
+        return (self.in_channels[0] // self.groups * self.kernel[0] * self.kernel[1] + 1) * self.out_channels
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """The widths along which this operator's latency is tabulated: (c_in, c_out) or (c,)."""
+        if self.kind in TWO_AXIS_KINDS:
+            return self.in_channels[0], self.out_channels
+        return (sum(self.in_channels) if self.kind == "concat" else self.in_channels[0],)
+
+    def family(self) -> OpSpec:
+        """The same operator with its widths taken out: operators of one family interpolate."""
+        if self.groups > 1 and self.kind == "conv":  # a grouped convolution keeps its widths: a family of one
+            return self
+        ones = (1,) * len(self.in_channels)
+        return replace(self, in_channels=ones, out_channels=1, groups=1)
+
+    def with_axes(self, axes: Iterable[int]) -> OpSpec:
+        """The operator of this family at other widths, in the order of `axes`."""
+        values = tuple(int(value) for value in axes)
+        if self.kind in TWO_AXIS_KINDS:
+            return replace(self, in_channels=(values[0],), out_channels=values[1])
+        (channels,) = values
+        if self.kind == "concat":
+            share, count = divmod(channels, len(self.in_channels))
+            parts = tuple(share + (index < count) for index in range(len(self.in_channels)))
+            return replace(self, in_channels=parts, out_channels=channels)
+        groups = channels if self.kind == "depthwise_conv" else 1
+        out = channels * self.height * self.width if self.kind == "flatten" else channels
+        return replace(self, in_channels=(channels,) * len(self.in_channels), out_channels=out, groups=groups)
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> OpSpec:
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(data) - known)
+        if unknown:
+            raise ValueError(f"unknown operator field {unknown[0]!r}")
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in data.items()}
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ValueError(f"incomplete operator: {error}") from None
+
+    def __str__(self) -> str:
+        source = "+".join(str(channels) for channels in self.in_channels)
+        text = f"{self.kind} {source}x{self.height}x{self.width}->{self.out_channels}"
+        if self.kernel != (1, 1) or self.stride != (1, 1):
+            text += f" k{self.kernel[0]}x{self.kernel[1]} s{self.stride[0]}"
+        if self.fused_add:
+            text += " +add"
+        return text + (f" {self.activation}" if self.activation != "none" else "")
+
+
+@dataclass(frozen=True)
+class OpNode:
+    """An operator in a network. `inputs` are names of earlier nodes, or OpGraph.INPUT."""
+
+    name: str
+    op: OpSpec
+    inputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class OpGraph:
+    """A network as operators in execution order.
+
+    nodes: topologically ordered. input_shape: (C, H, W) of one image. outputs: names of the nodes that
+    leave the network.
+    """
+
+    nodes: tuple[OpNode, ...]
+    input_shape: tuple[int, int, int]
+    outputs: tuple[str, ...]
+
+    INPUT = "input"
+
+    @property
+    def macs(self) -> int:
+        return sum(node.op.macs for node in self.nodes)
+
+    @property
+    def params(self) -> int:
+        return sum(node.op.params for node in self.nodes)
+
+    @property
+    def ops(self) -> tuple[OpSpec, ...]:
+        return tuple(node.op for node in self.nodes)
+
+    def to_json(self) -> dict[str, Any]:
+        nodes = [{"name": n.name, "op": n.op.to_json(), "inputs": list(n.inputs)} for n in self.nodes]
+        return {"nodes": nodes, "input_shape": list(self.input_shape), "outputs": list(self.outputs)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> OpGraph:
+        nodes = tuple(OpNode(n["name"], OpSpec.from_json(n["op"]), tuple(n["inputs"])) for n in data["nodes"])
+        channels, height, width = data["input_shape"]
+        return cls(nodes, (channels, height, width), tuple(data["outputs"]))
+
+
+def fuse_adds(graph: OpGraph) -> OpGraph:
+    """The network as a runtime runs it that adds shortcuts inside the convolution's kernel.
+
+    A convolution without activation whose only reader is an `add` swallows that add and its activation;
+    where both operands qualify, the later one does. (ONNX Runtime: NCHWc `Conv` with a `Sum` input.)
+    """
+    readers: dict[str, int] = {}
+    for node in graph.nodes:
+        for source in node.inputs:
+            readers[source] = readers.get(source, 0) + 1
+    position = {node.name: index for index, node in enumerate(graph.nodes)}
+    swallowed: dict[str, OpNode] = {}  # convolution -> the add it runs
+    for node in graph.nodes:
+        if node.op.kind != "add" or len(node.inputs) != 2:
+            continue
+        for name in sorted(node.inputs, key=lambda source: -position.get(source, -1)):
+            if name not in position or name in graph.outputs or readers[name] != 1:
+                continue
+            op = graph.nodes[position[name]].op
+            if op.kind == "conv" and op.activation == "none" and not op.fused_add:
+                swallowed[name] = node
+                break
+    carried = {add.name: position[conv] for conv, add in swallowed.items()}
+    renamed = {add.name: conv for conv, add in swallowed.items()}
+    nodes = []
+    for node in graph.nodes:
+        if node.name in swallowed:
+            continue  # written where its add stood: only there is the other operand known to be ready
+        inputs = tuple(renamed.get(source, source) for source in node.inputs)
+        if node.name not in carried:
+            nodes.append(OpNode(node.name, node.op, inputs))
+            continue
+        conv = graph.nodes[carried[node.name]]
+        own = tuple(renamed.get(source, source) for source in conv.inputs)
+        other = tuple(source for source in inputs if source != conv.name)
+        op = replace(conv.op, activation=node.op.activation, fused_add=True)
+        nodes.append(OpNode(conv.name, op, own + other))
+    return OpGraph(tuple(nodes), graph.input_shape, tuple(renamed.get(name, name) for name in graph.outputs))

@@ -1,0 +1,514 @@
+"""Both builders compute what PyTorch computes, node by node, and say what they cannot build."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from profilers.builders import onnx as onnx_builder
+from profilers.builders import tflite as tflite_builder
+from profilers.builders.weights import Weights, random_weights
+from profilers.errors import DeviceError, UnsupportedOperatorError
+from profilers.ops import ACTIVATIONS, KINDS, OpGraph, OpNode, OpSpec
+
+needs_litert = pytest.mark.skipif(importlib.util.find_spec("ai_edge_litert") is None, reason="LiteRT is not installed")
+both_builders = pytest.mark.parametrize(
+    "builder",
+    [pytest.param(onnx_builder, id="onnx"), pytest.param(tflite_builder, id="tflite", marks=needs_litert)],
+)
+
+REFERENCE_ACTIVATIONS = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "hardswish": F.hardswish,
+    "hardsigmoid": F.hardsigmoid,
+    "sigmoid": torch.sigmoid,
+    "silu": F.silu,
+}
+
+
+# The reference: an OpGraph run by torch.nn.functional
+
+
+def reference(graph: OpGraph, weights: Weights, image: np.ndarray) -> dict[str, np.ndarray]:
+    """Every output of `graph` for `image` (N, C, H, W)."""
+    values = {OpGraph.INPUT: torch.from_numpy(image)}
+    for node in graph.nodes:
+        arrays = {name: torch.from_numpy(array) for name, array in weights.get(node.name, {}).items()}
+        result = reference_op(node.op, [values[name] for name in node.inputs], arrays)
+        values[node.name] = REFERENCE_ACTIVATIONS[node.op.activation](result)
+    return {name: values[name].numpy() for name in graph.outputs}
+
+
+def reference_op(op: OpSpec, inputs: list[torch.Tensor], arrays: dict[str, torch.Tensor]) -> torch.Tensor:
+    x = inputs[0]
+    if op.kind in ("conv", "depthwise_conv"):
+        spatial = x if x.ndim == 4 else x[:, :, None, None]
+        result = F.conv2d(spatial, arrays["weight"], arrays["bias"], op.stride, op.padding, op.dilation, op.groups)
+        return result + inputs[1] if op.fused_add else result
+    if op.kind == "linear":
+        return F.linear(x.flatten(1), arrays["weight"], arrays["bias"])
+    if op.kind == "channel_map":
+        index = arrays["index"]
+        kept = x[:, index.clamp(min=0), :: op.stride[0], :: op.stride[1]]
+        return kept * (index >= 0)[None, :, None, None]
+    if op.kind in ("add", "mul"):
+        if {value.ndim for value in inputs} == {2, 4}:
+            inputs = [value if value.ndim == 4 else value[:, :, None, None] for value in inputs]
+        return inputs[0] + inputs[1] if op.kind == "add" else inputs[0] * inputs[1]
+    if op.kind == "concat":
+        return torch.cat(inputs, dim=1)
+    if op.kind == "max_pool":
+        return F.max_pool2d(x, op.kernel, op.stride, op.padding)
+    if op.kind == "avg_pool":
+        return F.avg_pool2d(x, op.kernel, op.stride, op.padding, count_include_pad=True)
+    if op.kind == "global_avg_pool":
+        return x.mean((2, 3))
+    return x.flatten(1) if op.kind == "flatten" else x
+
+
+# Running what was built
+
+
+def run_onnx(model: bytes, image: np.ndarray) -> dict[str, np.ndarray]:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, {OpGraph.INPUT: image}), strict=True))
+
+
+def interpreter_of(model: bytes) -> Any:
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(model_content=model, num_threads=1)
+    interpreter.allocate_tensors()
+    return interpreter
+
+
+def run_tflite(model: bytes, image: np.ndarray) -> dict[str, np.ndarray]:
+    interpreter = interpreter_of(model)
+    (source,) = interpreter.get_input_details()
+    assert source["name"] == OpGraph.INPUT
+    channels_last = image.transpose(0, 2, 3, 1)
+    interpreter.set_tensor(source["index"], np.ascontiguousarray(channels_last).reshape(source["shape"]))
+    interpreter.invoke()
+    results = {}
+    for output in interpreter.get_output_details():
+        value = interpreter.get_tensor(output["index"])
+        assert tuple(value.shape) == tuple(output["shape"])
+        results[output["name"]] = value.transpose(0, 3, 1, 2) if value.ndim == 4 else value
+    return results
+
+
+def check(builder: ModuleType, graph: OpGraph, weights: Weights | None = None) -> None:
+    """Asserts that the built model agrees with the reference on random input with both signs."""
+    weights = random_weights(graph) if weights is None else weights
+    rng = np.random.default_rng(1)
+    image = (2.0 * rng.standard_normal((graph.nodes[0].op.batch, *graph.input_shape))).astype(np.float32)
+    expected = reference(graph, weights, image)
+    run = run_onnx if builder is onnx_builder else run_tflite
+    found = run(builder.build(graph, weights), image)
+    assert set(found) == set(expected)
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+def chain(*ops: OpSpec, input_shape: tuple[int, int, int]) -> OpGraph:
+    """Operators one after another; those of several inputs read the previous one several times."""
+    nodes, source = [], OpGraph.INPUT
+    for index, op in enumerate(ops):
+        nodes.append(OpNode(f"{op.kind}{index}", op, (source,) * len(op.in_channels)))
+        source = nodes[-1].name
+    return OpGraph(tuple(nodes), input_shape, (source,))
+
+
+def alone(op: OpSpec) -> OpGraph:
+    return chain(op, input_shape=(op.in_channels[0], op.height, op.width))
+
+
+def window_op(kind: str, channels: int, size: tuple[int, int], kernel: int, **fields: Any) -> OpSpec:
+    """A square window on `size`, "same"-padded unless told; 11 channels out of a convolution."""
+    out = 11 if kind == "conv" else channels
+    fields = {"padding": (kernel // 2, kernel // 2), "groups": channels if kind == "depthwise_conv" else 1, **fields}
+    return OpSpec(kind, (channels,), *size, out, kernel=(kernel, kernel), **fields)
+
+
+def pointwise(c_in: int, c_out: int, size: int, activation: str = "none") -> OpSpec:
+    return OpSpec("conv", (c_in,), size, size, c_out, activation=activation)
+
+
+def linear(c_in: int, c_out: int, activation: str = "none") -> OpSpec:
+    return OpSpec("linear", (c_in,), 1, 1, c_out, activation=activation)
+
+
+# One operator at a time
+
+
+@both_builders
+@pytest.mark.parametrize("kind", ["conv", "depthwise_conv"])
+@pytest.mark.parametrize("kernel", [1, 3, 5, 7])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [(12, 12), (13, 13), (9, 14)])
+def test_convolutions_agree(builder: ModuleType, kind: str, kernel: int, stride: int, size: tuple[int, int]) -> None:
+    check(builder, alone(window_op(kind, 5, size, kernel, stride=(stride, stride))))
+
+
+@both_builders
+@pytest.mark.parametrize("kind", ["conv", "depthwise_conv", "max_pool", "avg_pool"])
+@pytest.mark.parametrize("size", [(15, 16), (16, 15)])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding"),
+    [(2, 2, 0), (2, 1, 1), (3, 1, 0), (3, 2, 0), (3, 2, 1), (3, 3, 1), (7, 2, 3), (7, 3, 2)],
+)
+def test_windows_agree_at_every_padding(
+    builder: ModuleType, kind: str, size: tuple[int, int], kernel: int, stride: int, padding: int
+) -> None:
+    check(builder, alone(window_op(kind, 3, size, kernel, stride=(stride, stride), padding=(padding, padding))))
+
+
+@both_builders
+@pytest.mark.parametrize("kind", ["conv", "depthwise_conv"])
+@pytest.mark.parametrize("stride", [(1, 1), (2, 1)])
+@pytest.mark.parametrize("padding", [(0, 0), (2, 2), (3, 1)])
+def test_dilated_convolutions_agree(
+    builder: ModuleType, kind: str, stride: tuple[int, int], padding: tuple[int, int]
+) -> None:
+    check(builder, alone(window_op(kind, 4, (11, 12), 3, stride=stride, padding=padding, dilation=(2, 2))))
+
+
+@both_builders
+def test_kernels_that_are_not_square_agree(builder: ModuleType) -> None:
+    across = OpSpec("conv", (3,), 9, 10, 6, kernel=(1, 7), padding=(0, 3))
+    down = OpSpec("conv", (6,), 9, 10, 4, kernel=(7, 1), stride=(2, 1), padding=(3, 0), activation="relu")
+    check(builder, chain(across, down, input_shape=(3, 9, 10)))
+
+
+@both_builders
+def test_grouped_convolutions_agree(builder: ModuleType) -> None:
+    check(builder, alone(OpSpec("conv", (12,), 8, 8, 18, kernel=(3, 3), padding=(1, 1), groups=3, activation="relu")))
+
+
+SMALL_OPS = {
+    "conv": window_op("conv", 5, (6, 7), 3),
+    "depthwise_conv": window_op("depthwise_conv", 5, (6, 7), 3),
+    "add": OpSpec("add", (5, 5), 6, 7, 5),
+    "mul": OpSpec("mul", (5, 5), 6, 7, 5),
+    "concat": OpSpec("concat", (5, 5, 5), 6, 7, 15),
+    "channel_map": OpSpec("channel_map", (5,), 6, 7, 9, stride=(2, 2)),
+    "max_pool": OpSpec("max_pool", (5,), 6, 7, 5, kernel=(2, 2), stride=(2, 2)),
+    "avg_pool": OpSpec("avg_pool", (5,), 6, 7, 5, kernel=(3, 3), padding=(1, 1)),
+    "global_avg_pool": OpSpec("global_avg_pool", (5,), 6, 7, 5),
+    "flatten": OpSpec("flatten", (5,), 6, 7, 210),
+    "activation": OpSpec("activation", (5,), 6, 7, 5, activation="relu"),
+    "linear": linear(210, 9),
+}
+
+
+@both_builders
+@pytest.mark.parametrize(
+    ("kind", "activation"), [(k, a) for k in KINDS for a in ACTIVATIONS if (k, a) != ("activation", "none")]
+)
+def test_every_kind_with_every_activation_agrees(builder: ModuleType, kind: str, activation: str) -> None:
+    op = replace(SMALL_OPS[kind], activation=activation)
+    if kind == "linear":
+        check(builder, chain(SMALL_OPS["flatten"], op, input_shape=(5, 6, 7)))
+    else:
+        check(builder, alone(op))
+
+
+@both_builders
+@pytest.mark.parametrize("index", [[3, 0, -1, 4], [2], [-1, -1, 0, 1, 2, 3, 4, -1]])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_channel_maps_copy_reorder_and_zero(builder: ModuleType, index: list[int], stride: int) -> None:
+    op = OpSpec("channel_map", (5,), 5, 6, len(index), stride=(stride, stride))
+    check(builder, alone(op), {"channel_map0": {"index": np.array(index)}})
+
+
+@both_builders
+def test_every_image_of_a_batch_agrees(builder: ModuleType) -> None:
+    conv = OpSpec("conv", (3,), 8, 8, 5, kernel=(3, 3), stride=(2, 2), padding=(1, 1), activation="relu", batch=3)
+    flatten = OpSpec("flatten", (5,), 4, 4, 80, batch=3)
+    check(builder, chain(conv, flatten, OpSpec("linear", (80,), 1, 1, 4, batch=3), input_shape=(3, 8, 8)))
+
+
+# Networks
+
+
+def residual_network() -> OpGraph:
+    """A stem with max-pool, a block that widens (channel_map on the shortcut) and one that does not; two outputs."""
+    conv = window_op("conv", 3, (32, 32), 7, stride=(2, 2), activation="relu")  # (3, 32, 32) -> (11, 16, 16)
+    pool = window_op("max_pool", 11, (16, 16), 3, stride=(2, 2))
+    down = OpSpec("conv", (11,), 8, 8, 20, kernel=(3, 3), stride=(2, 2), padding=(1, 1), activation="relu")
+    wide = OpSpec("conv", (20,), 4, 4, 20, kernel=(3, 3), padding=(1, 1))
+    add = OpSpec("add", (20, 20), 4, 4, 20, activation="relu")
+    nodes = (
+        OpNode("stem", conv, (OpGraph.INPUT,)),
+        OpNode("pool", pool, ("stem",)),
+        OpNode("1.a", down, ("pool",)),
+        OpNode("1.b", wide, ("1.a",)),
+        OpNode("1.shortcut", OpSpec("channel_map", (11,), 8, 8, 20, stride=(2, 2)), ("pool",)),
+        OpNode("1.add", add, ("1.b", "1.shortcut")),
+        OpNode("2.b", wide, ("1.add",)),
+        OpNode("2.add", add, ("2.b", "1.add")),
+        OpNode("mean", OpSpec("global_avg_pool", (20,), 4, 4, 20), ("2.add",)),
+        OpNode("classes", linear(20, 10), ("mean",)),
+    )
+    return OpGraph(nodes, (3, 32, 32), ("classes", "1.add"))
+
+
+def mobile_network(activation: str) -> OpGraph:
+    """MobileNet-like: even sizes at stride 2, where TFLite needs explicit padding."""
+    ops = [window_op("conv", 3, (32, 32), 3, stride=(2, 2), activation=activation)]  # (3, 32, 32) -> (11, 16, 16)
+    size = 16
+    for c_in, c_out, stride in ((11, 16, 1), (16, 24, 2), (24, 32, 1), (32, 40, 2)):
+        ops.append(window_op("depthwise_conv", c_in, (size, size), 3, stride=(stride, stride), activation=activation))
+        size //= stride
+        ops.append(pointwise(c_in, c_out, size, activation))
+    ops += [OpSpec("global_avg_pool", (40,), 4, 4, 40), linear(40, 10)]
+    return chain(*ops, input_shape=(3, 32, 32))
+
+
+def gated_network(batch: int) -> OpGraph:
+    """A squeeze-and-excite gate whose vectors (N, C) pass a 1x1 convolution, then scale an image (N, C, H, W)."""
+    nodes = (
+        OpNode("conv", window_op("conv", 3, (7, 7), 3, activation="relu", batch=batch), (OpGraph.INPUT,)),
+        OpNode("squeeze", OpSpec("global_avg_pool", (11,), 7, 7, 11, batch=batch), ("conv",)),
+        OpNode("reduce", OpSpec("linear", (11,), 1, 1, 4, activation="relu", batch=batch), ("squeeze",)),
+        OpNode("expand", OpSpec("conv", (4,), 1, 1, 11, activation="hardsigmoid", batch=batch), ("reduce",)),
+        OpNode("gate", OpSpec("linear", (11,), 1, 1, 11, activation="sigmoid", batch=batch), ("squeeze",)),
+        OpNode("excite", OpSpec("mul", (11, 11), 7, 7, 11, batch=batch), ("conv", "expand")),
+        OpNode("scale", OpSpec("mul", (11, 11), 7, 7, 11, activation="relu", batch=batch), ("excite", "gate")),
+    )
+    return OpGraph(nodes, (3, 7, 7), ("scale", "gate"))
+
+
+@both_builders
+def test_a_residual_network_agrees(builder: ModuleType) -> None:
+    check(builder, residual_network())
+
+
+@both_builders
+@pytest.mark.parametrize("activation", ["relu6", "hardswish", "silu"])
+def test_a_mobile_network_agrees(builder: ModuleType, activation: str) -> None:
+    check(builder, mobile_network(activation))
+
+
+@both_builders
+def test_a_flattened_image_keeps_the_order_of_pytorch(builder: ModuleType) -> None:
+    conv = window_op("conv", 3, (4, 4), 3)
+    ops = (
+        OpSpec("conv", (3,), 4, 4, 512, kernel=(3, 3), padding=(1, 1), activation="relu"),
+        OpSpec("max_pool", (512,), 4, 4, 512, kernel=(2, 2), stride=(2, 2)),
+        OpSpec("flatten", (512,), 2, 2, 2048),
+        linear(2048, 64, "relu"),
+        linear(64, 10),
+    )
+    check(builder, chain(*ops, input_shape=(3, 4, 4)))
+    flat = OpSpec("flatten", (11,), 4, 4, 176)
+    nodes = chain(conv, flat, linear(176, 5), input_shape=(3, 4, 4)).nodes
+    check(builder, OpGraph(nodes, (3, 4, 4), ("linear2", "flatten1")))  # the flattened vectors leave the network
+
+
+@st.composite
+def small_networks(draw: st.DrawFn) -> OpGraph:
+    """Up to three convolutions, depthwise or not, of any window that fits."""
+
+    def window(size: int) -> tuple[int, int, int, int]:
+        kernel = draw(st.integers(1, min(size, 5)))
+        dilation = draw(st.integers(1, 2 if 2 * (kernel - 1) < size else 1))
+        return kernel, draw(st.integers(1, 3)), draw(st.integers(0, kernel - 1)), dilation
+
+    channels, height, width = input_shape = (
+        draw(st.integers(1, 9)),
+        draw(st.integers(4, 14)),
+        draw(st.integers(4, 14)),
+    )
+    ops: list[OpSpec] = []
+    for _ in range(draw(st.integers(1, 3))):
+        kernel, stride, padding, dilation = zip(window(height), window(width), strict=True)
+        depthwise = draw(st.booleans())
+        op = OpSpec(
+            "depthwise_conv" if depthwise else "conv",
+            (channels,),
+            height,
+            width,
+            channels if depthwise else draw(st.integers(1, 9)),
+            kernel=kernel,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=channels if depthwise else 1,
+            activation=draw(st.sampled_from(ACTIVATIONS)),
+        )
+        ops.append(op)
+        channels, height, width = op.out_channels, op.out_height, op.out_width
+    return chain(*ops, input_shape=input_shape)
+
+
+@both_builders
+@settings(max_examples=25, deadline=None)
+@given(graph=small_networks())
+def test_random_convolutions_agree(builder: ModuleType, graph: OpGraph) -> None:
+    check(builder, graph)
+
+
+@both_builders
+def test_the_node_whose_weights_do_not_fit_is_named(builder: ModuleType) -> None:
+    graph = alone(SMALL_OPS["conv"])
+    with pytest.raises(ValueError, match="conv0: no weight given"):
+        builder.build(graph, {})
+    weights = random_weights(graph)
+    weights["conv0"]["bias"] = np.zeros(4, np.float32)
+    with pytest.raises(ValueError, match=r"conv0: bias has shape \(4,\)"):
+        builder.build(graph, weights)
+
+
+@both_builders
+def test_the_same_input_gives_the_same_bytes(builder: ModuleType) -> None:
+    graph = residual_network()
+    weights = random_weights(graph)
+    assert builder.build(graph, weights) == builder.build(graph, weights)
+
+
+# TFLite alone
+
+
+@both_builders
+@pytest.mark.parametrize("batch", [1, 2])
+def test_gates_scale_images(builder: ModuleType, batch: int) -> None:
+    check(builder, gated_network(batch))
+
+
+@both_builders
+def test_a_linear_alone_runs(builder: ModuleType) -> None:
+    check(builder, alone(linear(12, 7, "relu")))
+
+
+@needs_litert
+def test_tflite_runs_a_linear_alone_on_vectors() -> None:
+    graph = alone(linear(12, 7, "relu"))
+    check(tflite_builder, graph)
+    (source,) = interpreter_of(tflite_builder.build(graph, random_weights(graph))).get_input_details()
+    assert tuple(source["shape"]) == (1, 12)
+
+
+@needs_litert
+@pytest.mark.parametrize("activation", ["none", "relu", "hardswish"])
+def test_tflite_adds_what_a_convolution_swallowed(activation: str) -> None:
+    graph = residual_network()
+    nodes = [node for node in graph.nodes if node.name in ("stem", "pool")]
+    conv = window_op("conv", 11, (8, 8), 3, activation=activation, fused_add=True)
+    nodes.append(OpNode("block", conv, ("pool", "pool")))
+    check(tflite_builder, OpGraph(tuple(nodes), graph.input_shape, ("block",)))
+
+
+def operators(model: bytes) -> list[str]:
+    names = [details["op_name"] for details in interpreter_of(model)._get_ops_details()]
+    return [name for name in names if name != "DELEGATE"]
+
+
+def is_wholly_delegated(model: bytes) -> bool:
+    """True where one XNNPACK kernel reads the network's inputs and writes its outputs."""
+    interpreter = interpreter_of(model)
+    kernels = [details for details in interpreter._get_ops_details() if details["op_name"] == "DELEGATE"]
+    sources = {details["index"] for details in interpreter.get_input_details()}
+    results = {details["index"] for details in interpreter.get_output_details()}
+    return len(kernels) == 1 and sources <= set(kernels[0]["inputs"]) and results == set(kernels[0]["outputs"])
+
+
+@needs_litert
+@pytest.mark.parametrize(
+    "graph",
+    [mobile_network("relu6"), mobile_network("hardswish"), residual_network(), gated_network(1)],
+    ids=["mobile", "mobile-hardswish", "residual", "gated"],
+)
+def test_xnnpack_takes_whole_networks(graph: OpGraph) -> None:
+    assert is_wholly_delegated(tflite_builder.build(graph, random_weights(graph)))
+
+
+@needs_litert
+def test_a_padded_max_pool_of_values_of_both_signs_is_the_part_xnnpack_leaves() -> None:
+    graph = alone(window_op("max_pool", 4, (8, 8), 3, stride=(2, 2)))
+    model = tflite_builder.build(graph, random_weights(graph))
+    assert operators(model) == ["PADV2", "MAX_POOL_2D"]
+    assert not is_wholly_delegated(model)
+
+
+@needs_litert
+def test_padding_is_a_scheme_of_the_operator_where_tflite_has_it() -> None:
+    def built(size: int, kernel: int, stride: int, padding: int) -> list[str]:
+        op = window_op("conv", 3, (size, size), kernel, stride=(stride, stride), padding=(padding, padding))
+        return operators(tflite_builder.build(alone(op), random_weights(alone(op))))
+
+    assert built(8, 3, 1, 1) == ["CONV_2D"]
+    assert built(7, 3, 2, 1) == ["CONV_2D"]  # SAME pads 1 + 1 on an odd size
+    assert built(8, 3, 1, 0) == ["CONV_2D"]
+    assert built(8, 3, 2, 1) == ["PAD", "CONV_2D"]  # and 0 + 1 on an even one
+    assert built(224, 7, 2, 3) == ["PAD", "CONV_2D"]
+
+
+@needs_litert
+def test_only_linear_readers_spare_a_flatten_its_transpose() -> None:
+    flatten, graph = SMALL_OPS["flatten"], chain(SMALL_OPS["flatten"], linear(210, 9), input_shape=(5, 6, 7))
+    assert operators(tflite_builder.build(graph, random_weights(graph))) == ["RESHAPE", "FULLY_CONNECTED"]
+    assert operators(tflite_builder.build(alone(flatten), {})) == ["TRANSPOSE", "RESHAPE"]
+
+
+@needs_litert
+def test_the_file_is_tflite_with_aligned_constants_and_the_names_of_the_nodes() -> None:
+    from ai_edge_litert import schema_py_generated as schema
+
+    graph = residual_network()
+    data = tflite_builder.build(graph, random_weights(graph))
+    assert data[4:8] == b"TFL3"
+    model = schema.Model.GetRootAs(data, 0)
+    assert (model.Version(), model.Description()) == (3, b"amc-hw")
+    assert model.Buffers(0).DataIsNone()
+    for index in range(1, model.BuffersLength()):
+        buffer = model.Buffers(index)
+        offset = buffer._tab.Vector(buffer._tab.Offset(4))
+        assert offset % tflite_builder.CONSTANT_ALIGNMENT == 0
+    names = {model.Subgraphs(0).Tensors(index).Name().decode() for index in range(model.Subgraphs(0).TensorsLength())}
+    assert names >= {OpGraph.INPUT, *(node.name for node in graph.nodes)}
+    for index in range(model.OperatorCodesLength()):
+        code = model.OperatorCodes(index)
+        assert code.DeprecatedBuiltinCode() == code.BuiltinCode() <= 127
+
+
+@needs_litert
+@pytest.mark.parametrize(
+    ("op", "message"),
+    [
+        (OpSpec("max_pool", (3,), 8, 8, 3, kernel=(2, 2), dilation=(2, 2)), "max_pool0: TFLite has no dilated pooling"),
+        (OpSpec("add", (3, 3), 8, 8, 3, dtype="int8"), "add0: .*float32 only, not in int8"),
+    ],
+)
+def test_what_tflite_lacks_is_named(op: OpSpec, message: str) -> None:
+    with pytest.raises(UnsupportedOperatorError, match=message):
+        tflite_builder.build(alone(op), {})
+
+
+@needs_litert
+def test_two_nodes_of_one_name_are_rejected() -> None:
+    node = alone(SMALL_OPS["add"]).nodes[0]
+    with pytest.raises(ValueError, match="two tensors are named 'add0'"):
+        tflite_builder.build(OpGraph((node, node), (5, 6, 7), ("add0",)), {})
+
+
+def test_without_litert_the_extra_to_install_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ai_edge_litert", None)
+    with pytest.raises(DeviceError, match=r"pip install 'amc-hw\[litert\]'"):
+        tflite_builder.build(alone(SMALL_OPS["add"]), {})
