@@ -1,0 +1,45 @@
+"""HOW a network runs. A runtime is a module with the functions of `Runtime`; RUNTIMES is the only place to add one."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Protocol, cast
+
+import numpy as np
+
+from profilers.builders.weights import Weights
+from profilers.errors import UserError
+from profilers.ops import OpGraph
+
+RUNTIMES = {"onnxruntime": "profilers.runtimes.ort", "litert": "profilers.runtimes.litert"}
+
+
+class Runtime(Protocol):
+    """What a runtime module offers."""
+
+    SUFFIX: str  #: of its model files
+
+    def version(self) -> str:
+        """The runtime's version; DeviceError where it is not installed."""
+
+    def build(self, graph: OpGraph, weights: Weights) -> bytes:
+        """The artifact of a network."""
+
+    def lower(self, graph: OpGraph) -> OpGraph:
+        """The network as this runtime executes it, fusions included."""
+
+    def loaded(self, model: bytes, *, threads: int, seed: int = 0) -> Callable[[], None]:
+        """A function that runs the model once on fixed random input; inputs and outputs stay where they are."""
+
+    def outputs(self, model: bytes, images: np.ndarray) -> np.ndarray:
+        """The model's first output for images (N, C, H, W), run one batch at a time."""
+
+    def profile_ops(self, model: bytes, graph: OpGraph, *, threads: int, time_s: float) -> dict[str, float] | None:
+        """Milliseconds per node of the lowered network while the whole network runs; None where it cannot tell."""
+
+
+def load_runtime(name: str) -> Runtime:
+    if name not in RUNTIMES:
+        raise UserError(f"unknown runtime {name!r}; known: {', '.join(RUNTIMES)}")
+    return cast(Runtime, importlib.import_module(RUNTIMES[name]))

@@ -1,0 +1,66 @@
+"""WHERE a network runs. TARGETS is the only place to add one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from profilers.builders.weights import Weights
+from profilers.device import DeviceConfig
+from profilers.errors import UserError
+from profilers.ops import OpGraph
+from profilers.table import Identity
+from profilers.timing import TimingPlan
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One thing that `devices check` looked at. `text` says what was found, or what to do."""
+
+    name: str
+    ok: bool
+    text: str
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network to time; without weights it gets random ones."""
+
+    graph: OpGraph
+    weights: Weights | None = None
+
+
+class Target(Protocol):
+    """A place where networks can be timed. It raises DeviceError where it is not there."""
+
+    config: DeviceConfig
+
+    def identity(self) -> Identity: ...
+
+    def provenance(self) -> dict[str, Any]: ...
+
+    def probes(self) -> list[Probe]: ...
+
+    def lower(self, graph: OpGraph) -> OpGraph:
+        """The network as the runtime there executes it."""
+
+    def time_networks(self, networks: Sequence[Network], plan: TimingPlan, *, seed: int) -> list[list[float]]:
+        """Milliseconds per network, interleaved; one sample for every round of the plan."""
+
+    def profile_ops(self, graph: OpGraph, *, time_s: float) -> dict[str, float] | None:
+        """Milliseconds per node of the lowered network, in context; None where the runtime cannot tell."""
+
+    def time_in_fresh_process(self, networks: Sequence[Network], plan: TimingPlan, *, seed: int) -> list[list[float]]:
+        """As `time_networks`, in a process that has done nothing else."""
+
+
+def open_target(config: DeviceConfig) -> Target:
+    """The target that `config` names; UserError where it is unknown."""
+    from profilers.targets.fake import FakeTarget
+    from profilers.targets.host import HostTarget
+
+    targets: dict[str, Callable[[DeviceConfig], Target]] = {"host": HostTarget, "fake": FakeTarget}
+    if config.target not in targets:
+        raise UserError(f"device {config.name}: unknown target {config.target!r}; known: {', '.join(targets)}")
+    return targets[config.target](config)

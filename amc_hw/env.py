@@ -1,0 +1,129 @@
+"""The pruning episode as a Gymnasium environment: observation, feasible widths, reward; nothing else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, SupportsFloat
+
+import gymnasium
+import numpy as np
+
+from amc_hw.graph import ChannelGroup, Layer, LayerGraph
+from amc_hw.resources import Budget, Completer, CostModel, choose_width, require_feasible
+
+#: Reward name -> (unit of the cost it needs, function of error in 0..1 and cost). AMC, section 3.3.
+REWARDS: Mapping[str, tuple[str | None, Callable[[float, float], float]]] = {
+    "err": (None, lambda error, cost: -error),
+    "flops": ("MACs", lambda error, cost: -error * math.log(cost)),
+    "params": ("params", lambda error, cost: -error * math.log(cost)),
+    "latency": ("ms", lambda error, cost: -error * math.log(1000 * cost)),  # microseconds: far above 1
+}
+
+#: What the observation holds, in order (AMC, section 3.1).
+OBSERVATION = ("t", "n", "c", "h", "w", "stride", "k", "cost", "reduced", "rest", "previous_action")
+
+
+class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
+    """One episode decides the width of every channel group, in order.
+
+    Observation: float32 (11,), see OBSERVATION, each in [0, 1]. t is divided by the last step's number; n, c, h, w,
+    stride, k (of the group's first consumer with weights) by their largest value over the groups; costs by the cost
+    of the unpruned network. `cost` and `rest` (of the groups after t) are unpruned costs; `reduced` is C(full) -
+    C(decided, rest full). The action before the first is 1. After the last step the observation is zero.
+    Action: float32 (1,), the fraction of the group's channels to keep, in [floor, 1]; the width is the nearest
+    feasible one, widened where that is free. info["action"] is the fraction really applied.
+    Reward: 0 until the last step, then that of `reward` in REWARDS.
+
+    model: the cost that the budget limits and the observation shows. budget: None offers every width
+    (accuracy-guaranteed). evaluate: widths -> accuracy in 0..1. reward_model: cost in the reward, where the
+    reward has one; `model` where it is left out. Raises BudgetError for a budget that nothing is known to meet.
+    """
+
+    def __init__(
+        self,
+        graph: LayerGraph,
+        *,
+        model: CostModel,
+        budget: Budget | None,
+        evaluate: Callable[[tuple[int, ...]], float],
+        reward: str = "err",
+        reward_model: CostModel | None = None,
+        floor: float = 0.2,
+    ) -> None:
+        if reward not in REWARDS:
+            raise ValueError(f"unknown reward {reward!r}; known: {', '.join(REWARDS)}")
+        if not graph.groups:
+            raise ValueError("the network has no channel group to decide on")
+        unit, self._reward = REWARDS[reward]
+        self._reward_model = model if reward_model is None else reward_model
+        if unit is not None and self._reward_model.unit != unit:
+            raise ValueError(f"reward {reward!r} needs a cost in {unit}, not in {self._reward_model.unit}")
+        self.model, self.budget, self.evaluate = model, budget, evaluate
+        self.completer = Completer(model)
+        if budget is not None:
+            require_feasible(self.completer, budget)
+        self.observation_space = gymnasium.spaces.Box(0.0, 1.0, (len(OBSERVATION),), np.float32)
+        self.action_space = gymnasium.spaces.Box(floor, 1.0, (1,), np.float32)
+        consumers = np.array([_shape_features(_first_consumer(graph, group)) for group in graph.groups], dtype=float)
+        self._shapes = consumers / consumers.max(axis=0)  # (G, 6)
+        costs = model.group_costs()  # (G,)
+        self._costs = costs / model.full_cost
+        self._rests = (costs.sum() - costs.cumsum()) / model.full_cost
+        self._decided: list[int] = []
+        self._previous_action = 1.0
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        self._decided, self._previous_action = [], 1.0
+        return self._observation(), {}
+
+    def step(
+        self, action: np.ndarray | Sequence[float] | float
+    ) -> tuple[np.ndarray, SupportsFloat, bool, bool, dict[str, Any]]:
+        step, full = len(self._decided), self.model.full_widths
+        if step == len(full):
+            raise ValueError("the episode has ended; call reset()")
+        fraction = float(np.asarray(action, dtype=float).reshape(-1)[0])
+        width = choose_width(self.completer, self._decided, fraction, self.budget)
+        self._decided.append(width)
+        self._previous_action = width / full[step]
+        info: dict[str, Any] = {"action": self._previous_action, "width": width}
+        if step + 1 < len(full):
+            return self._observation(), 0.0, False, False, info
+        widths = tuple(self._decided)
+        accuracy = float(self.evaluate(widths))
+        info |= {"widths": widths, "cost": self.model.cost(widths), "accuracy": accuracy}
+        reward = self._reward(1.0 - accuracy, self._reward_model.cost(widths))
+        return self._observation(), reward, True, False, info
+
+    def _observation(self) -> np.ndarray:
+        step, full = len(self._decided), self.model.full_widths
+        if step == len(full):
+            return np.zeros(len(OBSERVATION), np.float32)
+        current = self.model.cost((*self._decided, *full[step:]))
+        reduced = (self.model.full_cost - current) / self.model.full_cost
+        values = [
+            step / max(len(full) - 1, 1),
+            *self._shapes[step],
+            self._costs[step],
+            reduced,
+            self._rests[step],
+            self._previous_action,
+        ]
+        return np.clip(values, 0.0, 1.0).astype(np.float32)
+
+
+def _first_consumer(graph: LayerGraph, group: ChannelGroup) -> Layer:
+    """The first convolution or linear layer that reads the group; a channel map only where there is none."""
+    readers = [layer for layer in graph.layers if layer.module in group.modules("consumer")]
+    return min(readers, key=lambda layer: layer.op.kind not in ("conv", "linear"))
+
+
+def _shape_features(layer: Layer) -> tuple[int, ...]:
+    """(n, c, h, w, stride, k): channels out and in, size of the input, vertical stride and kernel."""
+    op = layer.op
+    height, width = (1, 1) if op.kind == "linear" else (op.height, op.width)
+    return op.out_channels, op.in_channels[0], height, width, op.stride[0], op.kernel[0]

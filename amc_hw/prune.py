@@ -1,0 +1,206 @@
+"""Which channels stay, and the network without the others: physically smaller (sliced) or full-size (masked).
+
+Channels are ranked by weight magnitude (Li et al., ICLR 2017; AMC, ECCV 2018, section 3), taken over the weights
+that *read* them: every consumer of a group is refitted afterwards (`amc_hw.refit`), its producers are not.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from amc_hw.errors import UserError
+from amc_hw.graph import LayerGraph
+from amc_hw.models.channel_map import ChannelMap
+
+Kept = Mapping[str, np.ndarray]  # group name -> channels that stay; a group that is not named keeps all of them
+
+
+@dataclass(frozen=True)
+class KeptAxes:
+    """Positions that stay on a module's output and input axis, ascending; None where all of them do."""
+
+    out: np.ndarray | None = None
+    into: np.ndarray | None = None
+
+
+def channel_magnitudes(module: nn.Module, graph: LayerGraph) -> dict[str, np.ndarray]:
+    """Group name -> for each of its channels the sum of |W| over all the weights that read it, (width,) float64."""
+    magnitudes = {}
+    for group in graph.groups:
+        total = np.zeros(group.width)
+        for member in group.members:
+            reader = module.get_submodule(member.module)
+            if member.role != "consumer" or isinstance(reader, ChannelMap):
+                continue
+            weight = _weight(reader, member.module)  # (out, in) or (out, in, kh, kw)
+            per_position = weight.abs().transpose(0, 1).flatten(1).sum(1, dtype=torch.float64).cpu().numpy()
+            mine = member.channel_of >= 0
+            np.add.at(total, member.channel_of[mine], per_position[mine])
+        magnitudes[group.name] = total
+    return magnitudes
+
+
+def keep_channels(
+    module: nn.Module,
+    graph: LayerGraph,
+    widths: Sequence[int],
+    *,
+    magnitudes: Mapping[str, np.ndarray] | None = None,
+) -> dict[str, np.ndarray]:
+    """Group name -> indices of the channels to keep, ascending: the `widths[i]` of largest magnitude.
+
+    Of channels with equal magnitude those with the lower index stay. A search passes `magnitudes`, made once by
+    `channel_magnitudes`. Raises UserError on widths that do not fit the graph.
+    """
+    widths = graph.checked(widths)
+    if magnitudes is None:
+        magnitudes = channel_magnitudes(module, graph)
+    kept = {}
+    for group, width in zip(graph.groups, widths, strict=True):
+        ranked = np.argsort(-magnitudes[group.name], kind="stable")
+        kept[group.name] = np.sort(ranked[:width])
+    return kept
+
+
+def kept_axes(graph: LayerGraph, kept: Kept) -> dict[str, KeptAxes]:
+    """Module name -> what stays of its axes, for the modules that lose something.
+
+    Raises ValueError where `kept` names no group of the graph, or channels that the group does not have.
+    """
+    if unknown := sorted(set(kept) - {group.name for group in graph.groups}):
+        raise ValueError(f"no group {unknown[0]!r} in this graph")
+    stays: dict[tuple[str, bool], np.ndarray] = {}  # (module, whether it is the input axis) -> mask
+    for group in graph.groups:
+        channels = np.asarray(kept.get(group.name, np.arange(group.width)))
+        if not len(channels) or channels.min() < 0 or channels.max() >= group.width:
+            raise ValueError(f"group {group.name} has channels 0..{group.width - 1}, cannot keep {channels.tolist()}")
+        if len(np.unique(channels)) == group.width:
+            continue
+        for member in group.members:
+            mask = np.isin(np.arange(len(member.channel_of)), member.kept_positions(channels))
+            mask |= member.channel_of < 0  # another group decides about these
+            key = (member.module, member.role == "consumer")
+            stays[key] = stays[key] & mask if key in stays else mask
+    positions = {key: np.nonzero(mask)[0] for key, mask in stays.items()}
+    return {
+        name: KeptAxes(positions.get((name, False)), positions.get((name, True)))
+        for name in dict.fromkeys(name for name, _ in positions)
+    }
+
+
+@torch.no_grad()
+def mask_channels(module: nn.Module, graph: LayerGraph, kept: Kept) -> nn.Module:
+    """A full-size copy that computes what the sliced network does: nothing reads the removed channels.
+
+    Weights of consumers are zero, and indices of a `ChannelMap` are -1, where they would read one.
+    """
+    masked = copy.deepcopy(module)
+    for name, axes in kept_axes(graph, kept).items():
+        if axes.into is None:
+            continue
+        reader = masked.get_submodule(name)
+        if isinstance(reader, ChannelMap):
+            stays = set(axes.into.tolist())
+            index = [i if i in stays else -1 for i in reader.index]
+            masked.set_submodule(name, _map_like(reader, index, reader.in_channels))
+        else:
+            weight = _weight(reader, name)
+            removed = torch.ones(weight.shape[1], dtype=torch.bool)
+            removed[torch.from_numpy(axes.into)] = False
+            weight[:, removed.to(weight.device)] = 0
+    return masked
+
+
+@torch.no_grad()
+def slice_channels(module: nn.Module, graph: LayerGraph, kept: Kept) -> nn.Module:
+    """A smaller copy without the removed channels; `module` is left as it is, and shares nothing with the copy.
+
+    Convolutions, linear layers, depthwise convolutions, batch-norms (running statistics too) and `ChannelMap`s are
+    sliced, and their attributes (`in_channels`, `num_features`, ...) say so. Sizes written into the network's own
+    forward() are not. Raises UserError where a weight is shared between layers, or not a plain parameter.
+    """
+    owners = Counter(id(tensor) for part in module.modules() for tensor in _tensors(part).values())
+    smaller: dict[int, Any] = {}  # what deepcopy takes in place of a copy, by id
+    attributes: dict[str, dict[str, int]] = {}
+    for name, axes in kept_axes(graph, kept).items():
+        part = module.get_submodule(name)
+        if isinstance(part, ChannelMap):
+            smaller[id(part)] = _sliced_map(part, axes)
+            continue
+        attributes[name] = _sliced_attributes(part, name, axes)
+        for key, tensor in _tensors(part).items():
+            if tensor.dim() == 0:  # batch-norm counts its batches in a scalar
+                continue
+            if owners[id(tensor)] > 1:
+                raise UserError(f"{name}.{key} is shared with another layer: such a network cannot be pruned")
+            sliced = tensor.detach()
+            if axes.into is not None and key == "weight":
+                sliced = sliced.index_select(1, _index(axes.into, tensor))
+            if axes.out is not None:
+                sliced = sliced.index_select(0, _index(axes.out, tensor))
+            elif axes.into is None or key != "weight":
+                continue
+            parameter = isinstance(tensor, nn.Parameter)
+            smaller[id(tensor)] = nn.Parameter(sliced, tensor.requires_grad) if parameter else sliced
+    copied = copy.deepcopy(module, smaller)
+    for name, values in attributes.items():
+        part = copied.get_submodule(name)
+        for attribute, value in values.items():
+            setattr(part, attribute, value)
+    return copied
+
+
+def _tensors(part: nn.Module) -> dict[str, Tensor]:
+    """A module's own parameters and buffers."""
+    return {name: value for name, value in (*part._parameters.items(), *part._buffers.items()) if value is not None}
+
+
+def _sliced_attributes(part: nn.Module, name: str, axes: KeptAxes) -> dict[str, int]:
+    """The sizes that `part` has after slicing."""
+    out = None if axes.out is None else len(axes.out)
+    into = None if axes.into is None else len(axes.into)
+    if isinstance(part, nn.modules.batchnorm._BatchNorm):
+        sizes = {"num_features": out}
+    elif isinstance(part, nn.Linear):
+        sizes = {"in_features": into, "out_features": out}
+    elif isinstance(part, nn.Conv2d) and part.groups == 1:
+        sizes = {"in_channels": into, "out_channels": out}
+    elif isinstance(part, nn.Conv2d) and part.groups == part.in_channels == part.out_channels:
+        sizes = {"in_channels": out, "out_channels": out, "groups": out}
+    else:
+        raise UserError(f"{name}: a {type(part).__name__} with these options cannot be sliced")
+    if not isinstance(part, nn.modules.batchnorm._BatchNorm):
+        _weight(part, name)
+    return {attribute: size for attribute, size in sizes.items() if size is not None}
+
+
+def _sliced_map(part: ChannelMap, axes: KeptAxes) -> ChannelMap:
+    into = range(part.in_channels) if axes.into is None else axes.into.tolist()
+    out = range(part.out_channels) if axes.out is None else axes.out.tolist()
+    moved = {before: after for after, before in enumerate(into)}
+    return _map_like(part, [moved.get(part.index[position], -1) for position in out], len(into))
+
+
+def _map_like(part: ChannelMap, index: Sequence[int], in_channels: int) -> ChannelMap:
+    made = ChannelMap(index, part.stride, in_channels=in_channels).to(part.picks.device)
+    return made.train(part.training)
+
+
+def _weight(part: nn.Module, name: str) -> Tensor:
+    weight = part._parameters.get("weight")
+    if weight is None:
+        raise UserError(f"{name}: its weight is not a plain parameter; remove the parametrization before pruning")
+    return weight.detach()
+
+
+def _index(positions: np.ndarray, like: Tensor) -> Tensor:
+    return torch.from_numpy(positions).to(like.device)
+

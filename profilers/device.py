@@ -1,0 +1,93 @@
+"""Device configurations: TOML files that say where and with which runtime to measure."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from profilers.errors import UserError
+
+
+@dataclass(frozen=True)
+class DeviceConfig:
+    """One device.
+
+    target: where it runs (a name in `profilers.targets.TARGETS`); runtime: how (in `profilers.runtimes.RUNTIMES`).
+    threads: of the runtime. channel_multiple: widths are searched in multiples of it.
+    min_time_s: how long a network is timed at least; noise_pct: the spread above which a machine is too unstable.
+    """
+
+    name: str
+    target: str
+    runtime: str
+    description: str = ""
+    threads: int = 1
+    batch: int = 1
+    dtype: str = "float32"
+    channel_multiple: int = 8
+    min_time_s: float = 0.3
+    noise_pct: float = 25.0
+
+    def __post_init__(self) -> None:
+        for name in ("threads", "batch", "channel_multiple"):
+            if getattr(self, name) < 1:
+                raise UserError(f"device {self.name}: {name} must be at least 1, not {getattr(self, name)}")
+        if not (self.min_time_s > 0 and self.noise_pct > 0):
+            raise UserError(f"device {self.name}: min_time_s and noise_pct must be positive")
+
+
+def shipped(folder: str) -> Path:
+    """The folder `device_configs` or `latency_tables` that came with the package."""
+    inside = Path(__file__).parent / "_shipped" / folder
+    return inside if inside.is_dir() else Path(__file__).parents[1] / folder
+
+
+def search_folders(folder: str) -> list[Path]:
+    """Where to look: the user's own folder first, then what was shipped."""
+    return [Path(folder), shipped(folder)]
+
+
+def device_names() -> list[str]:
+    return sorted({path.stem for folder in search_folders("device_configs") for path in folder.glob("*.toml")})
+
+
+def load_device(name: str) -> DeviceConfig:
+    """The configuration `name`; UserError where it is unknown or its TOML is not right."""
+    for folder in search_folders("device_configs"):
+        path = folder / f"{name}.toml"
+        if "/" not in name and path.is_file():
+            data = _read(path)
+            alias = data.pop("alias", None)
+            if alias is not None:
+                if data or alias == name:
+                    raise UserError(f"{path}: an alias stands alone and names another device")
+                return load_device(str(alias))
+            return _checked(name, path, data)
+    known = device_names()
+    close = difflib.get_close_matches(name, known, 1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    raise UserError(f"unknown device {name!r}{hint} Known: {', '.join(known)}")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from None
+
+
+def _checked(name: str, path: Path, data: dict[str, Any]) -> DeviceConfig:
+    types = {"str": str, "int": int, "float": (int, float)}
+    known = {field.name: types[str(field.type)] for field in fields(DeviceConfig) if field.name != "name"}
+    for key, value in data.items():
+        if key not in known:
+            raise UserError(f"{path}: unknown key {key!r}; known: {', '.join(known)}")
+        if not isinstance(value, known[key]) or isinstance(value, bool):  # type: ignore[arg-type]
+            raise UserError(f"{path}: {key} = {value!r} is of the wrong type")
+    for key in ("target", "runtime"):
+        if key not in data:
+            raise UserError(f"{path}: {key} is missing")
+    return DeviceConfig(name=name, **data)

@@ -1,0 +1,62 @@
+"""LiteRT (TFLite) with XNNPACK on the CPU. Its Python interpreter shows whole networks only, no operators."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from profilers.builders.tflite import build
+from profilers.errors import DeviceError
+from profilers.ops import OpGraph
+
+__all__ = ["SUFFIX", "build", "loaded", "lower", "outputs", "profile_ops", "version"]
+
+SUFFIX = ".tflite"
+
+
+def version() -> str:
+    try:
+        return importlib.metadata.version("ai-edge-litert")
+    except importlib.metadata.PackageNotFoundError:
+        raise DeviceError("the runtime litert is not installed: pip install 'amc-hw[litert]'") from None
+
+
+def lower(graph: OpGraph) -> OpGraph:
+    return graph
+
+
+def _interpreter(model: bytes, threads: int) -> Any:
+    version()
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(model_content=model, num_threads=threads)
+    interpreter.allocate_tensors()
+    return interpreter
+
+
+def loaded(model: bytes, *, threads: int, seed: int = 0) -> Callable[[], None]:
+    interpreter = _interpreter(model, threads)
+    rng = np.random.default_rng(seed)
+    for source in interpreter.get_input_details():
+        interpreter.set_tensor(source["index"], rng.standard_normal(source["shape"]).astype(np.float32))
+    return interpreter.invoke
+
+
+def outputs(model: bytes, images: np.ndarray) -> np.ndarray:
+    interpreter = _interpreter(model, 1)
+    (source,) = interpreter.get_input_details()
+    result = interpreter.get_output_details()[0]["index"]
+    batch = int(source["shape"][0])
+    parts = []
+    for start in range(0, len(images) - batch + 1, batch):
+        interpreter.set_tensor(source["index"], np.ascontiguousarray(images[start : start + batch].transpose(0, 2, 3, 1)))
+        interpreter.invoke()
+        parts.append(interpreter.get_tensor(result))
+    return np.concatenate(parts)
+
+
+def profile_ops(model: bytes, graph: OpGraph, *, threads: int, time_s: float) -> dict[str, float] | None:
+    return None

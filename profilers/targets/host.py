@@ -1,0 +1,120 @@
+"""The machine that the program stands on."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from profilers.builders.weights import random_weights
+from profilers.device import DeviceConfig
+from profilers.errors import DeviceError
+from profilers.ops import OpGraph
+from profilers.runtimes import load_runtime
+from profilers.table import Identity
+from profilers.targets import Network, Probe
+from profilers.timing import TimingPlan, time_interleaved
+
+
+class HostTarget:
+    def __init__(self, config: DeviceConfig) -> None:
+        self.config = config
+        self.runtime = load_runtime(config.runtime)
+
+    def identity(self) -> Identity:
+        config = self.config
+        return Identity(
+            soc=_processor(),
+            runtime=config.runtime,
+            runtime_version=self.runtime.version(),
+            threads=config.threads,
+            dtype=config.dtype,
+            batch=config.batch,
+        )
+
+    def provenance(self) -> dict[str, Any]:
+        governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+        return {
+            "os": platform.platform(),
+            "cores": os.cpu_count(),
+            "governor": governor.read_text().strip() if governor.exists() else None,
+            "subnormals": "flushed to zero" if self.config.runtime == "onnxruntime" else "none in the weights",
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+
+    def probes(self) -> list[Probe]:
+        probes = [Probe("processor", True, f"{_processor()}, {os.cpu_count()} cores")]
+        try:
+            probes.append(Probe("runtime", True, f"{self.config.runtime} {self.runtime.version()}"))
+        except DeviceError as error:
+            probes.append(Probe("runtime", False, str(error)))
+        load, cores = os.getloadavg()[0], os.cpu_count() or 1
+        busy = load > 0.5 * cores
+        probes.append(Probe("load", not busy, f"{load:.1f} on {cores} cores" + (": stop other programs" if busy else "")))
+        return probes
+
+    def lower(self, graph: OpGraph) -> OpGraph:
+        return self.runtime.lower(graph)
+
+    def _model(self, network: Network) -> bytes:
+        weights = network.weights if network.weights is not None else random_weights(network.graph)
+        return self.runtime.build(network.graph, weights)
+
+    def time_networks(self, networks: Sequence[Network], plan: TimingPlan, *, seed: int) -> list[list[float]]:
+        runs = [self.runtime.loaded(self._model(network), threads=self.config.threads) for network in networks]
+        return time_interleaved(runs, plan, seed=seed)
+
+    def profile_ops(self, graph: OpGraph, *, time_s: float) -> dict[str, float] | None:
+        model = self._model(Network(graph))
+        return self.runtime.profile_ops(model, graph, threads=self.config.threads, time_s=time_s)
+
+    def time_in_fresh_process(self, networks: Sequence[Network], plan: TimingPlan, *, seed: int) -> list[list[float]]:
+        with tempfile.TemporaryDirectory() as folder:
+            paths = [Path(folder) / f"{index}{self.runtime.SUFFIX}" for index in range(len(networks))]
+            for path, network in zip(paths, networks, strict=True):
+                path.write_bytes(self._model(network))
+            job = {
+                "runtime": self.config.runtime,
+                "threads": self.config.threads,
+                "models": [str(path) for path in paths],
+                "plan": asdict(plan),
+                "seed": seed,
+            }
+            command = [sys.executable, "-m", "profilers.targets.host"]
+            # the package is found from wherever the parent found it
+            environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+            done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, env=environment)
+        if done.returncode != 0:
+            last = done.stderr.strip().splitlines()[-1:] or ["no output"]
+            raise DeviceError(f"the timing process ended with {done.returncode}: {last[0]}")
+        samples: list[list[float]] = json.loads(done.stdout)
+        return samples
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith(("model name", "Model", "Hardware")):
+                return " ".join(line.split(":", 1)[1].split())
+    return platform.processor() or platform.machine()
+
+
+def _main() -> None:
+    """Read a timing job from standard input, write samples to standard output."""
+    job = json.load(sys.stdin)
+    runtime = load_runtime(job["runtime"])
+    runs = [runtime.loaded(Path(path).read_bytes(), threads=job["threads"]) for path in job["models"]]
+    json.dump(time_interleaved(runs, TimingPlan(**job["plan"]), seed=job["seed"]), sys.stdout)
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,88 @@
+"""How to time honestly: warm-up, several models interleaved in random order, medians with a spread.
+
+Interleaving puts drift of the machine on every model alike, so that ratios within one call hold although
+absolute times wander.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from profilers.errors import DeviceError
+
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class TimingPlan:
+    """rounds: how often every model is visited; burst_s: how long one visit times it; min_runs: in one visit."""
+
+    rounds: int = 15
+    burst_s: float = 0.02
+    min_runs: int = 3
+    max_runs: int = 200
+    warmup_runs: int = 3
+
+
+def time_interleaved(
+    runs: Sequence[Callable[[], None]],
+    plan: TimingPlan,
+    *,
+    seed: int = 0,
+    clock: Clock = time.perf_counter,
+) -> list[list[float]]:
+    """Milliseconds of one run, per model: one sample (the median of a burst) for every round.
+
+    runs[i]() executes model i once. In every round each model is visited once, in random order; the first
+    run of a visit brings its data back into the caches and is not counted.
+    """
+    rng = np.random.default_rng(seed)
+    samples: list[list[float]] = [[] for _ in runs]
+    for run in runs:
+        for _ in range(plan.warmup_runs):
+            run()
+    for _ in range(plan.rounds):
+        for index in rng.permutation(len(runs)):
+            samples[index].append(_burst(runs[index], plan, clock))
+    return samples
+
+
+def _burst(run: Callable[[], None], plan: TimingPlan, clock: Clock) -> float:
+    run()
+    elapsed: list[float] = []
+    end = clock() + plan.burst_s
+    while len(elapsed) < plan.min_runs or (clock() < end and len(elapsed) < plan.max_runs):
+        start = clock()
+        run()
+        elapsed.append(clock() - start)
+    return float(np.median(elapsed)) * 1e3
+
+
+def spread_pct(samples_ms: Sequence[float]) -> float:
+    """Interquartile range over the median, in percent."""
+    low, middle, high = np.percentile(samples_ms, (25, 50, 75))
+    return float((high - low) / middle * 100)
+
+
+def refuse_noise(samples_ms: Sequence[float], limit_pct: float, what: str) -> None:
+    """DeviceError where the samples spread too far to mean anything."""
+    spread = spread_pct(samples_ms)
+    if spread > limit_pct:
+        raise DeviceError(
+            f"the machine is too unstable to time {what}: its samples spread by {spread:.0f}% (limit {limit_pct:.0f}%); "
+            "stop other programs and run the same command again"
+        )
+
+
+def ratio_ci95(pruned_ms: Sequence[float], baseline_ms: Sequence[float], *, seed: int = 0) -> tuple[float, float]:
+    """Bootstrap 95% interval of median(baseline) / median(pruned), samples paired by round."""
+    rng = np.random.default_rng(seed)
+    pruned, baseline = np.asarray(pruned_ms), np.asarray(baseline_ms)
+    picks = rng.integers(0, len(pruned), (2000, len(pruned)))
+    ratios = np.median(baseline[picks], axis=1) / np.median(pruned[picks], axis=1)
+    low, high = np.percentile(ratios, (2.5, 97.5))
+    return float(low), float(high)
