@@ -239,7 +239,7 @@ def _coupled_groups(module: nn.Module, example: torch.Tensor, traced: Any) -> li
         producer = stand_in.get_submodule(op.module)
         assert isinstance(producer, nn.Conv2d | nn.Linear)
         linear = isinstance(producer, nn.Linear)
-        width = producer.out_features if linear else producer.out_channels
+        width = int(producer.weight.shape[0])
         prune = tp.prune_linear_out_channels if linear else tp.prune_conv_out_channels
         members = _members(dependencies, dependencies.get_pruning_group(producer, prune, list(range(width))), names)
         members.sort(key=lambda member: (order.get(member.module, len(order)), member.role))
@@ -282,9 +282,7 @@ def _freeze_reasons(groups: Sequence[ChannelGroup], traced: Any, keep: Sequence[
     reasons: dict[str, str] = {}
     for group in groups:
         modules = {member.module for member in group.members}
-        if modules & traced.output_modules and not group.modules("consumer"):
-            reasons[group.name] = "network output"
-        elif any(member.role == "producer" and member.module in traced.output_modules for member in group.members):
+        if not traced.output_modules.isdisjoint(group.modules("producer")):
             reasons[group.name] = "network output"
         elif not group.modules("consumer"):
             reasons[group.name] = "nothing reads these channels through a weight"

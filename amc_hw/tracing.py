@@ -88,13 +88,14 @@ def trace_ops(module: nn.Module, example: torch.Tensor) -> TracedOps:
             ShapeProp(graph_module).propagate(example)
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{type(module).__name__} fails on an input of shape {tuple(example.shape)}: {reason}") from error
+        name, shape = type(module).__name__, tuple(example.shape)
+        raise UserError(f"{name} fails on an input of shape {shape}: {reason}") from error
     return _Lowering(graph_module).run()
 
 
 def _shape(node: fx.Node) -> tuple[int, ...] | None:
-    meta = node.meta.get("tensor_meta")
-    return tuple(meta.shape) if hasattr(meta, "shape") else None
+    shape = getattr(node.meta.get("tensor_meta"), "shape", None)
+    return None if shape is None else tuple(shape)
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -223,8 +224,8 @@ class _Lowering:
             arguments = dict(zip(("input", "kernel_size", "stride", "padding"), node.args, strict=False), **node.kwargs)
             if arguments.get("ceil_mode"):
                 raise UnsupportedOperatorError(f"{node.name}: pooling with ceil_mode is not supported")
-            kernel = arguments["kernel_size"]
-            self._pool(node, POOL_FUNCTIONS[target], kernel, arguments.get("stride") or kernel, arguments.get("padding", 0))
+            kernel, padding = arguments["kernel_size"], arguments.get("padding", 0)
+            self._pool(node, POOL_FUNCTIONS[target], kernel, arguments.get("stride") or kernel, padding)
         else:
             raise self._unsupported(node)
 

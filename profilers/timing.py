@@ -73,7 +73,7 @@ def refuse_noise(samples_ms: Sequence[float], limit_pct: float, what: str) -> No
     spread = spread_pct(samples_ms)
     if spread > limit_pct:
         raise DeviceError(
-            f"the machine is too unstable to time {what}: its samples spread by {spread:.0f}% (limit {limit_pct:.0f}%); "
+            f"the machine is too unstable to time {what}: samples spread by {spread:.0f}% (limit {limit_pct:.0f}%); "
             "stop other programs and run the same command again"
         )
 

@@ -52,7 +52,8 @@ def outputs(model: bytes, images: np.ndarray) -> np.ndarray:
     batch = int(source["shape"][0])
     parts = []
     for start in range(0, len(images) - batch + 1, batch):
-        interpreter.set_tensor(source["index"], np.ascontiguousarray(images[start : start + batch].transpose(0, 2, 3, 1)))
+        channels_last = images[start : start + batch].transpose(0, 2, 3, 1)
+        interpreter.set_tensor(source["index"], np.ascontiguousarray(channels_last))
         interpreter.invoke()
         parts.append(interpreter.get_tensor(result))
     return np.concatenate(parts)

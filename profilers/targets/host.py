@@ -58,7 +58,8 @@ class HostTarget:
             probes.append(Probe("runtime", False, str(error)))
         load, cores = os.getloadavg()[0], os.cpu_count() or 1
         busy = load > 0.5 * cores
-        probes.append(Probe("load", not busy, f"{load:.1f} on {cores} cores" + (": stop other programs" if busy else "")))
+        advice = ": stop other programs" if busy else ""
+        probes.append(Probe("load", not busy, f"{load:.1f} on {cores} cores{advice}"))
         return probes
 
     def lower(self, graph: OpGraph) -> OpGraph:
