@@ -1,0 +1,125 @@
+"""Measure what a table lacks and append it, a little at a time, so that a killed run loses one measurement at most."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+
+from profilers.ops import OpGraph, OpNode, OpSpec
+from profilers.sampling import Grids, corner_widths, random_widths
+from profilers.table import LatencyTable, Measurement
+from profilers.targets import Network, Target
+from profilers.timing import TimingPlan
+
+NETWORK_PLAN = TimingPlan(rounds=9, burst_s=0.02)
+OP_PLAN = TimingPlan(rounds=5, burst_s=0.004)
+OPS_AT_ONCE = 8
+
+
+@dataclass(frozen=True)
+class ProfileJob:
+    """network_at: the network at some widths; grids: the widths that every group may take, ascending."""
+
+    network_at: Callable[[Sequence[int]], OpGraph]
+    grids: Grids
+    seed: int = 0
+    networks: int = 40
+    calibration: int = 24
+
+
+@dataclass(frozen=True)
+class Step:
+    """One measurement to make: `run` returns the rows to append at once."""
+
+    name: str
+    run: Callable[[], list[Measurement]]
+
+
+def digest(graph: OpGraph) -> str:
+    """A short name for a network, by its operators and their order."""
+    return f"{zlib.crc32(json.dumps(graph.to_json(), sort_keys=True).encode()):08x}"
+
+
+def missing_steps(job: ProfileJob, table: LatencyTable, target: Target) -> list[Step]:
+    """What remains to be measured, in a fixed order; empty where the table has it all."""
+    anchor = job.network_at([grid[-1] for grid in job.grids])
+    steps = list(_op_steps(job, table, target, anchor))
+    done = {row.details.get("digest") for row in table.of_type("calibration")}
+    for widths in random_widths(job.grids, job.calibration, seed=job.seed + 1):
+        graph = job.network_at(widths)
+        if digest(graph) not in done:
+            done.add(digest(graph))
+            steps.append(Step("calibration", partial(_calibration, target, graph, anchor)))
+    return steps
+
+
+def time_network(target: Target, graph: OpGraph, anchor: OpGraph, kind: str, *, seed: int = 0) -> Measurement:
+    """A row of type `kind`: the network timed interleaved with the anchor."""
+    reference, samples = target.time_networks([Network(anchor), Network(graph)], NETWORK_PLAN, seed=seed)
+    details = {"digest": digest(graph), "anchor_ms": float(np.median(reference))}
+    return Measurement(kind, tuple(samples), graph=graph, details=details)
+
+
+def _calibration(target: Target, graph: OpGraph, anchor: OpGraph) -> list[Measurement]:
+    return [time_network(target, graph, anchor, "calibration")]
+
+
+def _op_steps(job: ProfileJob, table: LatencyTable, target: Target, anchor: OpGraph) -> Iterator[Step]:
+    sampled = corner_widths(job.grids) + random_widths(job.grids, job.networks, seed=job.seed)
+    graphs = {digest(graph): graph for graph in map(job.network_at, sampled)}
+    if target.profile_ops(anchor, time_s=0.01) is not None:
+        done = {row.details.get("digest") for row in table.of_type("network")}
+        for name, graph in graphs.items():
+            if name not in done:
+                yield Step("network", partial(_in_context, target, graph, anchor))
+        return
+    measured = {row.op for row in table.of_type("op")}
+    wanted = [op for graph in graphs.values() for op in target.lower(graph).ops]
+    missing = [op for op in dict.fromkeys(wanted) if op not in measured]
+    for start in range(0, len(missing), OPS_AT_ONCE):
+        chunk = missing[start : start + OPS_AT_ONCE]
+        yield Step("operators", partial(_alone, target, chunk, anchor))
+
+
+def _in_context(target: Target, graph: OpGraph, anchor: OpGraph) -> list[Measurement]:
+    """Every operator of a network read while the network runs. The network's own row comes last: it marks the
+    set as whole."""
+    network = time_network(target, graph, anchor, "network")
+    found = target.profile_ops(graph, time_s=0.2) or {}
+    details = {"anchor_ms": network.details["anchor_ms"]}
+    rows = [
+        Measurement("op", (max(found[node.name], 1e-6),), op=node.op, context="in_context", details=details)
+        for node in target.lower(graph).nodes
+        if node.name in found
+    ]
+    return [*rows, network]
+
+
+def _copies(op: OpSpec, count: int) -> OpGraph:
+    """`count` copies of an operator side by side on one input."""
+    names = [f"copy{index}" for index in range(count)]
+    inputs = (OpGraph.INPUT,) * len(op.in_channels)
+    first = replace(op, in_channels=(op.in_channels[0],) * len(op.in_channels))
+    nodes = tuple(OpNode(name, first, inputs) for name in names)
+    return OpGraph(nodes, (op.in_channels[0], op.height, op.width), tuple(names))
+
+
+def _alone(target: Target, ops: Sequence[OpSpec], anchor: OpGraph) -> list[Measurement]:
+    """Operators on their own: n and 2n copies, so that the overhead of a run cancels."""
+    counts = [int(np.clip(4e6 / max(op.macs, 1), 2, 12)) for op in ops]
+    networks = [Network(anchor)]
+    for op, count in zip(ops, counts, strict=True):
+        networks += [Network(_copies(op, count)), Network(_copies(op, 2 * count))]
+    reference, *samples = target.time_networks(networks, OP_PLAN, seed=0)
+    details = {"anchor_ms": float(np.median(reference))}
+    rows = []
+    for index, (op, count) in enumerate(zip(ops, counts, strict=True)):
+        once, twice = np.array(samples[2 * index]), np.array(samples[2 * index + 1])
+        each = np.maximum((twice - once) / count, 1e-5)
+        rows.append(Measurement("op", tuple(float(ms) for ms in each), op=op, details=details))
+    return rows

@@ -1,0 +1,82 @@
+"""Journals: what is appended comes back, torn lines go, everything else malformed is named."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from profilers.errors import FailedError, TableError
+from profilers.ops import OpSpec
+from profilers.table import Identity, LatencyTable, Measurement
+
+IDENTITY = Identity("chip", "runtime", "1.0")
+ROW = Measurement("op", (0.5, 0.25, 1.0), op=OpSpec("conv", (3,), 8, 8, 4, kernel=(3, 3), padding=(1, 1)))
+
+
+def table(tmp_path: Path, rows: int = 2) -> Path:
+    path = tmp_path / "t.jsonl"
+    LatencyTable.open(path, IDENTITY).append([ROW] * rows)
+    return path
+
+
+def test_rows_come_back(tmp_path: Path) -> None:
+    found = LatencyTable.read(table(tmp_path))
+    assert found.rows == [ROW, ROW]
+    assert found.rows[0].median_ms == 0.5
+    assert found.identity == IDENTITY
+
+
+@given(cut=st.integers(1, 200))
+def test_a_cut_anywhere_in_the_last_line_loses_that_line_only(
+    tmp_path_factory: pytest.TempPathFactory, cut: int
+) -> None:
+    path = table(tmp_path_factory.mktemp("t"))
+    data = path.read_bytes()
+    last = len(data.splitlines(keepends=True)[-1])
+    path.write_bytes(data[: -min(cut, last - 1)])
+    with pytest.warns(UserWarning, match="torn last line"):
+        assert LatencyTable.read(path).rows == [ROW]
+    with pytest.warns(UserWarning, match="torn last line"):
+        reopened = LatencyTable.open(path, IDENTITY)
+    reopened.append([ROW])
+    assert LatencyTable.read(path).rows == [ROW, ROW]
+
+
+@pytest.mark.parametrize(
+    "line", ["rubbish", "[]", '{"type":"op","samples_ms":[1.0]}', '{"type":"op","samples_ms":[0]}']
+)
+def test_a_bad_line_in_the_middle_is_named(tmp_path: Path, line: str) -> None:
+    path = table(tmp_path)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], line, *lines[1:]]) + "\n")
+    with pytest.raises(TableError, match=r"t\.jsonl:2: "):
+        LatencyTable.read(path)
+
+
+def test_another_identity_is_refused(tmp_path: Path) -> None:
+    path = table(tmp_path)
+    with pytest.raises(TableError, match="measured with threads 1, this device has 2"):
+        LatencyTable.open(path, Identity("chip", "runtime", "1.0", threads=2))
+    assert LatencyTable.read(path).rows == [ROW, ROW]
+
+
+@pytest.mark.parametrize(("version", "word"), [(0, "older"), (2, "newer")])
+def test_another_schema_version_is_refused(tmp_path: Path, version: int, word: str) -> None:
+    path = table(tmp_path)
+    first, *rest = path.read_text().splitlines()
+    path.write_text("\n".join([json.dumps(json.loads(first) | {"schema_version": version}), *rest]) + "\n")
+    with pytest.raises(TableError, match=word):
+        LatencyTable.read(path)
+
+
+def test_an_unwritable_place_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FailedError, match="cannot write"):
+        LatencyTable.open(tmp_path / "file" / "t.jsonl", IDENTITY)
+
+
+def test_a_failure_is_never_a_number() -> None:
+    with pytest.raises(ValueError, match="positive"):
+        Measurement("op", (0.0,), op=ROW.op)
