@@ -153,16 +153,22 @@ class LayerGraph:
                 raise UserError(f"width {width} for group {group.name}: it must be between 1 and {group.width}")
         return tuple(int(width) for width in widths)
 
+    def _group_named(self, name: str) -> str:
+        """The group of that name, or the only one whose producer lies in the module of that name."""
+        known = [group.name for group in self.groups]
+        inside = [known_name for known_name in known if known_name.startswith(f"{name}.")]
+        if name in known or len(inside) == 1:
+            return name if name in known else inside[0]
+        raise UserError(f"no group {name!r} in --widths; groups: {', '.join(known)}")
+
     def parse_widths(self, text: str) -> tuple[int, ...]:
         """Widths from `24,48,...` (one per group, in order) or `features.0=24,...` (the rest at full width)."""
         parts = [part.strip() for part in text.split(",") if part.strip()]
         try:
             if parts and all("=" in part for part in parts):
-                named = {name.strip(): int(value) for name, value in (part.split("=", 1) for part in parts)}
-                known = {group.name for group in self.groups}
-                for name in named:
-                    if name not in known:
-                        raise UserError(f"no group {name!r} in --widths; groups: {', '.join(sorted(known))}")
+                named = {
+                    self._group_named(name.strip()): int(value) for name, value in (part.split("=", 1) for part in parts)
+                }
                 return self.checked([named.get(group.name, group.width) for group in self.groups])
             return self.checked([int(part) for part in parts])
         except ValueError:
