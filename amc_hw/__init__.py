@@ -1,0 +1,13 @@
+"""Hardware-in-the-loop, latency-aware channel pruning."""
+
+from pathlib import Path
+from typing import Any
+
+__all__ = ["load_pruned"]
+
+
+def load_pruned(policy: str | Path) -> Any:
+    """The pruned network of a `policy.json`, in eval mode. UserError where it cannot be read."""
+    from amc_hw.api import load_pruned as load
+
+    return load(policy)

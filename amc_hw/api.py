@@ -9,11 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from scipy import stats
+from torch import nn
 
-from amc_hw.errors import UserError
+from amc_hw.data import load_data
+from amc_hw.env import PruningEnv
+from amc_hw.errors import BudgetError, FailedError, UserError
+from amc_hw.evaluate import Evaluator, accuracy, check_expected
 from amc_hw.graph import LayerGraph, build_graph, width_grid
 from amc_hw.models import load_model
+from amc_hw.policy import Policy, load_policy
+from amc_hw.pretrain import DEFAULT_DATA, DEFAULT_MODEL, default_checkpoint
+from amc_hw.prune import keep_channels, slice_channels
+from amc_hw.resources import CostModel, budget_from, latency_model, macs_model, params_model
+from amc_hw.search.loop import Episode, Journal, run_search
 from profilers.device import DeviceConfig, device_names, load_device, search_folders
 from profilers.predictor import Predictor, anchored_ms
 from profilers.profile import ProfileJob, digest, missing_steps, time_network
@@ -216,3 +226,165 @@ def measure(subject: Subject, widths: Sequence[int], *, rounds: int = 25, seed: 
         "macs": networks[1].graph.macs,
         "baseline_macs": networks[0].graph.macs,
     }
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """One budget, in milliseconds or as a share of the unpruned cost; where the run is kept; how long to search."""
+
+    out: Path
+    checkpoint: Path | None = None
+    data: str = DEFAULT_DATA
+    latency_ms: float | None = None
+    latency_ratio: float | None = None
+    flops_ratio: float | None = None
+    params_ratio: float | None = None
+    episodes: int = 400
+    seed: int = 0
+    slack: float = 0.02
+    expect_accuracy: float | None = None
+    candidates: int = 5
+
+    @property
+    def budget(self) -> tuple[str, float]:
+        """(name, value) of the one budget that was given; UserError for none or several."""
+        names = ("latency_ms", "latency_ratio", "flops_ratio", "params_ratio")
+        given = [(name, getattr(self, name)) for name in names if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise UserError("give one of --latency-ms, --latency-ratio, --flops-ratio, --params-ratio")
+        return given[0]
+
+
+def _cost_model(subject: Subject, name: str) -> CostModel:
+    if name.startswith("latency"):
+        return latency_model(subject.graph, subject.grids, open_predictor(subject))
+    builder = macs_model if name == "flops_ratio" else params_model
+    return builder(subject.graph, subject.grids)
+
+
+def search(subject: Subject, model_spec: str, config: SearchConfig, *, progress: Progress) -> dict[str, Any]:
+    """Find the widths that meet the budget at the least loss of accuracy, time the best, keep the winner."""
+    start = time.monotonic()
+    budget_name, value = config.budget
+    costs = _cost_model(subject, budget_name)
+    absolute = budget_name.endswith("_ms")
+    budget = budget_from(costs, absolute=value) if absolute else budget_from(costs, ratio=value)
+    checkpoint = config.checkpoint
+    if checkpoint is None:
+        if (model_spec, config.data) != (DEFAULT_MODEL, DEFAULT_DATA):
+            raise UserError("--checkpoint is missing: only the default network on `digits` brings its own")
+        checkpoint = default_checkpoint()
+    model = load_model(model_spec, checkpoint=checkpoint, input_shape=subject.graph.input_shape)
+    header = {
+        "schema_version": 1,
+        "model": model_spec,
+        "checkpoint_sha256": model.checkpoint_sha256,
+        "data": config.data,
+        "device": subject.device.name,
+        "budget": [budget_name, value],
+        "seed": config.seed,
+        "episodes": config.episodes,
+        "grids": [list(grid) for grid in subject.grids],
+    }
+    journal = Journal(config.out / "metrics.jsonl", header)
+    splits = load_data(config.data, input_shape=model.input_shape)
+    evaluator = Evaluator(model, subject.graph, splits, seed=config.seed)
+    baseline_val = accuracy(model.module, *evaluator.val)
+    check_expected(baseline_val, config.expect_accuracy)
+    floor = min(grid[0] / grid[-1] for grid in subject.grids)
+    episodes = run_search(
+        lambda evaluate: PruningEnv(subject.graph, model=costs, budget=budget, evaluate=evaluate, floor=floor),
+        evaluator.val_accuracy,
+        journal,
+        episodes=config.episodes,
+        floor=floor,
+        seed=config.seed,
+        progress=progress,
+    )
+    best = _best_candidates(episodes, config.candidates)
+    finished = [(one, evaluator.final(one.widths)) for one in best]
+    finished.sort(key=lambda pair: -accuracy(pair[1], *evaluator.val))
+    for one, module in finished:
+        timed = measure(subject, one.widths, seed=config.seed)
+        if not budget_name.startswith("latency") or _meets(timed, value, absolute=absolute, slack=config.slack):
+            return _kept(subject, evaluator, model_spec, config, one, module, timed) | {
+                "predicted_ms": open_predictor(subject).predict(subject.network_at(one.widths)),
+                "episodes": len(episodes),
+                "seconds": time.monotonic() - start,
+            }
+    raise BudgetError(
+        f"none of {len(finished)} measured candidates met the budget {budget.text}: profile again, or raise it"
+    )
+
+
+def _best_candidates(episodes: Sequence[Episode], count: int) -> list[Episode]:
+    """The best different policies by reward, earlier ones first among equals."""
+    different = {one.widths: one for one in reversed(episodes)}
+    return sorted(different.values(), key=lambda one: (-one.reward, one.cost))[:count]
+
+
+def _meets(timed: dict[str, Any], value: float, *, absolute: bool, slack: float) -> bool:
+    cost = timed["pruned_ms"] if absolute else timed["pruned_ms"] / timed["baseline_ms"]
+    return bool(cost <= value * (1 + slack))
+
+
+def _kept(
+    subject: Subject,
+    evaluator: Evaluator,
+    model_spec: str,
+    config: SearchConfig,
+    winner: Episode,
+    module: nn.Module,
+    timed: dict[str, Any],
+) -> dict[str, Any]:
+    """Write the winner's policy and weights; what is reported of it, the test split read once."""
+    test, baseline = evaluator.test_accuracy([module, evaluator.model.module])
+    graph = subject.graph
+    kept = keep_channels(evaluator.model.module, graph, winner.widths)
+    policy = Policy(
+        model=model_spec,
+        input_shape=evaluator.model.input_shape,
+        widths={group.name: width for group, width in zip(graph.groups, winner.widths, strict=True)},
+        kept={name: [int(channel) for channel in channels] for name, channels in kept.items()},
+        checkpoint_sha256=evaluator.model.checkpoint_sha256,
+        device=subject.device.name,
+        dtype=subject.device.dtype,
+    )
+    try:
+        part = config.out / "pruned.pt.part"
+        torch.save(module.state_dict(), part)
+        part.replace(config.out / "pruned.pt")
+    except (OSError, RuntimeError) as error:
+        raise FailedError(f"cannot write {config.out / 'pruned.pt'}: {error}") from error
+    policy.save(config.out / "policy.json")
+    network = subject.network_at(winner.widths)
+    return {
+        "policy": str(config.out / "policy.json"),
+        "accuracy": test,
+        "baseline_accuracy": baseline,
+        "accuracy_split": "test",
+        "measured_ms": timed["pruned_ms"],
+        "baseline_ms": timed["baseline_ms"],
+        "speedup": timed["speedup"],
+        "latency_source": "measured",
+        "macs": network.macs,
+        "baseline_macs": graph.macs(),
+        "params": network.params,
+        "widths": list(winner.widths),
+    }
+
+
+def load_pruned(policy: str | Path) -> nn.Module:
+    """The pruned network of a `policy.json`, in eval mode, with the weights that lie beside it."""
+    path = Path(policy)
+    found = load_policy(path)
+    model = load_model(found.model, input_shape=found.input_shape)
+    graph = build_graph(model.module, model.input_shape)
+    kept = {name: np.array(channels) for name, channels in found.kept.items()}
+    module = slice_channels(model.module, graph, kept)
+    try:
+        state = torch.load(path.parent / found.weights, map_location="cpu", weights_only=True)
+        module.load_state_dict(state)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"cannot load the weights beside {path}: {str(error).splitlines()[0]}") from None
+    return module.eval()

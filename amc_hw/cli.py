@@ -6,14 +6,14 @@ import json
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
 
 from amc_hw import api
 from amc_hw.errors import UserError
-
-DEFAULT_MODEL = "mobilenet_v1_cifar?width=0.25"
+from amc_hw.pretrain import DEFAULT_DATA, DEFAULT_MODEL
 
 
 def _shape(_context: Any, _parameter: Any, value: str | None) -> tuple[int, ...] | None:
@@ -53,10 +53,9 @@ def _print(result: dict[str, Any], as_json: bool, lines: Callable[[dict[str, Any
     click.echo(json.dumps(result) if as_json else "\n".join(lines(result)))
 
 
-def _progress(done: int, total: int, seconds: float) -> None:
+def _progress(done: int, total: int, _detail: float) -> None:
     if sys.stderr.isatty() and total:
-        eta = f", about {seconds / done * (total - done):.0f} s left" if done else ""
-        click.echo(f"\r  {done} of {total}{eta}   ", err=True, nl=False)
+        click.echo(f"\r  {done} of {total}   ", err=True, nl=False)
 
 
 def _subject(arguments: dict[str, Any]) -> api.Subject:
@@ -211,6 +210,45 @@ def measure(
     if max_ms is not None and result["pruned_ms"] > max_ms:
         click.echo(f"measured {result['pruned_ms']:.4f} ms, above --max-ms {max_ms}", err=True)
         context.exit(4)
+
+
+@cli.command()
+@_options(*SUBJECT, "seed", "json")
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="Trained weights (a state dict).")
+@click.option("--data", default=DEFAULT_DATA, show_default=True, help="digits, imagefolder:PATH, cifar10:PATH, ...")
+@click.option("--latency-ms", type=float, help="Budget: measured milliseconds.")
+@click.option("--latency-ratio", type=float, help="Budget: measured share of the unpruned latency.")
+@click.option("--flops-ratio", type=float, help="Budget: share of the unpruned MACs.")
+@click.option("--params-ratio", type=float, help="Budget: share of the unpruned parameters.")
+@click.option("--episodes", default=400, show_default=True, type=click.IntRange(1))
+@click.option("--slack", default=0.02, show_default=True, help="How far a measurement may exceed the budget.")
+@click.option("--expect-accuracy", type=float, help="Refuse to go on where the unpruned accuracy differs.")
+@click.option("--out", type=click.Path(path_type=Path), help="The run; an interrupted one goes on.")
+def search(as_json: bool, out: Path | None, **arguments: Any) -> None:
+    """Find a policy under a budget; time the winner.
+
+    \b
+    amc-hw search --latency-ratio 0.5
+    amc-hw search --device host-litert --model resnet56 --checkpoint w.pt --data imagefolder:PATH --latency-ratio 0.6
+    """
+    model = arguments["model"]
+    subject = _subject(arguments)
+    budgets = ("latency_ms", "latency_ratio", "flops_ratio", "params_ratio")
+    given = [f"{name}{arguments[name]:g}" for name in budgets if arguments[name] is not None]
+    safe = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in model)
+    folder = Path("runs") / f"{safe}-{subject.device.name}-{'-'.join(given)}-{arguments['seed']}"
+    result = api.search(subject, model, api.SearchConfig(out or folder, **arguments), progress=_progress)
+    _print(
+        result,
+        as_json,
+        lambda r: [
+            f"accuracy   {r['baseline_accuracy']:8.4f} -> {r['accuracy']:8.4f} (test)",
+            f"latency ms {r['baseline_ms']:8.4f} -> {r['measured_ms']:8.4f} (predicted {r['predicted_ms']:.4f})",
+            f"speed-up   {r['speedup']:.2f}x",
+            f"MMACs      {r['baseline_macs'] / 1e6:8.2f} -> {r['macs'] / 1e6:8.2f}",
+            r["policy"],
+        ],
+    )
 
 
 def main() -> None:

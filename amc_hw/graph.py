@@ -166,9 +166,8 @@ class LayerGraph:
         parts = [part.strip() for part in text.split(",") if part.strip()]
         try:
             if parts and all("=" in part for part in parts):
-                named = {
-                    self._group_named(name.strip()): int(value) for name, value in (part.split("=", 1) for part in parts)
-                }
+                pairs = [part.split("=", 1) for part in parts]
+                named = {self._group_named(name.strip()): int(value) for name, value in pairs}
                 return self.checked([named.get(group.name, group.width) for group in self.groups])
             return self.checked([int(part) for part in parts])
         except ValueError:

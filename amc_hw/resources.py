@@ -105,8 +105,12 @@ class CostModel:
 class Predictor(Protocol):
     """What a latency model needs from a calibrated table: contributions of operators that add up to a network's."""
 
-    constant_ms: float
-    error_pct: float | None
+    @property
+    def constant_ms(self) -> float: ...
+
+    @property
+    def error_pct(self) -> float | None: ...
+
 
     def lower(self, op_graph: OpGraph) -> OpGraph:
         """The network as the runtime executes it; operators that stay keep their names."""

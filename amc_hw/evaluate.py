@@ -1,0 +1,81 @@
+"""Accuracy of a pruned network: on held-out training data while searching, on the test split once at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from amc_hw.data import Splits, load_tensors
+from amc_hw.errors import UserError
+from amc_hw.graph import LayerGraph
+from amc_hw.models import LoadedModel
+from amc_hw.prune import channel_magnitudes, keep_channels, slice_channels
+from amc_hw.refit import gather_grams, reestimate_batch_norm, refit_faithful, refit_fast
+
+
+def accuracy(module: nn.Module, images: Tensor, labels: Tensor, *, batch: int = 250) -> float:
+    """Fraction of `images` (N, C, H, W) whose largest output is the label (N,)."""
+    right = 0
+    with torch.inference_mode():
+        for chunk, wanted in zip(images.split(batch), labels.split(batch), strict=True):
+            right += int((module(chunk).argmax(1) == wanted).sum())
+    return right / len(images)
+
+
+class Evaluator:
+    """Prunes, refits and tests one network. Images are decoded and normalised once; Gram matrices gathered once."""
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        graph: LayerGraph,
+        splits: Splits,
+        *,
+        seed: int = 0,
+        calibration_images: int = 1000,
+        val_images: int = 1000,
+    ) -> None:
+        self.model, self.graph, self.splits, self.seed = model, graph, splits, seed
+        self.calibration, _ = self._images(splits.train, calibration_images)
+        self.val = self._images(splits.val, val_images)
+        self.magnitudes = channel_magnitudes(model.module, graph)
+        self.grams = gather_grams(model.module, graph, self.calibration, seed=seed)
+
+    def _images(self, split: torch.utils.data.Dataset, limit: int | None) -> tuple[Tensor, Tensor]:
+        images, labels = load_tensors(split, limit=limit, seed=self.seed)
+        mean, std = (torch.tensor(values)[:, None, None] for values in (self.model.mean, self.model.std))
+        return (images - mean) / std, labels
+
+    def val_accuracy(self, widths: Sequence[int]) -> float:
+        """Held-out accuracy after the fast refit."""
+        kept = keep_channels(self.model.module, self.graph, widths, magnitudes=self.magnitudes)
+        small = slice_channels(self.model.module, self.graph, kept)
+        refit_fast(small, self.model.module, self.graph, kept, self.grams)
+        return accuracy(small, *self.val)
+
+    def final(self, widths: Sequence[int]) -> nn.Module:
+        """The pruned network after the faithful refit, batch-norm statistics re-estimated where that helps."""
+        kept = keep_channels(self.model.module, self.graph, widths, magnitudes=self.magnitudes)
+        small = slice_channels(self.model.module, self.graph, kept)
+        refit_faithful(small, self.model.module, self.graph, kept, self.calibration[:500], seed=self.seed)
+        before = accuracy(small, *self.val)
+        statistics = {name: value.clone() for name, value in small.state_dict().items()}
+        reestimate_batch_norm(small, self.calibration)
+        if accuracy(small, *self.val) < before:
+            small.load_state_dict(statistics)
+        return small
+
+    def test_accuracy(self, modules: Sequence[nn.Module]) -> list[float]:
+        """Accuracy of each module on the whole test split, read once."""
+        images, labels = self._images(self.splits.test, None)
+        return [accuracy(module, images, labels) for module in modules]
+
+
+def check_expected(found: float, expected: float | None) -> None:
+    """UserError where the unpruned accuracy is off by more than a point: the normalisation or the data is wrong."""
+    if expected is not None and abs(found - expected) > 0.01:
+        raise UserError(
+            f"the unpruned accuracy is {found:.4f}, --expect-accuracy says {expected}: check normalisation and labels"
+        )

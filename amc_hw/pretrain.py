@@ -1,0 +1,51 @@
+"""The default network's checkpoint: trained on `digits` at first use, kept in the user's cache."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from amc_hw.data import load_data, load_tensors
+from amc_hw.models import load_model
+
+DEFAULT_MODEL = "mobilenet_v1_cifar?width=0.25"
+DEFAULT_DATA = "digits"
+EPOCHS = 40
+
+
+def default_checkpoint() -> Path:
+    """The trained default network; a minute of training where it is not there yet."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    path = cache / "amc-hw" / "mobilenet_v1_cifar-0.25-digits.pt"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}.part")
+        torch.save(_trained().state_dict(), part)
+        part.replace(path)
+    return path
+
+
+def _trained(*, seed: int = 0, batch: int = 64) -> nn.Module:
+    model = load_model(DEFAULT_MODEL, seed=seed)
+    images, labels = load_tensors(load_data(DEFAULT_DATA, input_shape=model.input_shape).train)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (model.mean, model.std))
+    images = (images - mean) / std
+    module = model.module.train()
+    steps = EPOCHS * (len(images) // batch)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, nesterov=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(EPOCHS):
+        order = torch.randperm(len(images), generator=generator)
+        for start in range(0, len(images) - batch + 1, batch):
+            chosen = order[start : start + batch]
+            shift = torch.randint(-2, 3, (2,), generator=generator).tolist()
+            loss = nn.functional.cross_entropy(module(images[chosen].roll(shift, (2, 3))), labels[chosen])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return module.eval()
