@@ -21,17 +21,18 @@ from amc_hw.graph import LayerGraph, build_graph, width_grid
 from amc_hw.models import load_model
 from amc_hw.policy import Policy, load_policy
 from amc_hw.pretrain import DEFAULT_DATA, DEFAULT_MODEL, default_checkpoint
-from amc_hw.prune import keep_channels, slice_channels
+from amc_hw.prune import slice_channels
 from amc_hw.resources import CostModel, budget_from, latency_model, macs_model, params_model
 from amc_hw.search.loop import Episode, Journal, run_search
 from profilers.device import DeviceConfig, device_names, load_device, search_folders
 from profilers.predictor import Predictor, anchored_ms
 from profilers.profile import ProfileJob, digest, missing_steps, time_network
 from profilers.sampling import random_widths
-from profilers.table import Identity, LatencyTable
+from profilers.table import LatencyTable
 from profilers.targets import Network, Target, open_target
 from profilers.timing import TimingPlan, ratio_ci95, refuse_noise
 
+BUDGETS = ("latency_ms", "latency_ratio", "flops_ratio", "params_ratio")
 Progress = Callable[[int, int, float], None]  # (done, total, seconds so far)
 
 
@@ -146,20 +147,16 @@ def profile(subject: Subject, *, seed: int = 0, max_minutes: float | None = None
     }
 
 
-def open_predictor(subject: Subject) -> Predictor:
+def read_table(subject: Subject) -> LatencyTable:
+    """The device's table as it is; TableError where there is none, or it is of another identity."""
     table = LatencyTable.read(table_path(subject.device))
-    _refuse_other_identity(table, subject.target.identity())
-    return Predictor(table, subject.target.lower)
-
-
-def _refuse_other_identity(table: LatencyTable, identity: Identity) -> None:
-    if table.identity != identity:
-        LatencyTable.open(table.path, identity)  # says which part differs
+    table.require_identity(subject.target.identity())
+    return table
 
 
 def predict(subject: Subject, widths: Sequence[int] | None) -> dict[str, Any]:
     """End-to-end latency from the table alone."""
-    predictor = open_predictor(subject)
+    predictor = Predictor(read_table(subject), subject.target.lower)
     network = subject.network_at(widths)
     return {"predicted_ms": predictor.predict(network), "error_pct": predictor.error_pct, "macs": network.macs}
 
@@ -168,8 +165,8 @@ def validate(subject: Subject, *, samples: int, seed: int = 0, progress: Progres
     """Predicted against measured latency on fresh random pruned networks, which no calibration has seen."""
     if samples < 2:
         raise UserError(f"--samples {samples}: at least 2 are needed")
-    predictor = open_predictor(subject)
-    table = LatencyTable.open(table_path(subject.device), subject.target.identity())
+    table = read_table(subject)
+    predictor = Predictor(table, subject.target.lower)
     anchor = subject.network_at(None)
     seen = {row.details.get("digest") for row in table.of_type("calibration")}
     start = time.monotonic()
@@ -248,16 +245,15 @@ class SearchConfig:
     @property
     def budget(self) -> tuple[str, float]:
         """(name, value) of the one budget that was given; UserError for none or several."""
-        names = ("latency_ms", "latency_ratio", "flops_ratio", "params_ratio")
-        given = [(name, getattr(self, name)) for name in names if getattr(self, name) is not None]
+        given = [(name, getattr(self, name)) for name in BUDGETS if getattr(self, name) is not None]
         if len(given) != 1:
             raise UserError("give one of --latency-ms, --latency-ratio, --flops-ratio, --params-ratio")
         return given[0]
 
 
-def _cost_model(subject: Subject, name: str) -> CostModel:
+def _cost_model(subject: Subject, name: str, predictor: Predictor) -> CostModel:
     if name.startswith("latency"):
-        return latency_model(subject.graph, subject.grids, open_predictor(subject))
+        return latency_model(subject.graph, subject.grids, predictor)
     builder = macs_model if name == "flops_ratio" else params_model
     return builder(subject.graph, subject.grids)
 
@@ -266,7 +262,8 @@ def search(subject: Subject, model_spec: str, config: SearchConfig, *, progress:
     """Find the widths that meet the budget at the least loss of accuracy, time the best, keep the winner."""
     start = time.monotonic()
     budget_name, value = config.budget
-    costs = _cost_model(subject, budget_name)
+    predictor = Predictor(read_table(subject), subject.target.lower)
+    costs = _cost_model(subject, budget_name, predictor)
     absolute = budget_name.endswith("_ms")
     budget = budget_from(costs, absolute=value) if absolute else budget_from(costs, ratio=value)
     checkpoint = config.checkpoint
@@ -308,7 +305,7 @@ def search(subject: Subject, model_spec: str, config: SearchConfig, *, progress:
         timed = measure(subject, one.widths, seed=config.seed)
         if not budget_name.startswith("latency") or _meets(timed, value, absolute=absolute, slack=config.slack):
             return _kept(subject, evaluator, model_spec, config, one, module, timed) | {
-                "predicted_ms": open_predictor(subject).predict(subject.network_at(one.widths)),
+                "predicted_ms": predictor.predict(subject.network_at(one.widths)),
                 "episodes": len(episodes),
                 "seconds": time.monotonic() - start,
             }
@@ -340,7 +337,7 @@ def _kept(
     """Write the winner's policy and weights; what is reported of it, the test split read once."""
     test, baseline = evaluator.test_accuracy([module, evaluator.model.module])
     graph = subject.graph
-    kept = keep_channels(evaluator.model.module, graph, winner.widths)
+    kept = evaluator.kept(winner.widths)
     policy = Policy(
         model=model_spec,
         input_shape=evaluator.model.input_shape,

@@ -233,8 +233,7 @@ def search(as_json: bool, out: Path | None, **arguments: Any) -> None:
     """
     model = arguments["model"]
     subject = _subject(arguments)
-    budgets = ("latency_ms", "latency_ratio", "flops_ratio", "params_ratio")
-    given = [f"{name}{arguments[name]:g}" for name in budgets if arguments[name] is not None]
+    given = [f"{name}{arguments[name]:g}" for name in api.BUDGETS if arguments[name] is not None]
     safe = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in model)
     folder = Path("runs") / f"{safe}-{subject.device.name}-{'-'.join(given)}-{arguments['seed']}"
     result = api.search(subject, model, api.SearchConfig(out or folder, **arguments), progress=_progress)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -45,19 +46,22 @@ class Evaluator:
 
     def _images(self, split: torch.utils.data.Dataset, limit: int | None) -> tuple[Tensor, Tensor]:
         images, labels = load_tensors(split, limit=limit, seed=self.seed)
-        mean, std = (torch.tensor(values)[:, None, None] for values in (self.model.mean, self.model.std))
-        return (images - mean) / std, labels
+        return self.model.normalised(images), labels
+
+    def kept(self, widths: Sequence[int]) -> dict[str, np.ndarray]:
+        """Group name -> indices of the channels that stay at `widths`, ascending."""
+        return keep_channels(self.model.module, self.graph, widths, magnitudes=self.magnitudes)
 
     def val_accuracy(self, widths: Sequence[int]) -> float:
         """Held-out accuracy after the fast refit."""
-        kept = keep_channels(self.model.module, self.graph, widths, magnitudes=self.magnitudes)
+        kept = self.kept(widths)
         small = slice_channels(self.model.module, self.graph, kept)
         refit_fast(small, self.model.module, self.graph, kept, self.grams)
         return accuracy(small, *self.val)
 
     def final(self, widths: Sequence[int]) -> nn.Module:
         """The pruned network after the faithful refit, batch-norm statistics re-estimated where that helps."""
-        kept = keep_channels(self.model.module, self.graph, widths, magnitudes=self.magnitudes)
+        kept = self.kept(widths)
         small = slice_channels(self.model.module, self.graph, kept)
         refit_faithful(small, self.model.module, self.graph, kept, self.calibration[:500], seed=self.seed)
         before = accuracy(small, *self.val)

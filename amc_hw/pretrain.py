@@ -31,8 +31,7 @@ def default_checkpoint() -> Path:
 def _trained(*, seed: int = 0, batch: int = 64) -> nn.Module:
     model = load_model(DEFAULT_MODEL, seed=seed)
     images, labels = load_tensors(load_data(DEFAULT_DATA, input_shape=model.input_shape).train)
-    mean, std = (torch.tensor(values)[:, None, None] for values in (model.mean, model.std))
-    images = (images - mean) / std
+    images = model.normalised(images)
     module = model.module.train()
     steps = EPOCHS * (len(images) // batch)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, nesterov=True)

@@ -111,7 +111,6 @@ class Predictor(Protocol):
     @property
     def error_pct(self) -> float | None: ...
 
-
     def lower(self, op_graph: OpGraph) -> OpGraph:
         """The network as the runtime executes it; operators that stay keep their names."""
 

@@ -113,14 +113,7 @@ class LatencyTable:
             header = {"schema_version": SCHEMA_VERSION, "unit": "ms", "identity": asdict(identity)}
             _write_header(path, header | {"provenance": dict(provenance or {})})
         table = cls.read(path)
-        if table.identity != identity:
-            for part in fields(Identity):
-                here, wanted = getattr(table.identity, part.name), getattr(identity, part.name)
-                if here != wanted:
-                    raise TableError(
-                        f"{path} was measured with {part.name} {here!r}, this device has {wanted!r}: "
-                        "move the file away, or name another device"
-                    )
+        table.require_identity(identity)
         return table
 
     @classmethod
@@ -154,6 +147,16 @@ class LatencyTable:
             except (ValueError, KeyError, TypeError) as error:
                 raise TableError(f"{path}:{number}: {error}") from None
         return cls(path, identity, header.get("provenance", {}), rows)
+
+    def require_identity(self, identity: Identity) -> None:
+        """TableError, naming the first part that differs, where the table is of another identity."""
+        for part in fields(Identity):
+            here, wanted = getattr(self.identity, part.name), getattr(identity, part.name)
+            if here != wanted:
+                raise TableError(
+                    f"{self.path} was measured with {part.name} {here!r}, this device has {wanted!r}: "
+                    "move the file away, or name another device"
+                )
 
     def append(self, rows: list[Measurement]) -> None:
         """Add rows, in memory and on disk: one write, flushed and synced, under the file's lock."""

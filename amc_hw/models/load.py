@@ -67,6 +67,11 @@ class LoadedModel:
     example_inputs: tuple[Tensor, ...]
     checkpoint_sha256: str | None
 
+    def normalised(self, images: Tensor) -> Tensor:
+        """Images (N, C, H, W) in [0, 1] as the module wants them."""
+        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
+        return (images - mean) / std
+
 
 @dataclass(frozen=True)
 class _Built:

@@ -6,8 +6,6 @@ import importlib
 from collections.abc import Callable
 from typing import Protocol, cast
 
-import numpy as np
-
 from profilers.builders.weights import Weights
 from profilers.errors import UserError
 from profilers.ops import OpGraph
@@ -31,9 +29,6 @@ class Runtime(Protocol):
 
     def loaded(self, model: bytes, *, threads: int, seed: int = 0) -> Callable[[], None]:
         """A function that runs the model once on fixed random input; inputs and outputs stay where they are."""
-
-    def outputs(self, model: bytes, images: np.ndarray) -> np.ndarray:
-        """The model's first output for images (N, C, H, W), run one batch at a time."""
 
     def profile_ops(self, model: bytes, graph: OpGraph, *, threads: int, time_s: float) -> dict[str, float] | None:
         """Milliseconds per node of the lowered network while the whole network runs; None where it cannot tell."""

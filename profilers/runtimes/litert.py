@@ -12,7 +12,7 @@ from profilers.builders.tflite import build
 from profilers.errors import DeviceError
 from profilers.ops import OpGraph
 
-__all__ = ["SUFFIX", "build", "loaded", "lower", "outputs", "profile_ops", "version"]
+__all__ = ["SUFFIX", "build", "loaded", "lower", "profile_ops", "version"]
 
 SUFFIX = ".tflite"
 
@@ -43,20 +43,6 @@ def loaded(model: bytes, *, threads: int, seed: int = 0) -> Callable[[], None]:
     for source in interpreter.get_input_details():
         interpreter.set_tensor(source["index"], rng.standard_normal(source["shape"]).astype(np.float32))
     return interpreter.invoke
-
-
-def outputs(model: bytes, images: np.ndarray) -> np.ndarray:
-    interpreter = _interpreter(model, 1)
-    (source,) = interpreter.get_input_details()
-    result = interpreter.get_output_details()[0]["index"]
-    batch = int(source["shape"][0])
-    parts = []
-    for start in range(0, len(images) - batch + 1, batch):
-        channels_last = images[start : start + batch].transpose(0, 2, 3, 1)
-        interpreter.set_tensor(source["index"], np.ascontiguousarray(channels_last))
-        interpreter.invoke()
-        parts.append(interpreter.get_tensor(result))
-    return np.concatenate(parts)
 
 
 def profile_ops(model: bytes, graph: OpGraph, *, threads: int, time_s: float) -> dict[str, float] | None:

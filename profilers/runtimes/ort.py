@@ -16,7 +16,7 @@ from scipy import stats
 from profilers.builders.onnx import build
 from profilers.ops import OpGraph, fuse_adds
 
-__all__ = ["SUFFIX", "build", "loaded", "lower", "outputs", "profile_ops", "version"]
+__all__ = ["SUFFIX", "build", "loaded", "lower", "profile_ops", "version"]
 
 SUFFIX = ".onnx"
 
@@ -57,17 +57,6 @@ def loaded(model: bytes, *, threads: int, seed: int = 0) -> Callable[[], None]:
     session = _session(model, threads)
     binding = _bound(session, seed)
     return lambda: session.run_with_iobinding(binding)
-
-
-def outputs(model: bytes, images: np.ndarray) -> np.ndarray:
-    session = _session(model, 1)
-    (source,) = session.get_inputs()
-    batch = source.shape[0]
-    parts = [
-        session.run(None, {source.name: images[start : start + batch]})[0]
-        for start in range(0, len(images) - batch + 1, batch)
-    ]
-    return np.concatenate(parts)
 
 
 def profile_ops(model: bytes, graph: OpGraph, *, threads: int, time_s: float) -> dict[str, float] | None:
