@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,105 +13,75 @@ import torch
 from scipy import stats
 from torch import nn
 
-from amc_hw.data import load_data
-from amc_hw.env import PruningEnv
-from amc_hw.errors import BudgetError, FailedError, UserError
-from amc_hw.evaluate import Evaluator, accuracy, check_expected
-from amc_hw.graph import LayerGraph, build_graph, width_grid
-from amc_hw.models import load_model
+from amc_hw.data import load_data, load_tensors
+from amc_hw.errors import UserError
+from amc_hw.export import export_network, folded_weights
+from amc_hw.find import BUDGETS, Progress, SearchConfig, search, time_pair
+from amc_hw.graph import LayerGraph
 from amc_hw.policy import Policy, load_policy
-from amc_hw.pretrain import DEFAULT_DATA, DEFAULT_MODEL, default_checkpoint
+from amc_hw.pretrain import DEFAULT_DATA, DEFAULT_MODEL, checkpoint_for
 from amc_hw.prune import slice_channels
-from amc_hw.resources import CostModel, budget_from, latency_model, macs_model, params_model
-from amc_hw.search.loop import Episode, Journal, run_search
-from profilers.device import DeviceConfig, device_names, load_device, search_folders
-from profilers.predictor import Predictor, anchored_ms
+from amc_hw.subject import Subject, load_graph, open_subject, read_table, table_path, tables
+from profilers.device import device_names, load_device
+from profilers.predictor import Predictor
 from profilers.profile import ProfileJob, digest, missing_steps, time_network
 from profilers.sampling import random_widths
 from profilers.table import LatencyTable
-from profilers.targets import Network, Target, open_target
-from profilers.timing import TimingPlan, ratio_ci95, refuse_noise
+from profilers.targets import Network, open_target
+from profilers.timing import ratio_ci95
 
-BUDGETS = ("latency_ms", "latency_ratio", "flops_ratio", "params_ratio")
-Progress = Callable[[int, int, float], None]  # (done, total, seconds so far)
+__all__ = [
+    "BUDGETS",
+    "DEFAULT_DATA",
+    "DEFAULT_MODEL",
+    "SearchConfig",
+    "Subject",
+    "check_device",
+    "checkpoint_for",
+    "describe_graph",
+    "export",
+    "list_devices",
+    "load_device",
+    "load_policy",
+    "load_pruned",
+    "measure",
+    "open_subject",
+    "plan_profile",
+    "predict",
+    "profile",
+    "search",
+    "validate",
+]
 
-
-@dataclass(frozen=True)
-class Subject:
-    """What is worked on: a network on a device."""
-
-    graph: LayerGraph
-    device: DeviceConfig
-    target: Target
-    grids: tuple[tuple[int, ...], ...]
-
-    def network_at(self, widths: Sequence[int] | None) -> Any:
-        return self.graph.op_graph(widths, batch=self.device.batch)
-
-
-def load_graph(model: str, *, input_shape: Sequence[int] | None = None) -> LayerGraph:
-    """The channel groups and operators of a model given by its spec."""
-    loaded = load_model(model, input_shape=input_shape)
-    return build_graph(loaded.module, loaded.input_shape)
-
-
-def open_subject(
-    *,
-    device: str,
-    model: str,
-    input_shape: Sequence[int] | None = None,
-    channel_multiple: int | None = None,
-    floor: float = 0.2,
-    threads: int | None = None,
-) -> Subject:
-    """A network with at least one group to prune, on a device; UserError or DeviceError where there is none."""
-    config = load_device(device)
-    if threads is not None:
-        config = replace(config, threads=threads)
-    if not 0 < floor <= 1:
-        raise UserError(f"--floor {floor} must be above 0 and at most 1")
-    graph = load_graph(model, input_shape=input_shape)
-    if not graph.groups:
-        reasons = "; ".join(f"{frozen.name}: {frozen.reason}" for frozen in graph.frozen)
-        raise UserError(f"{model} has no prunable layer ({reasons})")
-    multiple = channel_multiple or config.channel_multiple
-    grids = tuple(width_grid(group.width, multiple=multiple, floor=floor) for group in graph.groups)
-    return Subject(graph, config, open_target(config), grids)
-
-
-def table_path(config: DeviceConfig) -> Path:
-    """Where the table of a device lies: the user's own, else the shipped one, else where it will be written."""
-    for folder in search_folders("latency_tables"):
-        path = folder / f"{config.name}.jsonl"
-        if path.exists():
-            return path
-    return Path("latency_tables") / f"{config.name}.jsonl"
+CHECK_IMAGES = 32  #: real inputs on which an export is compared with PyTorch
 
 
 def list_devices() -> dict[str, Any]:
+    """Configurations by name, and the latency tables that were measured with them."""
     devices = []
     for name in device_names():
         config = load_device(name)
-        path = table_path(config)
         devices.append(
             {
                 "name": name,
                 "target": config.target,
                 "runtime": config.runtime,
                 "description": config.description,
-                "tables": [str(path)] if path.exists() else [],
+                "tables": [str(path) for path in tables(config.name)],
             }
         )
     return {"devices": devices}
 
 
 def check_device(name: str) -> dict[str, Any]:
+    """What is there and what is missing on a device; `ok` where nothing is."""
     probes = open_target(load_device(name)).probes()
     return {"device": name, "ok": all(probe.ok for probe in probes), "probes": [asdict(probe) for probe in probes]}
 
 
 def describe_graph(model: str, *, input_shape: Sequence[int] | None = None) -> dict[str, Any]:
-    graph = load_graph(model, input_shape=input_shape)
+    """Channel groups in order; what is frozen, and why; MACs and parameters with batch-norms folded."""
+    _, graph = load_graph(model, input_shape=input_shape)
     network = graph.op_graph()
     return {
         "model": model,
@@ -125,18 +95,35 @@ def describe_graph(model: str, *, input_shape: Sequence[int] | None = None) -> d
     }
 
 
+def _open_table(subject: Subject) -> LatencyTable:
+    identity = subject.target.identity()
+    return LatencyTable.open(table_path(subject.device, identity), identity, subject.target.provenance())
+
+
+def plan_profile(subject: Subject, *, seed: int = 0) -> dict[str, Any]:
+    """What `profile` would measure: steps and about how many minutes; nothing is written."""
+    identity = subject.target.identity()
+    path = table_path(subject.device, identity)
+    table = LatencyTable.read(path) if path.exists() else LatencyTable(path, identity, {}, [])
+    steps = missing_steps(ProfileJob(subject.network_at, subject.grids, seed=seed), table, subject.target)
+    start = time.monotonic()
+    if steps:
+        steps[0].run()
+    seconds = (time.monotonic() - start) * len(steps)
+    return {"table": str(path), "rows_total": len(table.rows), "steps": len(steps), "minutes": seconds / 60}
+
+
 def profile(subject: Subject, *, seed: int = 0, max_minutes: float | None = None, progress: Progress) -> dict[str, Any]:
     """Measure what the device's table lacks for this network, and append it."""
     start = time.monotonic()
     target = subject.target
-    table = LatencyTable.open(table_path(subject.device), target.identity(), target.provenance())
+    table = _open_table(subject)
     before = len(table.rows)
     steps = missing_steps(ProfileJob(subject.network_at, subject.grids, seed=seed), table, target)
     for index, step in enumerate(steps):
-        elapsed = time.monotonic() - start
-        if max_minutes is not None and elapsed > 60 * max_minutes:
+        if max_minutes is not None and time.monotonic() - start > 60 * max_minutes:
             break
-        progress(index, len(steps), elapsed)
+        progress(index, len(steps), step.name)
         table.append(step.run())
     return {
         "table": str(table.path),
@@ -145,13 +132,6 @@ def profile(subject: Subject, *, seed: int = 0, max_minutes: float | None = None
         "seconds": time.monotonic() - start,
         "error_pct": Predictor(table, target.lower).error_pct,
     }
-
-
-def read_table(subject: Subject) -> LatencyTable:
-    """The device's table as it is; TableError where there is none, or it is of another identity."""
-    table = LatencyTable.read(table_path(subject.device))
-    table.require_identity(subject.target.identity())
-    return table
 
 
 def predict(subject: Subject, widths: Sequence[int] | None) -> dict[str, Any]:
@@ -168,17 +148,16 @@ def validate(subject: Subject, *, samples: int, seed: int = 0, progress: Progres
     table = read_table(subject)
     predictor = Predictor(table, subject.target.lower)
     anchor = subject.network_at(None)
-    seen = {row.details.get("digest") for row in table.of_type("calibration")}
-    start = time.monotonic()
+    seen = {row.details.get("digest") for row in table.rows if row.type in ("network", "calibration")}
     found: list[dict[str, Any]] = []
     for widths in random_widths(subject.grids, 4 * samples, seed=1000 + seed):
         graph = subject.network_at(widths)
         if digest(graph) in seen or len(found) == samples:
             continue
-        progress(len(found), samples, time.monotonic() - start)
+        progress(len(found), samples, "timing random networks")
         row = time_network(subject.target, graph, anchor, "validation", seed=len(found))
         table.append([row])
-        measured = anchored_ms(row, predictor.reference_ms)
+        measured = predictor.measured_ms(row)
         predicted = predictor.predict(graph)
         found.append(
             {
@@ -201,13 +180,16 @@ def validate(subject: Subject, *, samples: int, seed: int = 0, progress: Progres
     }
 
 
-def measure(subject: Subject, widths: Sequence[int], *, rounds: int = 25, seed: int = 0) -> dict[str, Any]:
-    """Time the network at `widths` beside the unpruned one, interleaved, in a fresh process."""
-    plan = TimingPlan(rounds=rounds, burst_s=max(0.02, subject.device.min_time_s / rounds))
-    networks = [Network(subject.network_at(None)), Network(subject.network_at(widths))]
-    baseline, pruned = subject.target.time_in_fresh_process(networks, plan, seed=seed)
-    for samples, what in ((baseline, "the unpruned network"), (pruned, "the pruned network")):
-        refuse_noise(samples, subject.device.noise_pct, what)
+def measure(
+    subject: Subject, widths: Sequence[int], *, module: nn.Module | None = None, rounds: int = 25, seed: int = 0
+) -> dict[str, Any]:
+    """Time the network at `widths` beside the unpruned one, interleaved, in a fresh process.
+
+    module: the pruned network itself, for its weights; random ones without it.
+    """
+    weights = None if module is None else folded_weights(module, subject.graph)
+    network, full = Network(subject.network_at(widths), weights), Network(subject.network_at(None))
+    pruned, baseline = time_pair(subject, network, full, rounds=rounds, seed=seed)
     identity = subject.target.identity()
     return {
         "baseline_ms": float(np.median(baseline)),
@@ -220,168 +202,43 @@ def measure(subject: Subject, widths: Sequence[int], *, rounds: int = 25, seed: 
         "runtime": f"{identity.runtime} {identity.runtime_version}",
         "threads": identity.threads,
         "dtype": identity.dtype,
-        "macs": networks[1].graph.macs,
-        "baseline_macs": networks[0].graph.macs,
+        "macs": network.graph.macs,
+        "baseline_macs": full.graph.macs,
     }
 
 
-@dataclass(frozen=True)
-class SearchConfig:
-    """One budget, in milliseconds or as a share of the unpruned cost; where the run is kept; how long to search."""
-
-    out: Path
-    checkpoint: Path | None = None
-    data: str = DEFAULT_DATA
-    latency_ms: float | None = None
-    latency_ratio: float | None = None
-    flops_ratio: float | None = None
-    params_ratio: float | None = None
-    episodes: int = 400
-    seed: int = 0
-    slack: float = 0.02
-    expect_accuracy: float | None = None
-    candidates: int = 5
-
-    @property
-    def budget(self) -> tuple[str, float]:
-        """(name, value) of the one budget that was given; UserError for none or several."""
-        given = [(name, getattr(self, name)) for name in BUDGETS if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise UserError("give one of --latency-ms, --latency-ratio, --flops-ratio, --params-ratio")
-        return given[0]
-
-
-def _cost_model(subject: Subject, name: str, predictor: Predictor) -> CostModel:
-    if name.startswith("latency"):
-        return latency_model(subject.graph, subject.grids, predictor)
-    builder = macs_model if name == "flops_ratio" else params_model
-    return builder(subject.graph, subject.grids)
-
-
-def search(subject: Subject, model_spec: str, config: SearchConfig, *, progress: Progress) -> dict[str, Any]:
-    """Find the widths that meet the budget at the least loss of accuracy, time the best, keep the winner."""
-    start = time.monotonic()
-    budget_name, value = config.budget
-    predictor = Predictor(read_table(subject), subject.target.lower)
-    costs = _cost_model(subject, budget_name, predictor)
-    absolute = budget_name.endswith("_ms")
-    budget = budget_from(costs, absolute=value) if absolute else budget_from(costs, ratio=value)
-    checkpoint = config.checkpoint
-    if checkpoint is None:
-        if (model_spec, config.data) != (DEFAULT_MODEL, DEFAULT_DATA):
-            raise UserError("--checkpoint is missing: only the default network on `digits` brings its own")
-        checkpoint = default_checkpoint()
-    model = load_model(model_spec, checkpoint=checkpoint, input_shape=subject.graph.input_shape)
-    header = {
-        "schema_version": 1,
-        "model": model_spec,
-        "checkpoint_sha256": model.checkpoint_sha256,
-        "data": config.data,
-        "device": subject.device.name,
-        "budget": [budget_name, value],
-        "seed": config.seed,
-        "episodes": config.episodes,
-        "grids": [list(grid) for grid in subject.grids],
-    }
-    journal = Journal(config.out / "metrics.jsonl", header)
-    splits = load_data(config.data, input_shape=model.input_shape)
-    evaluator = Evaluator(model, subject.graph, splits, seed=config.seed)
-    baseline_val = accuracy(model.module, *evaluator.val)
-    check_expected(baseline_val, config.expect_accuracy)
-    floor = min(grid[0] / grid[-1] for grid in subject.grids)
-    episodes = run_search(
-        lambda evaluate: PruningEnv(subject.graph, model=costs, budget=budget, evaluate=evaluate, floor=floor),
-        evaluator.val_accuracy,
-        journal,
-        episodes=config.episodes,
-        floor=floor,
-        seed=config.seed,
-        progress=progress,
-    )
-    best = _best_candidates(episodes, config.candidates)
-    finished = [(one, evaluator.final(one.widths)) for one in best]
-    finished.sort(key=lambda pair: -accuracy(pair[1], *evaluator.val))
-    for one, module in finished:
-        timed = measure(subject, one.widths, seed=config.seed)
-        if not budget_name.startswith("latency") or _meets(timed, value, absolute=absolute, slack=config.slack):
-            return _kept(subject, evaluator, model_spec, config, one, module, timed) | {
-                "predicted_ms": predictor.predict(subject.network_at(one.widths)),
-                "episodes": len(episodes),
-                "seconds": time.monotonic() - start,
-            }
-    raise BudgetError(
-        f"none of {len(finished)} measured candidates met the budget {budget.text}: profile again, or raise it"
-    )
-
-
-def _best_candidates(episodes: Sequence[Episode], count: int) -> list[Episode]:
-    """The best different policies by reward, earlier ones first among equals."""
-    different = {one.widths: one for one in reversed(episodes)}
-    return sorted(different.values(), key=lambda one: (-one.reward, one.cost))[:count]
-
-
-def _meets(timed: dict[str, Any], value: float, *, absolute: bool, slack: float) -> bool:
-    cost = timed["pruned_ms"] if absolute else timed["pruned_ms"] / timed["baseline_ms"]
-    return bool(cost <= value * (1 + slack))
-
-
-def _kept(
-    subject: Subject,
-    evaluator: Evaluator,
-    model_spec: str,
-    config: SearchConfig,
-    winner: Episode,
-    module: nn.Module,
-    timed: dict[str, Any],
+def export(
+    policy: str | Path, *, file_format: str, out: Path, batch: int = 1, data: str | None = None
 ) -> dict[str, Any]:
-    """Write the winner's policy and weights; what is reported of it, the test split read once."""
-    test, baseline = evaluator.test_accuracy([module, evaluator.model.module])
-    graph = subject.graph
-    kept = evaluator.kept(winner.widths)
-    policy = Policy(
-        model=model_spec,
-        input_shape=evaluator.model.input_shape,
-        widths={group.name: width for group, width in zip(graph.groups, winner.widths, strict=True)},
-        kept={name: [int(channel) for channel in channels] for name, channels in kept.items()},
-        checkpoint_sha256=evaluator.model.checkpoint_sha256,
-        device=subject.device.name,
-        dtype=subject.device.dtype,
-    )
-    try:
-        part = config.out / "pruned.pt.part"
-        torch.save(module.state_dict(), part)
-        part.replace(config.out / "pruned.pt")
-    except (OSError, RuntimeError) as error:
-        raise FailedError(f"cannot write {config.out / 'pruned.pt'}: {error}") from error
-    policy.save(config.out / "policy.json")
-    network = subject.network_at(winner.widths)
-    return {
-        "policy": str(config.out / "policy.json"),
-        "accuracy": test,
-        "baseline_accuracy": baseline,
-        "accuracy_split": "test",
-        "measured_ms": timed["pruned_ms"],
-        "baseline_ms": timed["baseline_ms"],
-        "speedup": timed["speedup"],
-        "latency_source": "measured",
-        "macs": network.macs,
-        "baseline_macs": graph.macs(),
-        "params": network.params,
-        "widths": list(winner.widths),
-    }
+    """Write the pruned network of a policy for deployment, checked against PyTorch on images of its data set.
+
+    data: the data set, where it is not at the place that the policy names.
+    """
+    found, graph, module = _pruned(Path(policy))
+    splits = load_data(data or found.data, input_shape=found.input_shape)
+    images, _ = load_tensors(splits.val, limit=CHECK_IMAGES)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (found.mean, found.std))
+    network = graph.op_graph([found.widths[group.name] for group in graph.groups], batch=batch)
+    return export_network(module, graph, network, (images - mean) / std, file_format=file_format, out=out)
 
 
 def load_pruned(policy: str | Path) -> nn.Module:
     """The pruned network of a `policy.json`, in eval mode, with the weights that lie beside it."""
-    path = Path(policy)
+    return _pruned(Path(policy))[2]
+
+
+def _pruned(path: Path) -> tuple[Policy, LayerGraph, nn.Module]:
     found = load_policy(path)
-    model = load_model(found.model, input_shape=found.input_shape)
-    graph = build_graph(model.module, model.input_shape)
-    kept = {name: np.array(channels) for name, channels in found.kept.items()}
-    module = slice_channels(model.module, graph, kept)
+    model, graph = load_graph(found.model, input_shape=found.input_shape)
     try:
-        state = torch.load(path.parent / found.weights, map_location="cpu", weights_only=True)
-        module.load_state_dict(state)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"cannot load the weights beside {path}: {str(error).splitlines()[0]}") from None
-    return module.eval()
+        kept = {name: np.array(channels) for name, channels in found.kept.items()}
+        module = slice_channels(model.module, graph, kept)
+        graph.checked([found.widths[group.name] for group in graph.groups])
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{path} does not fit {found.model}: {error}") from None
+    weights = path.parent / found.weights
+    try:
+        module.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    except Exception as error:  # unpickling an arbitrary file fails in arbitrary ways
+        raise UserError(f"cannot load the weights {weights}: {str(error).splitlines()[0]}") from None
+    return found, graph, module.eval()

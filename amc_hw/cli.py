@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+import time
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +15,7 @@ import click
 
 from amc_hw import api
 from amc_hw.errors import UserError
-from amc_hw.pretrain import DEFAULT_DATA, DEFAULT_MODEL
+from amc_hw.settings import FILE, read_settings, record_settings, write_settings
 
 
 def _shape(_context: Any, _parameter: Any, value: str | None) -> tuple[int, ...] | None:
@@ -25,22 +27,32 @@ def _shape(_context: Any, _parameter: Any, value: str | None) -> tuple[int, ...]
         raise click.BadParameter(f"{value!r} is not a shape such as 1x3x224x224") from None
 
 
-def _options(*names: str) -> Callable[[Any], Any]:
-    known = {
-        "json": click.option("--json", "as_json", is_flag=True, help="Data on stdout, talk on stderr."),
-        "device": click.option("--device", default="host", show_default=True, help="A name from `amc-hw devices`."),
-        "model": click.option("--model", default=DEFAULT_MODEL, show_default=True, help="NAME[?key=value]."),
-        "input": click.option("--input", "input_shape", callback=_shape, help="Input shape, such as 1x3x224x224."),
-        "threads": click.option("--threads", type=click.IntRange(1), help="Of the runtime; default: the device's."),
-        "multiple": click.option("--channel-multiple", type=click.IntRange(1), help="Widths are multiples of it."),
-        "floor": click.option("--floor", default=0.2, show_default=True, help="Smallest fraction of channels kept."),
-        "seed": click.option("--seed", default=0, show_default=True, type=click.IntRange(0)),
-        "widths": click.option("--widths", help="24,48,... one per group, or conv1=24,..."),
-    }
+_PATH = click.Path(path_type=Path)
+_OPTIONS = {
+    "json": click.option("--json", "as_json", is_flag=True, help="Data on stdout, talk on stderr."),
+    "device": click.option("--device", default="host", show_default=True, help="A name from `amc-hw devices`."),
+    "model": click.option(
+        "--model", default=api.DEFAULT_MODEL, show_default=True, help="NAME[?key=value], FILE.py:FN."
+    ),
+    "input": click.option("--input", "input_shape", callback=_shape, help="Input shape, such as 1x3x224x224."),
+    "threads": click.option("--threads", type=click.IntRange(1), help="Of the runtime; default: the device's."),
+    "multiple": click.option("--channel-multiple", type=click.IntRange(1), help="Widths are multiples of it."),
+    "floor": click.option("--floor", default=0.2, show_default=True, help="Smallest fraction of channels kept."),
+    "seed": click.option("--seed", default=0, show_default=True, type=click.IntRange(0)),
+    "widths": click.option("--widths", help="24,48,... one per group, or conv1=24,..."),
+    "policy": click.option("--policy", type=_PATH, help="A policy.json of a search, in place of --model and --widths."),
+    "checkpoint": click.option("--checkpoint", type=_PATH, help="Trained weights (a state dict)."),
+    "data": click.option(
+        "--data", default=api.DEFAULT_DATA, show_default=True, help="digits, imagefolder:PATH, cifar10:PATH, npz:PATH."
+    ),
+    "dry": click.option("--dry-run", is_flag=True, help="Say what would be done and how long it takes."),
+}
 
+
+def _options(*names: str) -> Callable[[Any], Any]:
     def add(command: Any) -> Any:
         for name in reversed(names):
-            command = known[name](command)
+            command = _OPTIONS[name](command)
         return command
 
     return add
@@ -53,26 +65,90 @@ def _print(result: dict[str, Any], as_json: bool, lines: Callable[[dict[str, Any
     click.echo(json.dumps(result) if as_json else "\n".join(lines(result)))
 
 
-def _progress(done: int, total: int, _detail: float) -> None:
-    if sys.stderr.isatty() and total:
-        click.echo(f"\r  {done} of {total}   ", err=True, nl=False)
+class _Progress:
+    """A line on a terminal, with the time that is left; elsewhere only what is said for the first time."""
+
+    def __init__(self) -> None:
+        self.start, self.from_done, self.said = time.monotonic(), 0, ""
+        self.terminal = sys.stderr.isatty()
+
+    def __call__(self, done: int, total: int, text: str) -> None:
+        if not self.terminal:
+            if done == 0 and text != self.said:
+                click.echo(text, err=True)
+                self.said = text
+            return
+        if done == 0:
+            self.start = time.monotonic()
+        elapsed = time.monotonic() - self.start
+        left = f"{elapsed / done * (total - done):.0f} s left" if done else ""
+        filled = 30 * done // max(total, 1)
+        click.echo(f"\r\x1b[K[{'#' * filled:<30}] {done}/{total} {left} {text}", err=True, nl=False)
+        if done == total:
+            click.echo(err=True)
 
 
-def _subject(arguments: dict[str, Any]) -> api.Subject:
+def _subject(arguments: dict[str, Any], *, checkpoint: Path | None = None) -> api.Subject:
     names = ("device", "model", "input_shape", "threads", "channel_multiple", "floor")
-    return api.open_subject(**{name: arguments.pop(name) for name in names})
+    return api.open_subject(**{name: arguments.pop(name) for name in names}, checkpoint=checkpoint)
+
+
+def _typed(context: click.Context, name: str) -> bool:
+    return context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+
+
+def _subject_and_widths(
+    context: click.Context, arguments: dict[str, Any]
+) -> tuple[api.Subject, tuple[int, ...] | None, Any]:
+    """Subject, widths (None where neither --widths nor --policy was given), and the pruned module of a policy."""
+    widths, policy = arguments.pop("widths"), arguments.pop("policy")
+    if policy is None:
+        subject = _subject(arguments)
+        return subject, subject.graph.parse_widths(widths) if widths else None, None
+    for name in ("model", "widths", "input_shape"):
+        if _typed(context, name):
+            raise UserError(f"--policy says what the network is: leave --{name.replace('_shape', '')} out")
+    found = api.load_policy(policy)
+    arguments |= {"model": found.model, "input_shape": found.input_shape}
+    if not _typed(context, "device"):
+        arguments["device"] = found.device
+    subject = _subject(arguments)
+    return subject, tuple(found.widths[g.name] for g in subject.graph.groups), api.load_pruned(policy)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="amc-hw")
-def cli() -> None:
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.pass_context
+def cli(context: click.Context, debug: bool) -> None:
     """Channel pruning under a measured latency budget.
 
     \b
-    amc-hw profile --device host --model mobilenet_v1     build the latency table
-    amc-hw validate --device host --model mobilenet_v1    how far can it be trusted?
-    amc-hw measure --model mobilenet_v1 --widths 24,48,96,80,192,200,328,352,368,360,328,400,736,752
+    amc-hw profile --device host                   build the latency table
+    amc-hw search --latency-ratio 0.5              find a policy, time the winner
+    amc-hw measure --policy runs/.../policy.json   its real speed-up
     """
+    if context.invoked_subcommand != "init":
+        context.default_map = dict.fromkeys(cli.commands, read_settings())
+
+
+@cli.command()
+@_options("device", "model", "checkpoint", "data", "seed", "json")
+@click.pass_context
+def init(context: click.Context, as_json: bool, **values: Any) -> None:
+    """Write amc-hw.toml: what the commands take when a flag is not given.
+
+    \b
+    amc-hw init
+    amc-hw init --device host-litert --model resnet56 --checkpoint w.pt --data imagefolder:PATH
+    """
+    offered = [device["name"] for device in api.list_devices()["devices"]]
+    if sys.stdin.isatty() and not as_json and not _typed(context, "device"):
+        values["device"] = click.prompt("device", type=click.Choice(offered), default=values["device"])
+    api.load_device(values["device"])
+    values["checkpoint"] = str(values["checkpoint"]) if values["checkpoint"] else None
+    write_settings({key: value for key, value in values.items() if value is not None})
+    _print({"file": str(FILE)}, as_json, lambda r: [f"wrote {r['file']}; next: amc-hw profile"])
 
 
 @cli.group(invoke_without_command=True)
@@ -89,7 +165,9 @@ def devices(context: click.Context, as_json: bool) -> None:
         _print(
             api.list_devices(),
             as_json,
-            lambda r: [f"{d['name']:<14}{d['runtime']:<14}{d['description']}" for d in r["devices"]],
+            lambda r: [
+                f"{d['name']:<14}{d['runtime']:<14}{len(d['tables'])} tables  {d['description']}" for d in r["devices"]
+            ],
         )
 
 
@@ -132,20 +210,33 @@ def graph(model: str, input_shape: tuple[int, ...] | None, as_json: bool) -> Non
 
 
 @cli.command()
-@_options(*SUBJECT, "seed", "json")
+@_options(*SUBJECT, "seed", "dry", "json")
 @click.option("--max-minutes", type=click.FloatRange(0, min_open=True), help="Stop then; the next run goes on.")
-def profile(as_json: bool, seed: int, max_minutes: float | None, **arguments: Any) -> None:
+def profile(as_json: bool, seed: int, dry_run: bool, max_minutes: float | None, **arguments: Any) -> None:
     """Measure what the latency table lacks; resumes where it stopped.
 
     \b
     amc-hw profile --device host-litert --model mobilenet_v1
     """
-    result = api.profile(_subject(arguments), seed=seed, max_minutes=max_minutes, progress=_progress)
-    _print(
-        result,
-        as_json,
-        lambda r: [f"{r['table']}: {r['rows_new']} new rows, {r['rows_total']} in all, {r['seconds']:.0f} s"],
+    chosen = {name: arguments[name] for name in ("device", "model")}
+    subject = _subject(arguments)
+    if dry_run:
+        _print(
+            api.plan_profile(subject, seed=seed),
+            as_json,
+            lambda r: [f"{r['table']}: {r['steps']} measurements to make, about {r['minutes']:.1f} minutes"],
+        )
+        return
+    result = api.profile(subject, seed=seed, max_minutes=max_minutes, progress=_Progress())
+    record_settings(chosen)
+    _print(result, as_json, _profile_lines)
+
+
+def _profile_lines(r: dict[str, Any]) -> list[str]:
+    error = (
+        "not calibrated yet" if r["error_pct"] is None else f"90% of networks predicted within {r['error_pct']:.1f}%"
     )
+    return [f"{r['table']}: {r['rows_new']} new rows, {r['rows_total']} in all, {r['seconds']:.0f} s; {error}"]
 
 
 @cli.command()
@@ -157,12 +248,15 @@ def validate(as_json: bool, seed: int, samples: int, **arguments: Any) -> None:
     \b
     amc-hw validate --device host --model mobilenet_v1 --samples 30
     """
-    result = api.validate(_subject(arguments), samples=samples, seed=seed, progress=_progress)
+    result = api.validate(_subject(arguments), samples=samples, seed=seed, progress=_Progress())
     _print(
         result,
         as_json,
         lambda r: [
-            *(f"{s['predicted_ms']:9.4f} ms predicted {s['measured_ms']:9.4f} measured" for s in r["samples"]),
+            *(
+                f"{s['predicted_ms']:9.4f} ms predicted {s['measured_ms']:9.4f} measured {s['pct_error']:+6.1f}%"
+                for s in r["samples"]
+            ),
             f"median error {r['median_abs_pct_error']:.1f}%, {r['within_5pct']:.0%} within 5%, "
             f"{r['within_10pct']:.0%} within 10%, Spearman {r['spearman']:.3f}",
         ],
@@ -170,34 +264,33 @@ def validate(as_json: bool, seed: int, samples: int, **arguments: Any) -> None:
 
 
 @cli.command()
-@_options(*SUBJECT, "widths", "json")
-def predict(as_json: bool, widths: str | None, **arguments: Any) -> None:
+@_options(*SUBJECT, "widths", "policy", "json")
+@click.pass_context
+def predict(context: click.Context, as_json: bool, **arguments: Any) -> None:
     """End-to-end latency from the table alone.
 
     \b
     amc-hw predict --device host --model mobilenet_v1 --widths features.0=24
     """
-    subject = _subject(arguments)
-    result = api.predict(subject, subject.graph.parse_widths(widths) if widths else None)
+    subject, widths, _ = _subject_and_widths(context, arguments)
+    result = api.predict(subject, widths)
     error = "unknown error" if result["error_pct"] is None else f"90% within {result['error_pct']:.1f}%"
     _print(result, as_json, lambda r: [f"{r['predicted_ms']:.4f} ms predicted ({error})"])
 
 
 @cli.command()
-@_options(*SUBJECT, "widths", "seed", "json")
+@_options(*SUBJECT, "widths", "policy", "seed", "json")
 @click.option("--max-ms", type=click.FloatRange(0, min_open=True), help="Exit 4 where the pruned network is slower.")
 @click.pass_context
-def measure(
-    context: click.Context, as_json: bool, widths: str | None, seed: int, max_ms: float | None, **arguments: Any
-) -> None:
+def measure(context: click.Context, as_json: bool, seed: int, max_ms: float | None, **arguments: Any) -> None:
     """Time a pruned network on the device beside the unpruned one.
 
     \b
+    amc-hw measure --policy runs/.../policy.json
     amc-hw measure --device host --model mobilenet_v1 --widths 24,48,96,80,192,200,328,352,368,360,328,400,736,752
     """
-    subject = _subject(arguments)
-    full = subject.graph.full_widths
-    result = api.measure(subject, subject.graph.parse_widths(widths) if widths else full, seed=seed)
+    subject, widths, module = _subject_and_widths(context, arguments)
+    result = api.measure(subject, widths or subject.graph.full_widths, module=module, seed=seed)
     low, high = result["speedup_ci95"]
     _print(
         result,
@@ -213,18 +306,18 @@ def measure(
 
 
 @cli.command()
-@_options(*SUBJECT, "seed", "json")
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="Trained weights (a state dict).")
-@click.option("--data", default=DEFAULT_DATA, show_default=True, help="digits, imagefolder:PATH, cifar10:PATH, ...")
+@_options(*SUBJECT, "seed", "checkpoint", "data", "json")
 @click.option("--latency-ms", type=float, help="Budget: measured milliseconds.")
 @click.option("--latency-ratio", type=float, help="Budget: measured share of the unpruned latency.")
 @click.option("--flops-ratio", type=float, help="Budget: share of the unpruned MACs.")
 @click.option("--params-ratio", type=float, help="Budget: share of the unpruned parameters.")
+@click.option("--method", default="ddpg", show_default=True)
+@click.option("--reward", default="err", show_default=True, help="err; flops, params or latency need no budget.")
 @click.option("--episodes", default=400, show_default=True, type=click.IntRange(1))
 @click.option("--slack", default=0.02, show_default=True, help="How far a measurement may exceed the budget.")
-@click.option("--expect-accuracy", type=float, help="Refuse to go on where the unpruned accuracy differs.")
-@click.option("--out", type=click.Path(path_type=Path), help="The run; an interrupted one goes on.")
-def search(as_json: bool, out: Path | None, **arguments: Any) -> None:
+@click.option("--expect-accuracy", type=float, help="Refuse to go on where the unpruned accuracy is not this.")
+@click.option("--out", type=_PATH, help="Folder of the run; an interrupted one goes on.")
+def search(as_json: bool, out: Path | None, checkpoint: Path | None, **arguments: Any) -> None:
     """Find a policy under a budget; time the winner.
 
     \b
@@ -232,21 +325,48 @@ def search(as_json: bool, out: Path | None, **arguments: Any) -> None:
     amc-hw search --device host-litert --model resnet56 --checkpoint w.pt --data imagefolder:PATH --latency-ratio 0.6
     """
     model = arguments["model"]
-    subject = _subject(arguments)
+    checkpoint = api.checkpoint_for(model, arguments["data"], checkpoint)
+    subject = _subject(arguments, checkpoint=checkpoint)
     given = [f"{name}{arguments[name]:g}" for name in api.BUDGETS if arguments[name] is not None]
     safe = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in model)
-    folder = Path("runs") / f"{safe}-{subject.device.name}-{'-'.join(given)}-{arguments['seed']}"
-    result = api.search(subject, model, api.SearchConfig(out or folder, **arguments), progress=_progress)
+    name = "-".join([safe, subject.device.name, *(given or [arguments["reward"]]), str(arguments["seed"])])
+    result = api.search(subject, api.SearchConfig(out or Path("runs") / name, **arguments), progress=_Progress())
+    _print(result, as_json, _search_lines)
+
+
+def _search_lines(r: dict[str, Any]) -> list[str]:
+    if r["policy"] is None:
+        return [r["message"]]
+    low, high = r["speedup_ci95"]
+    error = "" if r["error_pct"] is None else f", 90% within {r['error_pct']:.1f}%"
+    return [
+        f"accuracy    {r['baseline_accuracy']:.4f} -> {r['accuracy']:.4f} ({r['accuracy_split']})",
+        f"latency     {r['baseline_ms']:.4f} -> {r['measured_ms']:.4f} ms (predicted {r['predicted_ms']:.4f}{error})",
+        f"speed-up    {r['speedup']:.2f}x (95%: {low:.2f} to {high:.2f})",
+        f"MMACs       {r['baseline_macs'] / 1e6:.2f} -> {r['macs'] / 1e6:.2f}",
+        f"policy      {r['policy']}",
+    ]
+
+
+@cli.command()
+@click.option("--policy", type=_PATH, required=True, help="A policy.json of a search.")
+@click.option("--format", "file_format", type=click.Choice(["torch", "onnx", "tflite"]), required=True)
+@click.option("--out", type=_PATH, required=True, help="The file to write.")
+@click.option("--data", help="Images to check with; default: those of the search.")
+@click.option("--batch", default=1, show_default=True, type=click.IntRange(1))
+@_options("json")
+@click.pass_context
+def export(context: click.Context, as_json: bool, data: str | None, **arguments: Any) -> None:
+    """Write the pruned network, checked against PyTorch.
+
+    \b
+    amc-hw export --policy runs/.../policy.json --format onnx --out small.onnx
+    """
+    data = data if _typed(context, "data") else None
     _print(
-        result,
+        api.export(**arguments, data=data),
         as_json,
-        lambda r: [
-            f"accuracy   {r['baseline_accuracy']:8.4f} -> {r['accuracy']:8.4f} (test)",
-            f"latency ms {r['baseline_ms']:8.4f} -> {r['measured_ms']:8.4f} (predicted {r['predicted_ms']:.4f})",
-            f"speed-up   {r['speedup']:.2f}x",
-            f"MMACs      {r['baseline_macs'] / 1e6:8.2f} -> {r['macs'] / 1e6:8.2f}",
-            r["policy"],
-        ],
+        lambda r: [f"{r['file']}: {r['bytes']} bytes, outputs within {r['max_abs_diff']:.2g} of PyTorch's"],
     )
 
 
@@ -258,6 +378,8 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except UserError as error:
+        if "--debug" in sys.argv:
+            traceback.print_exc()
         click.echo(f"amc-hw: {error}", err=True)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):

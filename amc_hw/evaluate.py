@@ -15,6 +15,8 @@ from amc_hw.models import LoadedModel
 from amc_hw.prune import channel_magnitudes, keep_channels, slice_channels
 from amc_hw.refit import gather_grams, reestimate_batch_norm, refit_faithful, refit_fast
 
+REFIT_BYTES = 4_000_000_000
+
 
 def accuracy(module: nn.Module, images: Tensor, labels: Tensor, *, batch: int = 250) -> float:
     """Fraction of `images` (N, C, H, W) whose largest output is the label (N,)."""
@@ -23,6 +25,12 @@ def accuracy(module: nn.Module, images: Tensor, labels: Tensor, *, batch: int = 
         for chunk, wanted in zip(images.split(batch), labels.split(batch), strict=True):
             right += int((module(chunk).argmax(1) == wanted).sum())
     return right / len(images)
+
+
+def _images_in_memory(graph: LayerGraph) -> int:
+    """Images whose largest values the lock-step refit can hold: about six of them in both networks together."""
+    largest = max(op.out_channels * op.out_height * op.out_width for op in graph.op_graph().ops)
+    return max(50, REFIT_BYTES // (6 * 4 * largest))
 
 
 class Evaluator:
@@ -35,14 +43,14 @@ class Evaluator:
         splits: Splits,
         *,
         seed: int = 0,
-        calibration_images: int = 1000,
+        calibration_images: int = 2000,
         val_images: int = 1000,
     ) -> None:
         self.model, self.graph, self.splits, self.seed = model, graph, splits, seed
-        self.calibration, _ = self._images(splits.train, calibration_images)
+        self.calibration, _ = self._images(splits.train, min(calibration_images, _images_in_memory(graph)))
         self.val = self._images(splits.val, val_images)
         self.magnitudes = channel_magnitudes(model.module, graph)
-        self.grams = gather_grams(model.module, graph, self.calibration, seed=seed)
+        self.grams = gather_grams(model.module, graph, self.calibration[:1000], seed=seed)
 
     def _images(self, split: torch.utils.data.Dataset, limit: int | None) -> tuple[Tensor, Tensor]:
         images, labels = load_tensors(split, limit=limit, seed=self.seed)
@@ -63,7 +71,9 @@ class Evaluator:
         """The pruned network after the faithful refit, batch-norm statistics re-estimated where that helps."""
         kept = self.kept(widths)
         small = slice_channels(self.model.module, self.graph, kept)
-        refit_faithful(small, self.model.module, self.graph, kept, self.calibration[:500], seed=self.seed)
+        refit_faithful(
+            small, self.model.module, self.graph, kept, self.calibration, rows_per_layer=60_000, seed=self.seed
+        )
         before = accuracy(small, *self.val)
         statistics = {name: value.clone() for name, value in small.state_dict().items()}
         reestimate_batch_norm(small, self.calibration)

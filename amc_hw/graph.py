@@ -303,9 +303,7 @@ def _freeze_reasons(groups: Sequence[ChannelGroup], traced: Any, keep: Sequence[
     return reasons
 
 
-def _layers(
-    traced: Any, groups: Sequence[ChannelGroup]
-) -> tuple[tuple[Layer, ...], tuple[set[str], str] | None]:
+def _layers(traced: Any, groups: Sequence[ChannelGroup]) -> tuple[tuple[Layer, ...], tuple[set[str], str] | None]:
     """Layers with the channels of every tensor, or the names of groups whose coupling is not understood, and why."""
     index_of = {module: i for i, group in enumerate(groups) for module in group.modules("producer")}
     channels: dict[str, Channels] = {OpGraph.INPUT: Channels(traced.input_channels)}

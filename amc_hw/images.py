@@ -88,16 +88,16 @@ class ImageFiles(Dataset):
 def load_tensors(dataset: Dataset, *, limit: int | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:
     """All images (N, C, H, W) float32 in [0, 1] and labels (N,) int64 of a split, in order, in memory.
 
-    With `limit` below the split's size, a random subset of that many, the same for one `seed`; the others are not
-    decoded. Raises UserError on an image that cannot be decoded, naming the file, and on a `limit` below 1.
+    With a `limit`, at most that many, drawn and ordered at random, the same for one `seed`, so that any first part
+    of them is a fair sample, too; the others are not decoded. Raises UserError on an image that cannot be decoded,
+    naming the file, and on a `limit` below 1.
     """
     count = len(dataset)  # type: ignore[arg-type]
     if limit is not None and limit < 1:
         raise UserError(f"the number of images must be at least 1, not {limit}")
     indices = torch.arange(count)
-    if limit is not None and limit < count:
-        generator = torch.Generator().manual_seed(seed)
-        indices = torch.randperm(count, generator=generator)[:limit].sort().values
+    if limit is not None:
+        indices = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:limit]
     if isinstance(dataset, TensorImages | ImageFiles):
         return dataset.gather(indices)
     images, labels = zip(*(dataset[i] for i in indices.tolist()), strict=True)

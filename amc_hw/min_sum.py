@@ -29,9 +29,7 @@ class MinSum:
     What `offers` has shown once stays reachable: the completions that descent finds are kept for later steps.
     """
 
-    def __init__(
-        self, factors: Sequence[Factor], sizes: Sequence[int], max_entries: int = MAX_TABLE_ENTRIES
-    ) -> None:
+    def __init__(self, factors: Sequence[Factor], sizes: Sequence[int], max_entries: int = MAX_TABLE_ENTRIES) -> None:
         self._factors, self._sizes, self._max_entries = list(factors), tuple(sizes), max_entries
         self._buckets: list[Factor] = []  # cost to go from each variable on, given the earlier ones in its scope
         self._settled: list[list[Factor]] = []  # per step: what depends only on the variables before it
@@ -101,15 +99,11 @@ class MinSum:
             known = self._factors + messages[step + 1 :]
             self._settled.append([factor for factor in known if not factor[0] or factor[0][-1] < step])
 
-    def _order(
-        self, scopes: Sequence[set[int]], variables: Sequence[int], *, given: bool = False
-    ) -> list[int] | None:
+    def _order(self, scopes: Sequence[set[int]], variables: Sequence[int], *, given: bool = False) -> list[int] | None:
         """An order to eliminate `variables` in (as given, or smallest table first); None if a table is too big."""
         left, order, current = list(variables), [], list(scopes)
         while left:
-            joined = {
-                v: {v}.union(*(scope for scope in current if v in scope)) for v in (left[:1] if given else left)
-            }
+            joined = {v: {v}.union(*(scope for scope in current if v in scope)) for v in (left[:1] if given else left)}
             size, variable = min((math.prod(self._sizes[v] for v in scope), v) for v, scope in joined.items())
             if size > self._max_entries:
                 return None

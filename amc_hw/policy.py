@@ -7,17 +7,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from amc_hw.errors import FailedError, UserError
+from amc_hw.errors import UserError
+from amc_hw.runs import save_json
 
 SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True)
 class Policy:
-    """widths and kept: by group name; kept are channel indices, ascending. weights: file beside the policy."""
+    """widths and kept: by group name; kept are channel indices, ascending. weights: file beside the policy.
+
+    mean, std: what images in [0, 1] are normalised by. data: where the network's images come from.
+    """
 
     model: str
-    input_shape: tuple[int, ...]
+    input_shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    data: str
     widths: dict[str, int]
     kept: dict[str, list[int]]
     checkpoint_sha256: str | None
@@ -26,12 +33,7 @@ class Policy:
     weights: str = "pruned.pt"
 
     def save(self, path: Path) -> None:
-        try:
-            part = path.with_suffix(".part")
-            part.write_text(json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}, indent=1))
-            part.replace(path)
-        except OSError as error:
-            raise FailedError(f"cannot write {path}: {error.strerror}") from error
+        save_json(path, {"schema_version": SCHEMA_VERSION, **asdict(self)})
 
 
 def load_policy(path: Path) -> Policy:
@@ -39,7 +41,7 @@ def load_policy(path: Path) -> Policy:
         data: dict[str, Any] = json.loads(path.read_text())
         if data.pop("schema_version") != SCHEMA_VERSION:
             raise UserError(f"{path}: not of schema version {SCHEMA_VERSION}")
-        return Policy(**data | {"input_shape": tuple(data["input_shape"])})
+        return Policy(**data | {name: tuple(data[name]) for name in ("input_shape", "mean", "std")})
     except OSError as error:
         raise UserError(f"cannot read policy {path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError) as error:

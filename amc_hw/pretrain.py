@@ -9,22 +9,39 @@ import torch
 from torch import nn
 
 from amc_hw.data import load_data, load_tensors
-from amc_hw.models import load_model
+from amc_hw.errors import FailedError, UserError
+from amc_hw.models import has_own_weights, load_model
 
 DEFAULT_MODEL = "mobilenet_v1_cifar?width=0.25"
 DEFAULT_DATA = "digits"
 EPOCHS = 40
 
 
+def checkpoint_for(model: str, data: str, checkpoint: Path | None) -> Path | None:
+    """The weights to search with: those given, the default network's own, or None for a factory that loads its own.
+
+    UserError where there would be random weights only.
+    """
+    if checkpoint is not None or has_own_weights(model):
+        return checkpoint
+    if (model, data) == (DEFAULT_MODEL, DEFAULT_DATA):
+        return default_checkpoint()
+    raise UserError(f"--checkpoint is missing: the weights of {model} would be random")
+
+
 def default_checkpoint() -> Path:
     """The trained default network; a minute of training where it is not there yet."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     path = cache / "amc-hw" / "mobilenet_v1_cifar-0.25-digits.pt"
-    if not path.exists():
+    if path.exists():
+        return path
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}.part")
         torch.save(_trained().state_dict(), part)
         part.replace(path)
+    except (OSError, RuntimeError) as error:
+        raise FailedError(f"cannot keep the trained default network at {path}: {error}") from None
     return path
 
 

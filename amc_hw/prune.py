@@ -203,4 +203,3 @@ def _weight(part: nn.Module, name: str) -> Tensor:
 
 def _index(positions: np.ndarray, like: Tensor) -> Tensor:
     return torch.from_numpy(positions).to(like.device)
-

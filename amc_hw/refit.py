@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,14 @@ class Gram:
 
 Grams = dict[str, Gram]
 
+#: A layer with more inputs than this, kernel included, has a covariance too large to gather and to solve.
+MAX_GRAM = 8192
+#: Rows of such a layer's dual problem.
+DUAL_ROWS = 4096
+#: Targets that only have to lie beyond the bend of a rectifier follow the prediction this often.
+RECTIFIER_ROUNDS = 3
+UNBOUNDED = (-math.inf, math.inf)
+
 
 @torch.no_grad()
 def gather_grams(
@@ -36,7 +45,8 @@ def gather_grams(
 ) -> Grams:
     """Mean and covariance of the input patches of every consumer layer of the unpruned network.
 
-    images: (N, C, H, W), normalised. About `rows` patches per layer, at random positions of every image.
+    images: (N, C, H, W), normalised. About `rows` patches per layer, at random positions of every image. Layers with
+    more than MAX_GRAM inputs are left out, with a warning: only the faithful refit reaches them.
     """
     generator = torch.Generator().manual_seed(seed)
     sums: dict[str, list[Any]] = {}
@@ -57,7 +67,11 @@ def gather_grams(
         return hook
 
     readers = {name: module.get_submodule(name) for group in graph.groups for name in group.modules("consumer")}
-    handles = [layer.register_forward_pre_hook(read(name)) for name, layer in readers.items() if _refittable(layer)]
+    readers = {name: layer for name, layer in readers.items() if _refittable(layer)}
+    large = [name for name in readers if _weight(module, name)[0].numel() > MAX_GRAM]
+    if large:
+        warnings.warn(f"too many inputs for the fast refit, which leaves out {', '.join(large)}", stacklevel=2)
+    handles = [layer.register_forward_pre_hook(read(name)) for name, layer in readers.items() if name not in large]
     with _eval_mode(module):
         for chunk in images.split(batch):
             module(chunk)
@@ -88,9 +102,14 @@ def refit_fast(
         stays = stays.repeat_interleave(weight[0, 0].numel())
         here, gone = stays.nonzero()[:, 0], (~stays).nonzero()[:, 0]
         lost = flat[:, gone].T  # (K gone, O)
-        rows = gram.covariance.index_select(0, here)
-        change = _solve(rows.index_select(1, here), rows.index_select(1, gone) @ lost, ridge)
-        shift = gram.mean[gone].double() @ lost - gram.mean[here].double() @ change
+        rows, mean = gram.covariance.index_select(0, here), gram.mean.double()
+        intercept = batch_norms.get(name) is not None or module.get_submodule(name).bias is not None
+        if not intercept:  # no constant can make up for the mean: least squares through the origin
+            rows = rows + torch.outer(mean[here], mean)
+        square = rows.index_select(1, here)
+        factor = _factor(square, ridge * float(square.diagonal().mean()))
+        change = torch.cholesky_solve(rows.index_select(1, gone) @ lost, factor)
+        shift = mean[gone] @ lost - mean[here] @ change
         _write(sliced, name, batch_norms.get(name), change, shift)
 
 
@@ -108,51 +127,188 @@ def refit_faithful(
 ) -> None:
     """Refit layer by layer, in network order, on the sliced network's own inputs; writes into `sliced`.
 
-    Both networks run in lock-step over `images` (N, C, H, W). A layer's target is the unpruned layer's output at
-    the same positions; where it is added to a shortcut, the target also makes up for the error on the shortcut, so
-    that the sum matches (He et al., ICCV 2017, section 3.2).
+    Both networks run in lock-step over `images` (N, C, H, W). A layer's target is what the unpruned network has at
+    the same positions after the batch-norm, the shortcut's error included, so that the sum matches (He et al., ICCV
+    2017, section 3.2). Where a rectifier follows, an output only has to lie on the right side of its bend (Zhang et
+    al., TPAMI 2016, section 2.2): solved by a few rounds in which such targets follow the prediction.
     """
     axes = kept_axes(graph, kept)
     generator = torch.Generator().manual_seed(seed)
-    per_image = math.ceil(rows_per_layer / len(images))
     with _eval_mode(module), _eval_mode(sliced):
-        traced, traced_small = trace_fx(module), trace_fx(sliced)
-        first, second = fx.Interpreter(traced), fx.Interpreter(traced_small)
-        nodes = list(traced.graph.nodes)
-        twin = dict(zip(nodes, traced_small.graph.nodes, strict=True))
-        first.args_iter, second.args_iter = iter([images]), iter([images])
-        last_reader = {source: node for node in nodes for source in node.all_input_nodes}
-        for node in nodes:
-            if node.op == "output":
-                break
-            first.env[node] = first.run_node(node)
+        run = _Lockstep(module, sliced, images)
+        for node in run.nodes:
+            run.unpruned(node)
             layer = sliced.get_submodule(str(node.target)) if node.op == "call_module" else None
-            if layer is not None and _refittable(layer):
-                original, small = first.env[node.args[0]], second.env[twin[node].args[0]]
-                if original.shape != small.shape or not torch.equal(original, small):
-                    name = str(node.target)
-                    batch_norm, shortcut = _follow(node, module, first.env)
-                    positions = _sample(layer, small, per_image, generator)
-                    out = axes.get(name, KeptAxes()).out
-                    channels = None if out is None else torch.from_numpy(out)
-                    patches = _patches(layer, small, positions)
-                    bias = layer.bias if isinstance(layer.bias, Tensor) else None
-                    now = F.linear(patches, _weight(sliced, name).flatten(1), bias)
-                    error = _rows(first.env[node], positions, channels) - now
-                    if shortcut is not None:
-                        missing = _rows(_value(first, shortcut), positions, channels)
-                        missing = missing - _rows(_value(second, twin[shortcut]), positions, None)
-                        error += missing / _gain(sliced, batch_norm, error.shape[1])
-                    mean, error_mean = patches.mean(0), error.mean(0)
-                    patches = patches - mean
-                    covariance = (patches.T @ patches).double() / len(patches)
-                    change = _solve(covariance, (patches.T @ (error - error_mean)).double() / len(patches), ridge)
-                    _write(sliced, name, batch_norm, change, error_mean.double() - mean.double() @ change)
-            second.env[twin[node]] = second.run_node(twin[node])
+            if layer is not None and _refittable(layer) and run.differs(node.all_input_nodes[0]):
+                out = axes.get(str(node.target), KeptAxes()).out
+                channels = None if out is None else torch.from_numpy(out)
+                _fit(run, node, channels, rows=rows_per_layer, generator=generator, ridge=ridge)
+            run.pruned(node)
+
+
+class _Lockstep:
+    """The unpruned and the pruned network, node by node, over chunks of images.
+
+    A chunk is what both networks know by now: {node of the unpruned network: value}. What no later node reads is
+    dropped.
+    """
+
+    CHUNK = 250  # images: few enough that the allocator reuses the memory of a layer's values
+
+    def __init__(self, module: nn.Module, sliced: nn.Module, images: Tensor) -> None:
+        self.module, self.sliced = module, sliced
+        self._first, self._second = fx.Interpreter(trace_fx(module)), fx.Interpreter(trace_fx(sliced))
+        nodes = list(self._first.graph.nodes)
+        self._twin = dict(zip(nodes, self._second.graph.nodes, strict=True))
+        self._last_reader = {source: node for node in nodes for source in node.all_input_nodes}
+        self.nodes = [node for node in nodes if node.op not in ("placeholder", "output")]
+        (source,) = (node for node in nodes if node.op == "placeholder")
+        self.chunks: list[tuple[dict[fx.Node, Any], dict[fx.Node, Any]]] = [
+            ({source: chunk}, {source: chunk}) for chunk in images.split(self.CHUNK)
+        ]
+
+    def differs(self, node: fx.Node) -> bool:
+        return any(a[node].shape != b[node].shape or not torch.equal(a[node], b[node]) for a, b in self.chunks)
+
+    def unpruned(self, node: fx.Node) -> None:
+        for values, _ in self.chunks:
+            values[node] = self._unpruned_value(node, values)
+
+    def pruned(self, node: fx.Node) -> None:
+        for chunk in self.chunks:
+            chunk[1][node] = self._pruned_value(node, chunk[1])
             for source in node.all_input_nodes:
-                if last_reader[source] is node:
-                    first.env.pop(source, None)
-                    second.env.pop(twin[source], None)
+                if self._last_reader[source] is node:
+                    for values in chunk:
+                        values.pop(source, None)
+
+    def both(self, node: fx.Node, chunk: tuple[dict[fx.Node, Any], dict[fx.Node, Any]]) -> tuple[Tensor, Tensor]:
+        """A node's values in both networks; a shortcut without weights may be read before its turn."""
+        first, second = chunk
+        if node in second:
+            return first[node], second[node]
+        return self._unpruned_value(node, first), self._pruned_value(node, second)
+
+    def _unpruned_value(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+        self._first.env = values
+        return self._first.run_node(node)
+
+    def _pruned_value(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+        self._second.env = {self._twin[known]: value for known, value in values.items()}
+        return self._second.run_node(self._twin[node])
+
+    def can_be_read(self, node: fx.Node) -> bool:
+        """Whether both values of a node are known, or follow from known ones without weights."""
+        known = self.chunks[0][1]
+        if node in known:
+            return True
+        part = self.module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        return isinstance(part, nn.Identity | ChannelMap) and all(source in known for source in node.all_input_nodes)
+
+
+def _fit(
+    run: _Lockstep, node: fx.Node, out: Tensor | None, *, rows: int, generator: torch.Generator, ridge: float
+) -> None:
+    """Least squares for one layer of `run.sliced`; out: its output channels that are left, None for all."""
+    name, source = str(node.target), node.all_input_nodes[0]
+    layer, follow = run.sliced.get_submodule(name), _follow(node, run)
+    weight = _weight(run.sliced, name).flatten(1)  # (O, K)
+    scale, offset = _affine(run.sliced, follow.batch_norm, len(weight))
+    dual = weight.shape[1] > MAX_GRAM
+    per_image = math.ceil(min(rows, DUAL_ROWS if dual else rows) / sum(len(values[source]) for _, values in run.chunks))
+    parts = []
+    for chunk in run.chunks:
+        positions = _sample(layer, chunk[1][source], per_image, generator)
+        patches = _patches(layer, chunk[1][source], positions)
+        goal = _rows(chunk[0][node], positions, out) * scale + offset
+        now = F.linear(patches, weight, layer.bias if isinstance(layer.bias, Tensor) else None) * scale + offset
+        if follow.shortcut is not None:
+            wanted, present = run.both(follow.shortcut, chunk)
+            goal += _rows(wanted, positions, out)
+            now += _rows(present, positions, None)
+        parts.append((patches, goal, now))
+    patches, goal, now = (torch.cat(values) for values in zip(*parts, strict=True))  # (R, K), (R, O), (R, O)
+    del parts
+    # a scale so small that nothing can be made up for is not divided by
+    divisor = torch.where(scale.abs() < 1e-3 * scale.abs().max(), torch.inf, scale)
+    intercept = isinstance(layer.bias, Tensor) or follow.batch_norm is not None
+    mean = patches.mean(0) if intercept else torch.zeros(patches.shape[1])
+    patches -= mean
+    gram = patches @ patches.T if dual else patches.T @ patches
+    factor = _factor(gram.double() / len(patches), ridge * float(patches.square().mean()))
+    low, high = follow.bounds
+    predicted = now
+    for _ in range(RECTIFIER_ROUNDS if follow.bounds != UNBOUNDED else 1):
+        aim = torch.where(goal <= low, predicted.clamp(max=low), goal)
+        aim = torch.where(goal >= high, predicted.clamp(min=high), aim)
+        error = (aim - now) / divisor
+        shift = error.mean(0) if intercept else torch.zeros(error.shape[1])
+        centred = (error - shift) / len(patches)
+        if dual:
+            change = patches.T @ torch.cholesky_solve(centred.double(), factor).float()
+        else:
+            change = torch.cholesky_solve((patches.T @ centred).double(), factor).float()
+        predicted = now + (patches @ change + shift) * scale
+    _write(run.sliced, name, follow.batch_norm, change, shift - mean @ change)
+    if follow.batch_norm is not None:
+        outputs = F.linear(patches + mean, _weight(run.sliced, name).flatten(1))
+        _absorb(run.sliced.get_submodule(follow.batch_norm), outputs)
+
+
+@dataclass(frozen=True)
+class _Follow:
+    """What comes right after a layer: a batch-norm; the other side of an addition, if that can be read by now; the
+    values outside of which the following activation is flat."""
+
+    batch_norm: str | None
+    shortcut: fx.Node | None
+    bounds: tuple[float, float] = UNBOUNDED
+
+
+def _follow(node: fx.Node, run: _Lockstep) -> _Follow:
+    batch_norm: str | None = None
+    shortcut: fx.Node | None = None
+    current = node
+    while len(current.users) == 1:
+        (user,) = current.users
+        part = run.module.get_submodule(str(user.target)) if user.op == "call_module" else None
+        if isinstance(part, nn.BatchNorm2d) and batch_norm is None and shortcut is None:
+            batch_norm = str(user.target)
+        elif user.target in (operator.add, operator.iadd, torch.add) and shortcut is None:
+            others = [source for source in user.all_input_nodes if source is not current]
+            if len(others) != 1 or not run.can_be_read(others[0]):
+                break
+            (shortcut,) = others
+        elif isinstance(part, nn.ReLU) or user.target in (F.relu, torch.relu):
+            return _Follow(batch_norm, shortcut, (0.0, math.inf))
+        elif isinstance(part, nn.ReLU6):
+            return _Follow(batch_norm, shortcut, (0.0, 6.0))
+        elif not isinstance(part, nn.Identity | nn.Dropout):
+            break
+        current = user
+    return _Follow(batch_norm, shortcut)
+
+
+def _affine(module: nn.Module, batch_norm: str | None, channels: int) -> tuple[Tensor, Tensor]:
+    """What a batch-norm multiplies by and adds, (O,) each."""
+    if batch_norm is None:
+        return torch.ones(channels), torch.zeros(channels)
+    norm = module.get_submodule(batch_norm)
+    assert isinstance(norm, nn.BatchNorm2d) and norm.running_var is not None and norm.running_mean is not None
+    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    return scale, norm.bias - scale * norm.running_mean
+
+
+def _absorb(norm: nn.Module, inputs: Tensor) -> None:
+    """Make the batch-norm's statistics those of `inputs` (R, O) and keep its function: re-estimating them later then
+    takes nothing of the refit back."""
+    assert isinstance(norm, nn.BatchNorm2d) and norm.running_var is not None and norm.running_mean is not None
+    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    offset = norm.bias - scale * norm.running_mean
+    norm.running_mean.copy_(inputs.mean(0))
+    norm.running_var.copy_(inputs.var(0))
+    norm.weight.copy_(scale * (norm.running_var + norm.eps).sqrt())
+    norm.bias.copy_(offset + scale * norm.running_mean)
 
 
 def _refittable(layer: nn.Module) -> bool:
@@ -165,52 +321,11 @@ def _weight(module: nn.Module, name: str) -> Tensor:
     return weight
 
 
-def _value(run: fx.Interpreter, node: fx.Node) -> Tensor:
-    """A node's value; a shortcut without weights may be read before its turn."""
-    value: Tensor = run.env[node] if node in run.env else run.run_node(node)
-    return value
-
-
-def _gain(module: nn.Module, batch_norm: str | None, channels: int) -> Tensor:
-    """What the following batch-norm multiplies by, (O,); infinite where so small that nothing can be made up for."""
-    if batch_norm is None:
-        return torch.ones(channels)
-    norm = module.get_submodule(batch_norm)
-    assert isinstance(norm, nn.BatchNorm2d) and norm.running_var is not None
-    gain = norm.weight / (norm.running_var + norm.eps).sqrt()
-    return torch.where(gain.abs() < 1e-3 * gain.abs().max(), torch.inf, gain)
-
-
-def _follow(node: fx.Node, module: nn.Module, ready: dict[fx.Node, Any]) -> tuple[str | None, fx.Node | None]:
-    """(batch-norm right after a layer, the shortcut that its output is added to, if that can be read by now)."""
-    batch_norm: str | None = None
-    current = node
-    while len(current.users) == 1:
-        (user,) = current.users
-        part = module.get_submodule(str(user.target)) if user.op == "call_module" else None
-        if isinstance(part, nn.BatchNorm2d) and batch_norm is None:
-            batch_norm = str(user.target)
-        elif user.target in (operator.add, operator.iadd, torch.add):
-            others = [source for source in user.all_input_nodes if source is not current]
-            if len(others) != 1:
-                break
-            (other,) = others
-            weightless = other.op == "call_module" and isinstance(
-                module.get_submodule(str(other.target)), nn.Identity | ChannelMap
-            )
-            known = other in ready or (weightless and all(source in ready for source in other.all_input_nodes))
-            return batch_norm, other if known else None
-        elif not isinstance(part, nn.Identity | nn.Dropout):
-            break
-        current = user
-    return batch_norm, None
-
-
-def _solve(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
-    """(gram + ridge * mean diagonal)^-1 cross: (K, K), (K, O) -> (K, O)."""
+def _factor(gram: Tensor, penalty: float) -> Tensor:
+    """Cholesky factor of gram + penalty on its diagonal, (K, K)."""
     gram = gram.clone()
-    gram.diagonal().add_(ridge * gram.diagonal().mean() + 1e-12)
-    return torch.cholesky_solve(cross, torch.linalg.cholesky(gram))
+    gram.diagonal().add_(penalty + 1e-12)
+    return torch.linalg.cholesky(gram)
 
 
 def _write(sliced: nn.Module, name: str, batch_norm: str | None, change: Tensor, shift: Tensor) -> None:

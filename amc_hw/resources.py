@@ -186,9 +186,7 @@ def _counted(
     return _model(checked, parts, 0.0, unit, 0.0)
 
 
-def _model(
-    grids: Grids, parts: Iterable[Factor], constant: float, unit: str, noise: float
-) -> CostModel:
+def _model(grids: Grids, parts: Iterable[Factor], constant: float, unit: str, noise: float) -> CostModel:
     """Terms over the same groups become one; those over none join the constant."""
     merged: dict[tuple[int, ...], np.ndarray] = {}
     for groups, values in parts:
@@ -349,9 +347,7 @@ def free_width(completer: Completer, decided: Sequence[int], width: int, feasibl
     return max(wider for wider in feasible if wider >= width and costs[wider] <= costs[width] + slack)
 
 
-def choose_width(
-    completer: Completer, decided: Sequence[int], fraction: float, budget: Budget | None = None
-) -> int:
+def choose_width(completer: Completer, decided: Sequence[int], fraction: float, budget: Budget | None = None) -> int:
     """The width that keeping `fraction` of the next group's channels means: the nearest feasible one, and then
     whatever more is free."""
     feasible = feasible_widths(completer, decided, budget)

@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -61,8 +62,13 @@ def missing_steps(job: ProfileJob, table: LatencyTable, target: Target) -> list[
 def time_network(target: Target, graph: OpGraph, anchor: OpGraph, kind: str, *, seed: int = 0) -> Measurement:
     """A row of type `kind`: the network timed interleaved with the anchor."""
     reference, samples = target.time_networks([Network(anchor), Network(graph)], NETWORK_PLAN, seed=seed)
-    details = {"digest": digest(graph), "anchor_ms": float(np.median(reference))}
+    details = {"digest": digest(graph), **_anchor(anchor, reference)}
     return Measurement(kind, tuple(samples), graph=graph, details=details)
+
+
+def _anchor(anchor: OpGraph, samples_ms: Sequence[float]) -> dict[str, Any]:
+    """Which network was timed in between, and its latency then: drift of the machine is divided out by it."""
+    return {"anchor": digest(anchor), "anchor_ms": float(np.median(samples_ms))}
 
 
 def _calibration(target: Target, graph: OpGraph, anchor: OpGraph) -> list[Measurement]:
@@ -91,7 +97,7 @@ def _in_context(target: Target, graph: OpGraph, anchor: OpGraph) -> list[Measure
     set as whole."""
     network = time_network(target, graph, anchor, "network")
     found = target.profile_ops(graph, time_s=0.2) or {}
-    details = {"anchor_ms": network.details["anchor_ms"]}
+    details = {key: network.details[key] for key in ("anchor", "anchor_ms")}
     rows = [
         Measurement("op", (max(found[node.name], 1e-6),), op=node.op, context="in_context", details=details)
         for node in target.lower(graph).nodes
@@ -116,7 +122,7 @@ def _alone(target: Target, ops: Sequence[OpSpec], anchor: OpGraph) -> list[Measu
     for op, count in zip(ops, counts, strict=True):
         networks += [Network(_copies(op, count)), Network(_copies(op, 2 * count))]
     reference, *samples = target.time_networks(networks, OP_PLAN, seed=0)
-    details = {"anchor_ms": float(np.median(reference))}
+    details = _anchor(anchor, reference)
     rows = []
     for index, (op, count) in enumerate(zip(ops, counts, strict=True)):
         once, twice = np.array(samples[2 * index]), np.array(samples[2 * index + 1])

@@ -13,6 +13,7 @@ import math
 import os
 import statistics
 import warnings
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -37,6 +38,10 @@ class Identity:
     affinity: str = "any"
     dtype: str = "float32"
     batch: int = 1
+
+    def digest(self) -> str:
+        """A short name, for files."""
+        return f"{zlib.crc32(json.dumps(asdict(self), sort_keys=True).encode()):08x}"
 
 
 @dataclass(frozen=True)
@@ -116,6 +121,13 @@ class LatencyTable:
         table.require_identity(identity)
         return table
 
+    @staticmethod
+    def read_identity(path: Path) -> Identity | None:
+        """Of the table at `path`, from its first line alone; None where that is torn, TableError where it is bad."""
+        with path.open("rb") as file:
+            line = file.readline()
+        return _header(path, line)[0] if line.endswith(b"\n") else None
+
     @classmethod
     def read(cls, path: Path) -> LatencyTable:
         """The table at `path`, as it is. TableError where it is missing, malformed or of another schema."""
@@ -127,26 +139,14 @@ class LatencyTable:
         torn = lines.pop()  # what follows the last newline
         if torn.strip():
             warnings.warn(f"{path}: dropped a torn last line ({len(torn)} bytes)", stacklevel=2)
-        header = _parse(path, 1, lines[0] if lines else b"")
-        version = header.get("schema_version")
-        if version != SCHEMA_VERSION:
-            age = "newer" if isinstance(version, int) and version > SCHEMA_VERSION else "older"
-            raise TableError(
-                f"{path}: schema version {version!r} is {age} than {SCHEMA_VERSION}, the one this amc-hw reads"
-            )
-        if header.get("unit") != "ms":
-            raise TableError(f"{path}:1: unit {header.get('unit')!r}, expected 'ms'")
-        try:
-            identity = Identity(**header["identity"])
-        except (KeyError, TypeError) as error:
-            raise TableError(f"{path}:1: the header's identity is not complete ({error})") from None
+        identity, provenance = _header(path, lines[0] if lines else b"")
         rows = []
         for number, line in enumerate(lines[1:], start=2):
             try:
                 rows.append(Measurement.from_json(_parse(path, number, line)))
             except (ValueError, KeyError, TypeError) as error:
                 raise TableError(f"{path}:{number}: {error}") from None
-        return cls(path, identity, header.get("provenance", {}), rows)
+        return cls(path, identity, provenance, rows)
 
     def require_identity(self, identity: Identity) -> None:
         """TableError, naming the first part that differs, where the table is of another identity."""
@@ -191,6 +191,23 @@ def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise TableError(f"{path}:{number}: not a JSON object")
     return value
+
+
+def _header(path: Path, line: bytes) -> tuple[Identity, Mapping[str, Any]]:
+    """Identity and provenance of a table from its first line; TableError where this amc-hw cannot read it."""
+    header = _parse(path, 1, line)
+    version = header.get("schema_version")
+    if version != SCHEMA_VERSION:
+        age = "newer" if isinstance(version, int) and version > SCHEMA_VERSION else "older"
+        raise TableError(
+            f"{path}: schema version {version!r} is {age} than {SCHEMA_VERSION}, the one this amc-hw reads"
+        )
+    if header.get("unit") != "ms":
+        raise TableError(f"{path}:1: unit {header.get('unit')!r}, expected 'ms'")
+    try:
+        return Identity(**header["identity"]), header.get("provenance", {})
+    except (KeyError, TypeError) as error:
+        raise TableError(f"{path}:1: the header's identity is not complete ({error})") from None
 
 
 def _has_header(path: Path) -> bool:

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from amc_hw.models.channel_map import ChannelMap
-from amc_hw.models.load import MODELS, LoadedModel, ModelEntry, load_model
+from amc_hw.models.load import MODELS, LoadedModel, ModelEntry, has_own_weights, load_model
 
-__all__ = ["MODELS", "ChannelMap", "LoadedModel", "ModelEntry", "load_model"]
+__all__ = ["MODELS", "ChannelMap", "LoadedModel", "ModelEntry", "has_own_weights", "load_model"]

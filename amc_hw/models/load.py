@@ -171,6 +171,12 @@ def _from_timm(spec: Spec) -> _Built:
 _LIBRARIES: dict[str, Callable[[Spec], _Built]] = {"torchvision": _from_torchvision, "timm": _from_timm}
 
 
+def has_own_weights(spec: str) -> bool:
+    """Whether the model comes from a user's factory, which may load a trained network itself."""
+    name = parse_spec(spec).name
+    return name not in MODELS and name not in _LIBRARIES
+
+
 def _from_factory(spec: Spec) -> _Built:
     known = [*MODELS, *_LIBRARIES]
     made = call_factory(spec, kind="model", known=known)

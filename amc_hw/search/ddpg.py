@@ -22,14 +22,16 @@ of the agent's own, so the same seed gives the same run on one machine whatever 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from scipy.special import ndtr, ndtri
 from torch import nn
+
+from amc_hw.env import OBSERVATION, PruningEnv
 
 
 @dataclass(frozen=True)
@@ -194,3 +196,31 @@ class DDPGAgent:
         with torch.no_grad():
             for target, online in ((self._target_actor, self.actor), (self._target_critic, self.critic)):
                 torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), config.tau)
+
+
+class DDPGSearch:
+    """Episodes of one agent in rounds: the first has all of them, later ones repeat the last quarter of the schedule
+    in an environment whose budget has moved."""
+
+    def __init__(self, *, floor: float, episodes: int, seed: int) -> None:
+        self.episodes = episodes
+        config = DDPGConfig(episodes=episodes)
+        self.agent = DDPGAgent(config, observation_size=len(OBSERVATION), floor=floor, seed=seed)
+
+    def planned(self, number: int) -> int:
+        """Episodes of round `number`."""
+        return self.episodes if number == 0 else min(self.episodes, max(10, self.episodes // 4))
+
+    def round(self, env: PruningEnv, number: int) -> Iterator[dict[str, Any]]:
+        """The last step's info of every episode, with its `reward`."""
+        for episode in range(self.episodes - self.planned(number), self.episodes):
+            observation, _ = env.reset()
+            transitions: list[Transition] = []
+            done = False
+            while not done:
+                action = self.agent.act(observation, episode)
+                after, reward, done, _, info = env.step([action])
+                transitions.append(Transition(observation, info["action"], after, done))
+                observation = after
+            self.agent.finish_episode(transitions, float(reward))
+            yield info | {"reward": float(reward)}

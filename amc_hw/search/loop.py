@@ -1,21 +1,35 @@
-"""The search: episodes of an agent in a `PruningEnv`, every result journaled before the next begins.
+"""The search: a method proposes widths, every result is journaled before the next begins, the best are timed.
 
-A journal holds what was expensive: widths and accuracy of every episode. To resume, the agent is run again from its
-seed and given the recorded accuracies; it then proposes what it would have proposed without the interruption.
+To resume, the method is run again from its seed and given what the journal recorded, accuracies and timings; it
+then proposes what it would have proposed without the interruption.
+
+A search exploits the errors of its table, so under a latency budget the table is corrected by what the target says:
+before the first episode, by a few random policies that are predicted to be at the budget, and after each round by
+the candidates. The correction is one factor on the predicted share of the unpruned latency: a scale, so the cost
+stays a sum over operators, and what changes is the limit that predictions have to keep.
 """
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
-from amc_hw.env import OBSERVATION, PruningEnv
-from amc_hw.errors import FailedError, UserError
-from amc_hw.search.ddpg import DDPGAgent, DDPGConfig, Transition
+import numpy as np
+
+from amc_hw.env import PruningEnv
+from amc_hw.errors import BudgetError, UserError
+from amc_hw.graph import LayerGraph
+from amc_hw.resources import Budget, CostModel
+from amc_hw.runs import Journal
+from amc_hw.search.ddpg import DDPGSearch
+
+METHODS = {"ddpg": DDPGSearch}
+
+PILOTS = 6
+ROUNDS = 4  #: at most; the first has all the episodes
+CANDIDATES = 5  #: timed after each round
+OFF = 0.04  #: measured this far below the budget, relative, a first round is followed by another
 
 
 @dataclass(frozen=True)
@@ -26,82 +40,169 @@ class Episode:
     cost: float
 
 
-class Journal:
-    """`metrics.jsonl` of a run: a header that names the search, then one line per episode. A torn last line goes."""
+@dataclass(frozen=True)
+class Timed:
+    """A policy timed on the target, interleaved with the unpruned network."""
 
-    def __init__(self, path: Path, header: dict[str, Any]) -> None:
-        self.path = path
-        self.recorded: list[dict[str, Any]] = []
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            data = path.read_bytes() if path.exists() else b""
-            whole = data[: data.rfind(b"\n") + 1]
-            lines = [json.loads(line) for line in whole.splitlines()]
-            if lines and lines[0] != header:
-                key = next(key for key in header if lines[0].get(key) != header[key])
-                raise UserError(
-                    f"{path.parent} holds another search ({key}: {lines[0].get(key)!r}, not {header[key]!r}): "
-                    "name another --out"
-                )
-            self.recorded = lines[1:]
-            with path.open("r+b" if path.exists() else "xb") as file:
-                file.truncate(len(whole))
-            if not lines:
-                self._write(header)
-        except OSError as error:
-            raise FailedError(f"cannot write {path}: {error.strerror}") from error
-        except json.JSONDecodeError:
-            raise UserError(f"{path} is damaged before its last line: name another --out") from None
+    widths: tuple[int, ...]
+    measured_ms: float
+    baseline_ms: float
 
-    def append(self, row: dict[str, Any]) -> None:
-        try:
-            self._write(row)
-        except OSError as error:
-            raise FailedError(f"cannot write {self.path}: {error.strerror}") from error
 
-    def _write(self, row: dict[str, Any]) -> None:
-        with self.path.open("ab") as file:
-            file.write(json.dumps(row).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+@dataclass(frozen=True)
+class Problem:
+    """What is searched.
+
+    evaluate: widths -> held-out accuracy after the fast refit. time: policies -> their latency; None where nothing
+    can be measured. used: what a timed policy uses of the budget, 1 being all of it; None where the budget is not
+    one of latency.
+    """
+
+    graph: LayerGraph
+    costs: CostModel
+    budget: Budget | None
+    evaluate: Callable[[Sequence[int]], float]
+    time: Callable[[Sequence[tuple[int, ...]]], list[Timed]] | None = None
+    used: Callable[[Timed], float] | None = None
+    reward: str = "err"
+    reward_costs: CostModel | None = None
+    floor: float = 0.2
+    slack: float = 0.02
+
+    def env(self, evaluate: Callable[[Sequence[int]], float], budget: Budget | None) -> PruningEnv:
+        return PruningEnv(
+            self.graph,
+            model=self.costs,
+            budget=budget,
+            evaluate=evaluate,
+            reward=self.reward,
+            reward_model=self.reward_costs,
+            floor=self.floor,
+        )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """candidates: the best policies first, with their timing (None where nothing was timed), those that were
+    measured to miss the budget left out. episodes: how many were run."""
+
+    candidates: tuple[tuple[Episode, Timed | None], ...]
+    episodes: int
+
+
+class _Memory:
+    """Results that the journal has already are read from it, in their order; new ones are computed and recorded."""
+
+    def __init__(self, journal: Journal) -> None:
+        self.journal = journal
+        self._recorded = iter(list(journal.recorded))
+        self._known: dict[tuple[int, ...], float] = {}
+
+    def accuracy(self, widths: tuple[int, ...], evaluate: Callable[[Sequence[int]], float]) -> float:
+        def compute() -> float:
+            return self._known[widths] if widths in self._known else evaluate(widths)
+
+        self._known[widths] = float(self._result("accuracy", {"widths": list(widths)}, compute))
+        return self._known[widths]
+
+    def timings(
+        self, asked: Sequence[tuple[int, ...]], time: Callable[[Sequence[tuple[int, ...]]], list[Timed]]
+    ) -> list[Timed]:
+        def compute() -> list[list[float]]:
+            return [[timed.measured_ms, timed.baseline_ms] for timed in time(asked)]
+
+        found = self._result("measured_and_baseline_ms", {"timed": [list(widths) for widths in asked]}, compute)
+        return [Timed(widths, *pair) for widths, pair in zip(asked, found, strict=True)]
+
+    def _result(self, name: str, question: dict[str, Any], compute: Callable[[], Any]) -> Any:
+        known = next(self._recorded, None)
+        if known is None:
+            result = compute()
+            self.journal.append(question | {name: result})
+            return result
+        if {key: known.get(key) for key in question} != question or name not in known:
+            raise UserError(
+                f"{self.journal.path} was not made by this search on this machine and table: name another --out"
+            )
+        return known[name]
 
 
 def run_search(
-    make_env: Callable[[Callable[[Sequence[int]], float]], PruningEnv],
-    evaluate: Callable[[Sequence[int]], float],
+    problem: Problem,
     journal: Journal,
     *,
+    method: str,
     episodes: int,
-    floor: float,
     seed: int,
-    progress: Callable[[int, int, float], None],
-) -> list[Episode]:
-    """All episodes, recorded ones first. `make_env` wraps an accuracy function into an environment."""
-    recorded = iter(list(journal.recorded))
+    progress: Callable[[int, int, str], None],
+) -> Outcome:
+    """Search in rounds until measured candidates meet the budget; BudgetError where none does after the last."""
+    memory = _Memory(journal)
+    used = problem.used if problem.time is not None else None
+    limit = problem.budget.limit if problem.budget else 0.0
+    bias = 1.0  # measured share of the unpruned latency over the predicted one
 
-    def remembered(widths: Sequence[int]) -> float:
-        known = next(recorded, None)
-        if known is None:
-            result = evaluate(widths)
-            journal.append({"widths": list(widths), "accuracy": result})
-            return result
-        if known["widths"] != list(widths):
-            raise UserError(f"{journal.path} was not made by this search on this machine and table: name another --out")
-        return float(known["accuracy"])
+    def time(policies: Sequence[tuple[int, ...]]) -> list[Timed]:
+        assert problem.time is not None
+        return memory.timings(policies, problem.time)
 
-    env = make_env(remembered)
-    agent = DDPGAgent(DDPGConfig(episodes=episodes), observation_size=len(OBSERVATION), floor=floor, seed=seed)
-    found = []
-    for episode in range(episodes):
-        observation, _ = env.reset()
-        transitions: list[Transition] = []
-        done = False
-        while not done:
-            action = agent.act(observation, episode)
-            after, reward, done, _, info = env.step([action])
-            transitions.append(Transition(observation, info["action"], after, done))
-            observation = after
-        agent.finish_episode(transitions, float(reward))
-        found.append(Episode(tuple(info["widths"]), info["accuracy"], float(reward), info["cost"]))
-        progress(episode + 1, episodes, max(one.accuracy for one in found))
-    return found
+    def biases(timed: Sequence[Timed]) -> float:
+        assert used is not None
+        return float(np.median([used(one) * limit / problem.costs.cost(one.widths) for one in timed]))
+
+    if used is not None:
+        bias = biases(time(_pilots(problem, seed)))
+    search = METHODS[method](floor=problem.floor, episodes=episodes, seed=seed)
+    found: dict[tuple[int, ...], Episode] = {}
+    met: dict[tuple[int, ...], Timed | None] = {}
+    missed: list[Timed] = []
+    done = 0
+    for number in range(ROUNDS):
+        budget = replace(problem.budget, limit=limit / bias) if problem.budget else None
+        env = problem.env(lambda widths: memory.accuracy(tuple(widths), problem.evaluate), budget)
+        planned = done + search.planned(number)
+        for info in search.round(env, number):
+            done += 1
+            one = Episode(tuple(info["widths"]), info["accuracy"], info["reward"], info["cost"])
+            found.setdefault(one.widths, one)
+            progress(done, max(done, planned), f"best accuracy {max(e.accuracy for e in found.values()):.4f}")
+        measured = {timed.widths for timed in missed} | set(met)
+        best = [one for one in _ranked(found.values()) if one.widths not in measured][:CANDIDATES]
+        if used is None:
+            timed_of = time([one.widths for one in best]) if problem.time is not None else [None] * len(best)
+            met |= {one.widths: timed for one, timed in zip(best, timed_of, strict=True)}
+            break
+        new = time([one.widths for one in best]) if best else []
+        met |= {timed.widths: timed for timed in new if used(timed) <= 1 + problem.slack}
+        missed += [timed for timed in new if timed.widths not in met]
+        if new:
+            bias = biases(new)
+        spare = bool(new) and max(used(timed) for timed in new) < 1 - OFF
+        if met and not (spare and number == 0):
+            break
+    if not met:
+        assert problem.budget is not None
+        closest = min((used(timed) for timed in missed), default=1.0) if used else 1.0
+        raise BudgetError(
+            f"none of {len(missed)} measured candidates met the budget {problem.budget.text}; "
+            f"the closest needs {closest:.3f} times as much: ask for that, lower --floor, or profile again"
+        )
+    ranked = [one for one in _ranked(found.values()) if one.widths in met]
+    return Outcome(tuple((one, met[one.widths]) for one in ranked), done)
+
+
+def _ranked(episodes: Any) -> list[Episode]:
+    """Best reward first; among equals the cheaper."""
+    return sorted(episodes, key=lambda one: (-one.reward, one.cost))
+
+
+def _pilots(problem: Problem, seed: int) -> list[tuple[int, ...]]:
+    """Random policies whose predicted cost is nearest to the budget."""
+    assert problem.budget is not None
+    grids, limit = problem.costs.grids, problem.budget.limit
+    rng = np.random.default_rng([seed, 1])
+    drawn = set()
+    for _ in range(400):
+        fractions = rng.uniform(problem.floor, 1.0) + rng.uniform(-0.2, 0.2, len(grids))
+        drawn.add(tuple(min(g, key=lambda w: (abs(w - f * g[-1]), w)) for g, f in zip(grids, fractions, strict=True)))
+    return sorted(sorted(drawn), key=lambda widths: abs(problem.costs.cost(widths) / limit - 1))[:PILOTS]

@@ -6,6 +6,8 @@ import importlib
 from collections.abc import Callable
 from typing import Protocol, cast
 
+import numpy as np
+
 from profilers.builders.weights import Weights
 from profilers.errors import UserError
 from profilers.ops import OpGraph
@@ -29,6 +31,9 @@ class Runtime(Protocol):
 
     def loaded(self, model: bytes, *, threads: int, seed: int = 0) -> Callable[[], None]:
         """A function that runs the model once on fixed random input; inputs and outputs stay where they are."""
+
+    def outputs(self, model: bytes, image: np.ndarray) -> list[np.ndarray]:
+        """What the model makes of (N, C, H, W) float32 input: images as (N, C, H, W), vectors as (N, C)."""
 
     def profile_ops(self, model: bytes, graph: OpGraph, *, threads: int, time_s: float) -> dict[str, float] | None:
         """Milliseconds per node of the lowered network while the whole network runs; None where it cannot tell."""

@@ -12,7 +12,7 @@ from profilers.builders.tflite import build
 from profilers.errors import DeviceError
 from profilers.ops import OpGraph
 
-__all__ = ["SUFFIX", "build", "loaded", "lower", "profile_ops", "version"]
+__all__ = ["SUFFIX", "build", "loaded", "lower", "outputs", "profile_ops", "version"]
 
 SUFFIX = ".tflite"
 
@@ -43,6 +43,16 @@ def loaded(model: bytes, *, threads: int, seed: int = 0) -> Callable[[], None]:
     for source in interpreter.get_input_details():
         interpreter.set_tensor(source["index"], rng.standard_normal(source["shape"]).astype(np.float32))
     return interpreter.invoke
+
+
+def outputs(model: bytes, image: np.ndarray) -> list[np.ndarray]:
+    interpreter = _interpreter(model, 1)
+    (source,) = interpreter.get_input_details()
+    nhwc = image.transpose(0, 2, 3, 1) if len(source["shape"]) == 4 else image.reshape(source["shape"])
+    interpreter.set_tensor(source["index"], np.ascontiguousarray(nhwc))
+    interpreter.invoke()
+    found = [interpreter.get_tensor(output["index"]) for output in interpreter.get_output_details()]
+    return [output.transpose(0, 3, 1, 2) if output.ndim == 4 else output for output in found]
 
 
 def profile_ops(model: bytes, graph: OpGraph, *, threads: int, time_s: float) -> dict[str, float] | None:

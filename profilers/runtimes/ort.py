@@ -16,7 +16,7 @@ from scipy import stats
 from profilers.builders.onnx import build
 from profilers.ops import OpGraph, fuse_adds
 
-__all__ = ["SUFFIX", "build", "loaded", "lower", "profile_ops", "version"]
+__all__ = ["SUFFIX", "build", "loaded", "lower", "outputs", "profile_ops", "version"]
 
 SUFFIX = ".onnx"
 
@@ -57,6 +57,12 @@ def loaded(model: bytes, *, threads: int, seed: int = 0) -> Callable[[], None]:
     session = _session(model, threads)
     binding = _bound(session, seed)
     return lambda: session.run_with_iobinding(binding)
+
+
+def outputs(model: bytes, image: np.ndarray) -> list[np.ndarray]:
+    session = _session(model, 1)
+    (source,) = session.get_inputs()
+    return [np.asarray(output) for output in session.run(None, {source.name: image})]
 
 
 def profile_ops(model: bytes, graph: OpGraph, *, threads: int, time_s: float) -> dict[str, float] | None:

@@ -81,9 +81,9 @@ def test_a_network_that_cannot_be_traced_or_pruned(tmp_path: Path) -> None:
 
 
 def test_the_fake_device_is_its_formula() -> None:
-    from amc_hw.api import load_graph
+    from amc_hw.subject import load_graph
 
-    graph: OpGraph = load_graph("plain20").op_graph()
+    graph: OpGraph = load_graph("plain20")[1].op_graph()
     from profilers.device import load_device
     from profilers.targets import Network, open_target
     from profilers.timing import TimingPlan

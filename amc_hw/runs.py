@@ -1,0 +1,111 @@
+"""The folder of a search: a journal of what was expensive, the commands given, the policy and its weights."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amc_hw.errors import FailedError, UserError
+
+PACKAGES = ("amc-hw", "torch", "numpy", "onnxruntime", "ai-edge-litert")
+
+
+class Journal:
+    """`metrics.jsonl` of a run: a header that names the search, then one line per result. A torn last line goes.
+
+    UserError where the file is another search's or damaged before its last line, FailedError where it cannot be
+    written.
+    """
+
+    def __init__(self, path: Path, header: dict[str, Any]) -> None:
+        self.path = path
+        self.recorded: list[dict[str, Any]] = []
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            data = path.read_bytes() if path.exists() else b""
+            whole = data[: data.rfind(b"\n") + 1]
+            lines = [json.loads(line) for line in whole.splitlines()]
+            if lines and lines[0] != header:
+                key = next(key for key in header if lines[0].get(key) != header[key])
+                raise UserError(
+                    f"{path.parent} holds another search ({key}: {lines[0].get(key)!r}, not {header[key]!r}): "
+                    "name another --out"
+                )
+            self.recorded = lines[1:]
+            with path.open("r+b" if path.exists() else "xb") as file:
+                file.truncate(len(whole))
+            if not lines:
+                self._write(header)
+        except OSError as error:
+            raise FailedError(f"cannot write {path}: {error.strerror}") from error
+        except (json.JSONDecodeError, AttributeError):
+            raise UserError(f"{path} is damaged before its last line: name another --out") from None
+
+    def append(self, row: dict[str, Any]) -> None:
+        try:
+            self._write(row)
+        except OSError as error:
+            raise FailedError(f"cannot write {self.path}: {error.strerror}") from error
+
+    def _write(self, row: dict[str, Any]) -> None:
+        with self.path.open("ab") as file:
+            start = file.tell()
+            try:
+                file.write(json.dumps(row).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(start)
+                raise
+
+
+def record_command(folder: Path) -> None:
+    """Add the command line, the date and the versions in use to `commands.jsonl`."""
+    versions: dict[str, str | None] = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    row = {
+        "command": sys.argv,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "packages": versions,
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "commands.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+    except OSError as error:
+        raise FailedError(f"cannot write in {folder}: {error.strerror}") from error
+
+
+def save_weights(path: Path, state: dict[str, Tensor]) -> None:
+    """A state dict at `path`, whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    try:
+        torch.save(state, part)
+        part.replace(path)
+    except (OSError, RuntimeError) as error:
+        raise FailedError(f"cannot write {path}: {error}") from error
+
+
+def save_json(path: Path, data: dict[str, Any]) -> None:
+    """`data` at `path`, whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_text(json.dumps(data, indent=1))
+        part.replace(path)
+    except OSError as error:
+        raise FailedError(f"cannot write {path}: {error.strerror}") from error

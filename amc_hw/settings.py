@@ -1,0 +1,68 @@
+"""`amc-hw.toml`: what commands take when a flag is not given. Flags win over it, it wins over the defaults."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from amc_hw.errors import FailedError, UserError
+
+FILE = Path("amc-hw.toml")
+KEYS: Mapping[str, type] = {"device": str, "model": str, "checkpoint": str, "data": str, "seed": int}
+
+
+def read_settings(path: Path = FILE) -> dict[str, Any]:
+    """What the file says; empty where there is none. UserError on anything but known keys of the right type."""
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    try:
+        found = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from None
+    for key, value in found.items():
+        if key not in KEYS:
+            raise UserError(f"{path}: unknown key {key!r}; known: {', '.join(KEYS)}")
+        if type(value) is not KEYS[key]:
+            raise UserError(f"{path}: {key} = {value!r} must be a {'string' if KEYS[key] is str else 'whole number'}")
+    return found
+
+
+def write_settings(values: Mapping[str, Any], path: Path = FILE) -> None:
+    """A new file with `values`; UserError where there is one already."""
+    lines = ["# Defaults of the amc-hw commands run in this folder; a flag wins over them.", *_lines(values)]
+    try:
+        with path.open("x") as file:
+            file.write("\n".join(lines) + "\n")
+    except FileExistsError:
+        raise UserError(f"{path} is there already: edit it, or remove it first") from None
+    except OSError as error:
+        raise FailedError(f"cannot write {path}: {error.strerror}") from error
+
+
+def record_settings(values: Mapping[str, Any], path: Path = FILE) -> None:
+    """Add the `values` that the file does not name; what it says stays as it is."""
+    if not path.exists():
+        write_settings(values, path)
+        return
+    known = read_settings(path)
+    new = {key: value for key, value in values.items() if key not in known}
+    if not new:
+        return
+    old = path.read_text()
+    try:
+        part = path.with_name(path.name + ".part")
+        part.write_text(old + ("" if old.endswith("\n") or not old else "\n") + "\n".join(_lines(new)) + "\n")
+        part.replace(path)
+    except OSError as error:
+        raise FailedError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _lines(values: Mapping[str, Any]) -> list[str]:
+    return [f"{key} = {json.dumps(value)}" for key, value in values.items()]  # JSON strings are TOML strings

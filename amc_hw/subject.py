@@ -1,0 +1,95 @@
+"""What the commands work on: a network on a device, and the latency table of the two."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from amc_hw.errors import TableError, UserError
+from amc_hw.graph import LayerGraph, build_graph, width_grid
+from amc_hw.models import LoadedModel, load_model
+from amc_hw.resources import Grids
+from profilers.device import DeviceConfig, load_device, search_folders
+from profilers.ops import OpGraph
+from profilers.table import Identity, LatencyTable
+from profilers.targets import Target, open_target
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network on a device. grids: the widths that every group may take, ascending."""
+
+    model: LoadedModel
+    graph: LayerGraph
+    device: DeviceConfig
+    target: Target
+    grids: Grids
+
+    def network_at(self, widths: Sequence[int] | None) -> OpGraph:
+        return self.graph.op_graph(widths, batch=self.device.batch)
+
+
+def load_graph(
+    model: str, *, input_shape: Sequence[int] | None = None, checkpoint: Path | None = None
+) -> tuple[LoadedModel, LayerGraph]:
+    """A model given by its spec, and its channel groups and operators."""
+    loaded = load_model(model, input_shape=input_shape, checkpoint=checkpoint)
+    return loaded, build_graph(loaded.module, loaded.input_shape)
+
+
+def open_subject(
+    *,
+    device: str,
+    model: str,
+    input_shape: Sequence[int] | None = None,
+    checkpoint: Path | None = None,
+    channel_multiple: int | None = None,
+    floor: float = 0.2,
+    threads: int | None = None,
+) -> Subject:
+    """A network with at least one group to prune, on a device; UserError or DeviceError where there is none."""
+    config = load_device(device)
+    if threads is not None:
+        config = replace(config, threads=threads)
+    if not 0 < floor <= 1:
+        raise UserError(f"--floor {floor} must be above 0 and at most 1")
+    loaded, graph = load_graph(model, input_shape=input_shape, checkpoint=checkpoint)
+    if not graph.groups:
+        reasons = "; ".join(f"{frozen.name}: {frozen.reason}" for frozen in graph.frozen)
+        raise UserError(f"{model} has no prunable layer ({reasons})")
+    multiple = channel_multiple or config.channel_multiple
+    grids = tuple(width_grid(group.width, multiple=multiple, floor=floor) for group in graph.groups)
+    return Subject(loaded, graph, config, open_target(config), grids)
+
+
+def tables(device: str) -> list[Path]:
+    """The tables of a device, the user's own first: `NAME.jsonl`, and `NAME@....jsonl` for further identities."""
+    found = []
+    for folder in search_folders("latency_tables"):
+        found += [path for path in [folder / f"{device}.jsonl"] if path.exists()]
+        found += sorted(folder.glob(f"{device}@*.jsonl"))
+    return found
+
+
+def table_path(config: DeviceConfig, identity: Identity) -> Path:
+    """Where the table of this identity lies, or will be written."""
+    for path in tables(config.name):
+        if LatencyTable.read_identity(path) in (identity, None):
+            return path
+    plain = Path("latency_tables") / f"{config.name}.jsonl"
+    return plain.with_name(f"{config.name}@{identity.digest()}.jsonl") if plain.exists() else plain
+
+
+def read_table(subject: Subject) -> LatencyTable:
+    """The device's table as it is; TableError where there is none, or only of other identities."""
+    identity = subject.target.identity()
+    path = table_path(subject.device, identity)
+    others = tables(subject.device.name)
+    if not path.exists() and others:
+        LatencyTable.read(others[0]).require_identity(identity)
+    if not path.exists():
+        raise TableError(f"no latency table {path}: measure one with 'amc-hw profile'")
+    table = LatencyTable.read(path)
+    table.require_identity(identity)
+    return table
