@@ -16,7 +16,7 @@ from torch import nn
 from amc_hw.data import load_data, load_tensors
 from amc_hw.errors import UserError
 from amc_hw.export import export_network, folded_weights
-from amc_hw.find import BUDGETS, Progress, SearchConfig, search, time_pair
+from amc_hw.find import BUDGETS, Progress, SearchConfig, search, time_apart
 from amc_hw.graph import LayerGraph
 from amc_hw.policy import Policy, load_policy
 from amc_hw.pretrain import DEFAULT_DATA, DEFAULT_MODEL, checkpoint_for
@@ -24,7 +24,7 @@ from amc_hw.prune import slice_channels
 from amc_hw.subject import Subject, load_graph, open_subject, read_table, table_path, tables
 from profilers.device import device_names, load_device
 from profilers.predictor import Predictor
-from profilers.profile import ProfileJob, digest, missing_steps, time_network
+from profilers.profile import Anchor, ProfileJob, digest, missing_steps, time_network
 from profilers.sampling import random_widths
 from profilers.table import LatencyTable
 from profilers.targets import Network, open_target
@@ -147,7 +147,7 @@ def validate(subject: Subject, *, samples: int, seed: int = 0, progress: Progres
         raise UserError(f"--samples {samples}: at least 2 are needed")
     table = read_table(subject)
     predictor = Predictor(table, subject.target.lower)
-    anchor = subject.network_at(None)
+    anchor = Anchor(subject.target, subject.network_at(None), table)
     seen = {row.details.get("digest") for row in table.rows if row.type in ("network", "calibration")}
     found: list[dict[str, Any]] = []
     for widths in random_widths(subject.grids, 4 * samples, seed=1000 + seed):
@@ -155,7 +155,7 @@ def validate(subject: Subject, *, samples: int, seed: int = 0, progress: Progres
         if digest(graph) in seen or len(found) == samples:
             continue
         progress(len(found), samples, "timing random networks")
-        row = time_network(subject.target, graph, anchor, "validation", seed=len(found))
+        row = time_network(graph, anchor, "validation", seed=len(found))
         table.append([row])
         measured = predictor.measured_ms(row)
         predicted = predictor.predict(graph)
@@ -189,7 +189,7 @@ def measure(
     """
     weights = None if module is None else folded_weights(module, subject.graph)
     network, full = Network(subject.network_at(widths), weights), Network(subject.network_at(None))
-    pruned, baseline = time_pair(subject, network, full, rounds=rounds, seed=seed)
+    baseline, pruned = time_apart(subject, [full, network], rounds=rounds, seed=seed)
     identity = subject.target.identity()
     return {
         "baseline_ms": float(np.median(baseline)),

@@ -15,7 +15,7 @@ from torch import nn
 
 from amc_hw.data import load_data
 from amc_hw.env import REWARDS
-from amc_hw.errors import BudgetError, UserError
+from amc_hw.errors import UserError
 from amc_hw.evaluate import Evaluator, accuracy, check_expected
 from amc_hw.export import folded_weights
 from amc_hw.policy import Policy
@@ -23,12 +23,12 @@ from amc_hw.pretrain import DEFAULT_DATA
 from amc_hw.prune import slice_channels
 from amc_hw.resources import Budget, CostModel, budget_from, latency_model, macs_model, params_model
 from amc_hw.runs import Journal, record_command, save_json, save_weights
-from amc_hw.search.loop import METHODS, Episode, Outcome, Problem, Timed, run_search
+from amc_hw.search.loop import METHODS, Outcome, Problem, Timed, run_search
 from amc_hw.subject import Subject, read_table
 from profilers.predictor import Predictor
-from profilers.profile import NETWORK_PLAN
+from profilers.profile import NETWORK_PLAN, digest
 from profilers.targets import Network
-from profilers.timing import TimingPlan, ratio_ci95, refuse_noise
+from profilers.timing import Steady, TimingPlan, ratio_ci95, refuse_noise
 
 BUDGETS = ("latency_ms", "latency_ratio", "flops_ratio", "params_ratio")
 Progress = Callable[[int, int, str], None]  # (done, total, what there is to say)
@@ -68,15 +68,14 @@ class SearchConfig:
         return given[0]
 
 
-def time_pair(
-    subject: Subject, pruned: Network, baseline: Network, *, rounds: int = 25, seed: int = 0
-) -> tuple[list[float], list[float]]:
-    """Milliseconds of (pruned, baseline), interleaved, in a process that has done nothing else."""
+def time_apart(subject: Subject, networks: Sequence[Network], *, rounds: int = 25, seed: int = 0) -> list[list[float]]:
+    """Milliseconds per network, interleaved, in a process that has done nothing else; DeviceError where they spread
+    too far."""
     plan = TimingPlan(rounds=rounds, burst_s=max(0.02, subject.device.min_time_s / rounds))
-    before, after = subject.target.time_in_fresh_process([baseline, pruned], plan, seed=seed)
-    for samples, what in ((before, "the unpruned network"), (after, "the pruned network")):
-        refuse_noise(samples, subject.device.noise_pct, what)
-    return after, before
+    found = subject.target.time_in_fresh_process(networks, plan, seed=seed)
+    for samples in found:
+        refuse_noise(samples, subject.device.noise_pct)
+    return found
 
 
 class _Search:
@@ -85,6 +84,8 @@ class _Search:
         self.model, self.graph = subject.model, subject.graph
         self.given = config.budget
         self.predictor = Predictor(read_table(subject), subject.target.lower)
+        self.steady = Steady(self.predictor.reference_ms(digest(subject.network_at(None))))
+        self._refitted: dict[tuple[int, ...], nn.Module] = {}
         self.baseline = Network(subject.network_at(None), folded_weights(self.model.module, self.graph))
 
     @property
@@ -108,18 +109,34 @@ class _Search:
         name, value = self.given
         return (timed.measured_ms if name.endswith("_ms") else timed.measured_ms / timed.baseline_ms) / value
 
-    def sliced(self, widths: Sequence[int], module: nn.Module | None = None) -> Network:
-        """The pruned network as it is timed; without a refitted module, with the weights that are left."""
-        if module is None:
-            module = slice_channels(self.model.module, self.graph, self.evaluator.kept(widths))
+    def network(self, widths: Sequence[int], module: nn.Module) -> Network:
         return Network(self.subject.network_at(widths), folded_weights(module, self.graph))
 
     def time(self, policies: Sequence[tuple[int, ...]]) -> list[Timed]:
-        networks = [self.baseline, *(self.sliced(widths) for widths in policies)]
-        before, *after = self.subject.target.time_networks(networks, NETWORK_PLAN, seed=self.config.seed)
+        slices = [slice_channels(self.model.module, self.graph, self.evaluator.kept(widths)) for widths in policies]
+        networks = [self.baseline, *map(self.network, policies, slices)]
+        before, *after = self.steady(
+            lambda: self.subject.target.time_networks(networks, NETWORK_PLAN, seed=self.config.seed)
+        )
         baseline_ms = float(np.median(before))
         pairs = zip(policies, after, strict=True)
         return [Timed(tuple(widths), float(np.median(samples)), baseline_ms) for widths, samples in pairs]
+
+    def refitted(self, widths: tuple[int, ...]) -> nn.Module:
+        """The pruned network after the faithful refit, which takes long: made once."""
+        if widths not in self._refitted:
+            self._refitted[widths] = self.evaluator.final(widths)
+        return self._refitted[widths]
+
+    def finish(self, widths: Sequence[int]) -> float:
+        return accuracy(self.refitted(tuple(widths)), *self.evaluator.val)
+
+    def confirm(self, widths: tuple[int, ...]) -> tuple[list[float], list[float]]:
+        network = self.network(widths, self.refitted(widths))
+        baseline, pruned = self.steady(
+            lambda: time_apart(self.subject, [self.baseline, network], seed=self.config.seed)
+        )
+        return pruned, baseline
 
     def run(self) -> dict[str, Any]:
         start, config = time.monotonic(), self.config
@@ -144,7 +161,9 @@ class _Search:
             costs,
             budget,
             self.evaluator.val_accuracy,
+            finish=self.finish,
             time=self.time,
+            confirm=self.confirm,
             used=self.used if self.by_latency else None,
             reward=config.reward,
             reward_costs=None if unit in (None, costs.unit) else self.costs(config.reward),
@@ -159,11 +178,7 @@ class _Search:
             seed=config.seed,
             progress=self.progress,
         )
-        winner, module, timed = self._winner(outcome)
-        result = self._kept(winner, module, timed) | {
-            "episodes": outcome.episodes,
-            "seconds": time.monotonic() - start,
-        }
+        result = self._kept(outcome) | {"episodes": outcome.episodes, "seconds": time.monotonic() - start}
         save_json(finished, result)
         return result
 
@@ -195,8 +210,8 @@ class _Search:
         elif budget.limit < 0.5 * self.predictor.predict(self.baseline.graph):
             return None  # far off: not worth a measurement
         else:
-            after, _ = time_pair(self.subject, self.baseline, self.baseline, seed=self.config.seed)
-            measured = float(np.median(after))
+            (samples,) = self.steady(lambda: time_apart(self.subject, [self.baseline], seed=self.config.seed))
+            measured = float(np.median(samples))
             met = measured <= value
         if not met:
             return None
@@ -218,39 +233,18 @@ class _Search:
             "message": f"the unpruned network meets the budget of {budget.text}: nothing to prune",
         }
 
-    def _winner(self, outcome: Outcome) -> tuple[Episode, nn.Module, tuple[list[float], list[float]]]:
-        """The candidate of best accuracy after the faithful refit that also meets the budget in a fresh process."""
-        finished = []
-        for number, (one, _) in enumerate(outcome.candidates):
-            self.progress(number, len(outcome.candidates), "refitting the candidates")
-            module = self.evaluator.final(one.widths)
-            finished.append((accuracy(module, *self.evaluator.val), one, module))
-        finished.sort(key=lambda item: -item[0])
-        closest = math.inf
-        for _, one, module in finished:
-            pruned, baseline = time_pair(
-                self.subject, self.sliced(one.widths, module), self.baseline, seed=self.config.seed
-            )
-            timed = Timed(one.widths, float(np.median(pruned)), float(np.median(baseline)))
-            if not self.by_latency or self.used(timed) <= 1 + self.config.slack:
-                return one, module, (pruned, baseline)
-            closest = min(closest, self.used(timed))
-        raise BudgetError(
-            f"none of {len(finished)} candidates met the budget in a fresh process; the closest needs "
-            f"{closest:.3f} times as much: run again on a quieter machine, or ask for that"
-        )
-
-    def _kept(self, winner: Episode, module: nn.Module, timed: tuple[list[float], list[float]]) -> dict[str, Any]:
+    def _kept(self, outcome: Outcome) -> dict[str, Any]:
         """Write the winner's policy and weights; what is reported of it, the test split read once."""
+        module = self.refitted(outcome.widths)
         test, baseline = self.evaluator.test_accuracy([module, self.model.module])
-        groups, kept = self.graph.groups, self.evaluator.kept(winner.widths)
+        groups, kept = self.graph.groups, self.evaluator.kept(outcome.widths)
         policy = Policy(
             model=self.model.spec,
             input_shape=self.model.input_shape,
             mean=self.model.mean,
             std=self.model.std,
             data=self.config.data,
-            widths={group.name: width for group, width in zip(groups, winner.widths, strict=True)},
+            widths={group.name: width for group, width in zip(groups, outcome.widths, strict=True)},
             kept={name: [int(channel) for channel in channels] for name, channels in kept.items()},
             checkpoint_sha256=self.model.checkpoint_sha256,
             device=self.subject.device.name,
@@ -258,8 +252,8 @@ class _Search:
         )
         save_weights(self.config.out / policy.weights, module.state_dict())
         policy.save(self.config.out / "policy.json")
-        pruned_ms, baseline_ms = (float(np.median(samples)) for samples in timed)
-        network = self.subject.network_at(winner.widths)
+        pruned_ms, baseline_ms = (float(np.median(samples)) for samples in outcome.samples_ms)
+        network = self.subject.network_at(outcome.widths)
         return {
             "policy": str(self.config.out / "policy.json"),
             "accuracy": test,
@@ -270,12 +264,12 @@ class _Search:
             "measured_ms": pruned_ms,
             "baseline_ms": baseline_ms,
             "speedup": baseline_ms / pruned_ms,
-            "speedup_ci95": list(ratio_ci95(*timed)),
+            "speedup_ci95": list(ratio_ci95(*outcome.samples_ms)),
             "latency_source": "measured",
             "macs": network.macs,
             "baseline_macs": self.baseline.graph.macs,
             "params": network.params,
-            "widths": list(winner.widths),
+            "widths": list(outcome.widths),
         }
 
 

@@ -143,6 +143,10 @@ class Predictor:
     def error_pct(self) -> float | None:
         return self.calibration.error_pct
 
+    def reference_ms(self, anchor: str) -> float | None:
+        """Median latency of the network of that digest, timed beside others; None where it never was."""
+        return self._references.get(anchor)
+
     def measured_ms(self, row: Measurement) -> float:
         """The row's median, drift divided out by its anchor."""
         return anchored_ms(row, self._references.get(row.details.get("anchor", "")))

@@ -15,7 +15,7 @@ from profilers.ops import OpGraph, OpNode, OpSpec
 from profilers.sampling import Grids, corner_widths, random_widths
 from profilers.table import LatencyTable, Measurement
 from profilers.targets import Network, Target
-from profilers.timing import TimingPlan
+from profilers.timing import Steady, TimingPlan
 
 NETWORK_PLAN = TimingPlan(rounds=9, burst_s=0.02)
 OP_PLAN = TimingPlan(rounds=5, burst_s=0.004)
@@ -48,54 +48,67 @@ def digest(graph: OpGraph) -> str:
 
 def missing_steps(job: ProfileJob, table: LatencyTable, target: Target) -> list[Step]:
     """What remains to be measured, in a fixed order; empty where the table has it all."""
-    anchor = job.network_at([grid[-1] for grid in job.grids])
-    steps = list(_op_steps(job, table, target, anchor))
+    anchor = Anchor(target, job.network_at([grid[-1] for grid in job.grids]), table)
+    steps = list(_op_steps(job, table, anchor))
     done = {row.details.get("digest") for row in table.of_type("calibration")}
     for widths in random_widths(job.grids, job.calibration, seed=job.seed + 1):
         graph = job.network_at(widths)
         if digest(graph) not in done:
             done.add(digest(graph))
-            steps.append(Step("calibration", partial(_calibration, target, graph, anchor)))
+            steps.append(Step("timing random networks", partial(_calibration, graph, anchor)))
     return steps
 
 
-def time_network(target: Target, graph: OpGraph, anchor: OpGraph, kind: str, *, seed: int = 0) -> Measurement:
+class Anchor:
+    """The unpruned network, timed in between whatever else is: drift of the machine is divided out by it."""
+
+    def __init__(self, target: Target, graph: OpGraph, table: LatencyTable) -> None:
+        self.target, self.graph, self.name = target, graph, digest(graph)
+        known = [row.details["anchor_ms"] for row in table.rows if row.details.get("anchor") == self.name]
+        self._steady = Steady(float(np.median(known)) if known else None)
+
+    def time(
+        self, networks: Sequence[OpGraph], plan: TimingPlan, *, seed: int = 0
+    ) -> tuple[dict[str, Any], list[list[float]]]:
+        """What a row says of the anchor, and the networks' samples in milliseconds; DeviceError as in `Steady`."""
+        asked = [Network(self.graph), *map(Network, networks)]
+        anchor_ms, *samples = self._steady(lambda: self.target.time_networks(asked, plan, seed=seed))
+        return {"anchor": self.name, "anchor_ms": float(np.median(anchor_ms))}, samples
+
+
+def time_network(graph: OpGraph, anchor: Anchor, kind: str, *, seed: int = 0) -> Measurement:
     """A row of type `kind`: the network timed interleaved with the anchor."""
-    reference, samples = target.time_networks([Network(anchor), Network(graph)], NETWORK_PLAN, seed=seed)
-    details = {"digest": digest(graph), **_anchor(anchor, reference)}
-    return Measurement(kind, tuple(samples), graph=graph, details=details)
+    details, (samples,) = anchor.time([graph], NETWORK_PLAN, seed=seed)
+    return Measurement(kind, tuple(samples), graph=graph, details={"digest": digest(graph), **details})
 
 
-def _anchor(anchor: OpGraph, samples_ms: Sequence[float]) -> dict[str, Any]:
-    """Which network was timed in between, and its latency then: drift of the machine is divided out by it."""
-    return {"anchor": digest(anchor), "anchor_ms": float(np.median(samples_ms))}
+def _calibration(graph: OpGraph, anchor: Anchor) -> list[Measurement]:
+    return [time_network(graph, anchor, "calibration")]
 
 
-def _calibration(target: Target, graph: OpGraph, anchor: OpGraph) -> list[Measurement]:
-    return [time_network(target, graph, anchor, "calibration")]
-
-
-def _op_steps(job: ProfileJob, table: LatencyTable, target: Target, anchor: OpGraph) -> Iterator[Step]:
+def _op_steps(job: ProfileJob, table: LatencyTable, anchor: Anchor) -> Iterator[Step]:
+    target = anchor.target
     sampled = corner_widths(job.grids) + random_widths(job.grids, job.networks, seed=job.seed)
     graphs = {digest(graph): graph for graph in map(job.network_at, sampled)}
-    if target.profile_ops(anchor, time_s=0.01) is not None:
+    if target.profile_ops(anchor.graph, time_s=0.01) is not None:
         done = {row.details.get("digest") for row in table.of_type("network")}
         for name, graph in graphs.items():
             if name not in done:
-                yield Step("network", partial(_in_context, target, graph, anchor))
+                yield Step("reading operators in random networks", partial(_in_context, graph, anchor))
         return
     measured = {row.op for row in table.of_type("op")}
     wanted = [op for graph in graphs.values() for op in target.lower(graph).ops]
     missing = [op for op in dict.fromkeys(wanted) if op not in measured]
     for start in range(0, len(missing), OPS_AT_ONCE):
         chunk = missing[start : start + OPS_AT_ONCE]
-        yield Step("operators", partial(_alone, target, chunk, anchor))
+        yield Step("timing operators", partial(_alone, chunk, anchor))
 
 
-def _in_context(target: Target, graph: OpGraph, anchor: OpGraph) -> list[Measurement]:
+def _in_context(graph: OpGraph, anchor: Anchor) -> list[Measurement]:
     """Every operator of a network read while the network runs. The network's own row comes last: it marks the
     set as whole."""
-    network = time_network(target, graph, anchor, "network")
+    target = anchor.target
+    network = time_network(graph, anchor, "network")
     found = target.profile_ops(graph, time_s=0.2) or {}
     details = {key: network.details[key] for key in ("anchor", "anchor_ms")}
     rows = [
@@ -115,14 +128,13 @@ def _copies(op: OpSpec, count: int) -> OpGraph:
     return OpGraph(nodes, (op.in_channels[0], op.height, op.width), tuple(names))
 
 
-def _alone(target: Target, ops: Sequence[OpSpec], anchor: OpGraph) -> list[Measurement]:
+def _alone(ops: Sequence[OpSpec], anchor: Anchor) -> list[Measurement]:
     """Operators on their own: n and 2n copies, so that the overhead of a run cancels."""
     counts = [int(np.clip(4e6 / max(op.macs, 1), 2, 12)) for op in ops]
-    networks = [Network(anchor)]
+    networks = []
     for op, count in zip(ops, counts, strict=True):
-        networks += [Network(_copies(op, count)), Network(_copies(op, 2 * count))]
-    reference, *samples = target.time_networks(networks, OP_PLAN, seed=0)
-    details = _anchor(anchor, reference)
+        networks += [_copies(op, count), _copies(op, 2 * count)]
+    details, samples = anchor.time(networks, OP_PLAN)
     rows = []
     for index, (op, count) in enumerate(zip(ops, counts, strict=True)):
         once, twice = np.array(samples[2 * index]), np.array(samples[2 * index + 1])

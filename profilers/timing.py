@@ -7,6 +7,7 @@ absolute times wander.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -62,18 +63,51 @@ def _burst(run: Callable[[], None], plan: TimingPlan, clock: Clock) -> float:
     return float(np.median(elapsed)) * 1e3
 
 
+class Steady:
+    """Measures beside an anchor, and again where the anchor was far slower than it should be.
+
+    Dividing by the anchor takes out drift that is alike for all; a machine that is disturbed slows small operators
+    more than large ones, so ratios shift, too.
+
+    reference_ms: the anchor's latency on the machine at rest; None: the fastest seen so far.
+    """
+
+    LIMIT_PCT = 10.0
+    WAITS_S = (2.0, 5.0, 10.0, 20.0, 40.0, 60.0)
+
+    def __init__(self, reference_ms: float | None = None, *, sleep: Callable[[float], None] = time.sleep) -> None:
+        self._given, self._reference_ms, self._sleep = reference_ms is not None, reference_ms, sleep
+
+    def __call__(self, measure: Callable[[], list[list[float]]]) -> list[list[float]]:
+        """The samples that `measure` returns, the anchor's first; DeviceError where the machine does not settle."""
+        for wait_s in self.WAITS_S:
+            samples = measure()
+            anchor_ms = float(np.median(samples[0]))
+            if self._reference_ms is None or (not self._given and anchor_ms < self._reference_ms):
+                self._reference_ms = anchor_ms
+            if anchor_ms <= self._reference_ms * (1 + self.LIMIT_PCT / 100):
+                return samples
+            what = f"the unpruned network takes {anchor_ms:.4g} ms, not {self._reference_ms:.4g}"
+            warnings.warn(f"the machine is disturbed ({what}): measuring again in {wait_s:.0f} s", stacklevel=2)
+            self._sleep(wait_s)
+        raise DeviceError(
+            f"the machine is too unstable: {what}; stop other programs and run the same command again, or measure "
+            "the table anew where the machine has changed for good"
+        )
+
+
 def spread_pct(samples_ms: Sequence[float]) -> float:
     """Interquartile range over the median, in percent."""
     low, middle, high = np.percentile(samples_ms, (25, 50, 75))
     return float((high - low) / middle * 100)
 
 
-def refuse_noise(samples_ms: Sequence[float], limit_pct: float, what: str) -> None:
+def refuse_noise(samples_ms: Sequence[float], limit_pct: float) -> None:
     """DeviceError where the samples spread too far to mean anything."""
     spread = spread_pct(samples_ms)
     if spread > limit_pct:
         raise DeviceError(
-            f"the machine is too unstable to time {what}: samples spread by {spread:.0f}% (limit {limit_pct:.0f}%); "
+            f"the machine is too unstable: samples spread by {spread:.0f}% (limit {limit_pct:.0f}%); "
             "stop other programs and run the same command again"
         )
 

@@ -202,7 +202,7 @@ class DDPGSearch:
     """Episodes of one agent in rounds: the first has all of them, later ones repeat the last quarter of the schedule
     in an environment whose budget has moved."""
 
-    def __init__(self, *, floor: float, episodes: int, seed: int) -> None:
+    def __init__(self, floor: float, episodes: int, seed: int) -> None:
         self.episodes = episodes
         config = DDPGConfig(episodes=episodes)
         self.agent = DDPGAgent(config, observation_size=len(OBSERVATION), floor=floor, seed=seed)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ import numpy as np
 from amc_hw.env import PruningEnv
 from amc_hw.errors import BudgetError, UserError
 from amc_hw.graph import LayerGraph
-from amc_hw.resources import Budget, CostModel
+from amc_hw.resources import Budget, Completer, CostModel
 from amc_hw.runs import Journal
 from amc_hw.search.ddpg import DDPGSearch
 
@@ -53,16 +54,19 @@ class Timed:
 class Problem:
     """What is searched.
 
-    evaluate: widths -> held-out accuracy after the fast refit. time: policies -> their latency; None where nothing
-    can be measured. used: what a timed policy uses of the budget, 1 being all of it; None where the budget is not
-    one of latency.
+    evaluate: widths -> held-out accuracy after the fast refit. finish: the same after the faithful refit.
+    time: policies -> their latency, timed together. confirm: one policy as it will be deployed, timed in a process
+    of its own. used: what a timed policy uses of the budget, 1 being all of it; None where the budget is not one of
+    latency.
     """
 
     graph: LayerGraph
     costs: CostModel
     budget: Budget | None
     evaluate: Callable[[Sequence[int]], float]
-    time: Callable[[Sequence[tuple[int, ...]]], list[Timed]] | None = None
+    finish: Callable[[Sequence[int]], float]
+    time: Callable[[Sequence[tuple[int, ...]]], list[Timed]]
+    confirm: Callable[[tuple[int, ...]], tuple[list[float], list[float]]]
     used: Callable[[Timed], float] | None = None
     reward: str = "err"
     reward_costs: CostModel | None = None
@@ -83,10 +87,10 @@ class Problem:
 
 @dataclass(frozen=True)
 class Outcome:
-    """candidates: the best policies first, with their timing (None where nothing was timed), those that were
-    measured to miss the budget left out. episodes: how many were run."""
+    """The winner, its samples of (pruned, unpruned) in milliseconds, and how many episodes it took."""
 
-    candidates: tuple[tuple[Episode, Timed | None], ...]
+    widths: tuple[int, ...]
+    samples_ms: tuple[list[float], list[float]]
     episodes: int
 
 
@@ -102,19 +106,11 @@ class _Memory:
         def compute() -> float:
             return self._known[widths] if widths in self._known else evaluate(widths)
 
-        self._known[widths] = float(self._result("accuracy", {"widths": list(widths)}, compute))
+        self._known[widths] = float(self.result({"widths": list(widths)}, "accuracy", compute))
         return self._known[widths]
 
-    def timings(
-        self, asked: Sequence[tuple[int, ...]], time: Callable[[Sequence[tuple[int, ...]]], list[Timed]]
-    ) -> list[Timed]:
-        def compute() -> list[list[float]]:
-            return [[timed.measured_ms, timed.baseline_ms] for timed in time(asked)]
-
-        found = self._result("measured_and_baseline_ms", {"timed": [list(widths) for widths in asked]}, compute)
-        return [Timed(widths, *pair) for widths, pair in zip(asked, found, strict=True)]
-
-    def _result(self, name: str, question: dict[str, Any], compute: Callable[[], Any]) -> Any:
+    def result(self, question: dict[str, Any], name: str, compute: Callable[[], Any]) -> Any:
+        """What `compute` gives, or what it gave when the same question was asked at this place."""
         known = next(self._recorded, None)
         if known is None:
             result = compute()
@@ -136,59 +132,109 @@ def run_search(
     seed: int,
     progress: Callable[[int, int, str], None],
 ) -> Outcome:
-    """Search in rounds until measured candidates meet the budget; BudgetError where none does after the last."""
-    memory = _Memory(journal)
-    used = problem.used if problem.time is not None else None
-    limit = problem.budget.limit if problem.budget else 0.0
-    bias = 1.0  # measured share of the unpruned latency over the predicted one
+    """Search in rounds until a measured policy meets the budget; BudgetError where none does after the last."""
+    return _Rounds(problem, journal, seed, progress).run(METHODS[method](problem.floor, episodes, seed))
 
-    def time(policies: Sequence[tuple[int, ...]]) -> list[Timed]:
-        assert problem.time is not None
-        return memory.timings(policies, problem.time)
 
-    def biases(timed: Sequence[Timed]) -> float:
-        assert used is not None
-        return float(np.median([used(one) * limit / problem.costs.cost(one.widths) for one in timed]))
+class _Rounds:
+    def __init__(
+        self, problem: Problem, journal: Journal, seed: int, progress: Callable[[int, int, str], None]
+    ) -> None:
+        self.problem, self.seed, self.progress = problem, seed, progress
+        self.memory = _Memory(journal)
+        self.found: dict[tuple[int, ...], Episode] = {}
+        self.met: set[tuple[int, ...]] = set()  # in the process of the search
+        self.missed: dict[tuple[int, ...], float] = {}  # widths -> share of the budget used
+        self.bias = 1.0  # measured share of the unpruned latency over the predicted one
+        self.episodes = 0
 
-    if used is not None:
-        bias = biases(time(_pilots(problem, seed)))
-    search = METHODS[method](floor=problem.floor, episodes=episodes, seed=seed)
-    found: dict[tuple[int, ...], Episode] = {}
-    met: dict[tuple[int, ...], Timed | None] = {}
-    missed: list[Timed] = []
-    done = 0
-    for number in range(ROUNDS):
-        budget = replace(problem.budget, limit=limit / bias) if problem.budget else None
-        env = problem.env(lambda widths: memory.accuracy(tuple(widths), problem.evaluate), budget)
-        planned = done + search.planned(number)
-        for info in search.round(env, number):
-            done += 1
-            one = Episode(tuple(info["widths"]), info["accuracy"], info["reward"], info["cost"])
-            found.setdefault(one.widths, one)
-            progress(done, max(done, planned), f"best accuracy {max(e.accuracy for e in found.values()):.4f}")
-        measured = {timed.widths for timed in missed} | set(met)
-        best = [one for one in _ranked(found.values()) if one.widths not in measured][:CANDIDATES]
-        if used is None:
-            timed_of = time([one.widths for one in best]) if problem.time is not None else [None] * len(best)
-            met |= {one.widths: timed for one, timed in zip(best, timed_of, strict=True)}
-            break
-        new = time([one.widths for one in best]) if best else []
-        met |= {timed.widths: timed for timed in new if used(timed) <= 1 + problem.slack}
-        missed += [timed for timed in new if timed.widths not in met]
-        if new:
-            bias = biases(new)
-        spare = bool(new) and max(used(timed) for timed in new) < 1 - OFF
-        if met and not (spare and number == 0):
-            break
-    if not met:
-        assert problem.budget is not None
-        closest = min((used(timed) for timed in missed), default=1.0) if used else 1.0
+    def run(self, method: DDPGSearch) -> Outcome:
+        by_latency = self.problem.used is not None
+        if by_latency:
+            self._learn(self._time(_pilots(self.problem, self.seed)))
+        for number in range(ROUNDS if by_latency else 1):
+            limit = self._round(method, number)
+            inside = [one for one in _ranked(self.found.values()) if limit is None or one.cost <= limit * (1 + 1e-6)]
+            known = self.met | set(self.missed)
+            best = [one.widths for one in inside if one.widths not in known][:CANDIDATES]
+            spare = self._judge(best)
+            if self.met and not (spare and number == 0) and (winner := self._confirmed()) is not None:
+                return winner
+        assert self.problem.budget is not None
         raise BudgetError(
-            f"none of {len(missed)} measured candidates met the budget {problem.budget.text}; "
-            f"the closest needs {closest:.3f} times as much: ask for that, lower --floor, or profile again"
+            f"none of {len(self.missed)} measured candidates met the budget {self.problem.budget.text}; the closest "
+            f"needs {min(self.missed.values(), default=1.0):.3f} times as much: ask for that, lower --floor, or "
+            "profile again"
         )
-    ranked = [one for one in _ranked(found.values()) if one.widths in met]
-    return Outcome(tuple((one, met[one.widths]) for one in ranked), done)
+
+    def _round(self, method: DDPGSearch, number: int) -> float | None:
+        """Run the episodes of a round; the cost that they had to keep."""
+        problem, budget = self.problem, self.problem.budget
+        if budget is not None:
+            # what is learned may not make the budget unreachable: the cheapest policy stays in
+            cheapest = Completer(problem.costs).best()[0]
+            budget = replace(budget, limit=max(budget.limit / self.bias, cheapest))
+        env = problem.env(lambda widths: self.memory.accuracy(tuple(widths), problem.evaluate), budget)
+        total = self.episodes + method.planned(number)
+        for info in method.round(env, number):
+            self.episodes += 1
+            one = Episode(tuple(info["widths"]), info["accuracy"], info["reward"], info["cost"])
+            self.found.setdefault(one.widths, one)
+            best = max(each.accuracy for each in self.found.values())
+            self.progress(self.episodes, total, f"best accuracy {best:.4f}")
+        return None if budget is None else budget.limit
+
+    def _time(self, policies: Sequence[tuple[int, ...]]) -> list[Timed]:
+        def compute() -> list[list[float]]:
+            return [[timed.measured_ms, timed.baseline_ms] for timed in self.problem.time(policies)]
+
+        question = {"timed": [list(widths) for widths in policies]}
+        found = self.memory.result(question, "measured_and_baseline_ms", compute)
+        return [Timed(widths, *pair) for widths, pair in zip(policies, found, strict=True)]
+
+    def _learn(self, timed: Sequence[Timed]) -> None:
+        used, budget, costs = self.problem.used, self.problem.budget, self.problem.costs
+        assert used is not None and budget is not None
+        self.bias = float(np.median([used(one) * budget.limit / costs.cost(one.widths) for one in timed]))
+
+    def _judge(self, policies: Sequence[tuple[int, ...]]) -> bool:
+        """Time policies, sort them into met and missed, learn; True where all of them leave much of the budget."""
+        used = self.problem.used
+        if used is None:
+            self.met |= set(policies)
+            return False
+        if not policies:
+            return False
+        timed = self._time(policies)
+        for one in timed:
+            if used(one) <= 1 + self.problem.slack:
+                self.met.add(one.widths)
+            else:
+                self.missed[one.widths] = used(one)
+        self._learn(timed)
+        return max(used(one) for one in timed) < 1 - OFF
+
+    def _confirmed(self) -> Outcome | None:
+        """Of the policies that met the budget the most accurate after the faithful refit that also meets it in a
+        process of its own; None where none does, which then counts as missed."""
+        problem = self.problem
+        accuracies = {}
+        for number, widths in enumerate(sorted(self.met)):
+            self.progress(number, len(self.met), "refitting the candidates")
+            question = {"finished": list(widths)}
+            accuracies[widths] = self.memory.result(question, "accuracy", partial(problem.finish, widths))
+        failed = []
+        for widths in sorted(self.met, key=lambda widths: -accuracies[widths]):
+            question = {"confirmed": list(widths)}
+            pruned, baseline = self.memory.result(question, "samples_ms", partial(problem.confirm, widths))
+            timed = Timed(widths, float(np.median(pruned)), float(np.median(baseline)))
+            if problem.used is None or problem.used(timed) <= 1 + problem.slack:
+                return Outcome(widths, (pruned, baseline), self.episodes)
+            self.met.remove(widths)
+            self.missed[widths] = problem.used(timed)
+            failed.append(timed)
+        self._learn(failed)
+        return None
 
 
 def _ranked(episodes: Any) -> list[Episode]:
