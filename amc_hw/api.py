@@ -16,7 +16,7 @@ from torch import nn
 from amc_hw.data import load_data, load_tensors
 from amc_hw.errors import UserError
 from amc_hw.export import export_network, folded_weights
-from amc_hw.find import BUDGETS, Progress, SearchConfig, search, time_apart
+from amc_hw.find import BUDGETS, Progress, SearchConfig, plan_search, search, time_apart
 from amc_hw.graph import LayerGraph
 from amc_hw.policy import Policy, load_policy
 from amc_hw.pretrain import DEFAULT_DATA, DEFAULT_MODEL, checkpoint_for
@@ -47,8 +47,10 @@ __all__ = [
     "measure",
     "open_subject",
     "plan_profile",
+    "plan_search",
     "predict",
     "profile",
+    "read_table",
     "search",
     "validate",
 ]

@@ -306,7 +306,7 @@ def measure(context: click.Context, as_json: bool, seed: int, max_ms: float | No
 
 
 @cli.command()
-@_options(*SUBJECT, "seed", "checkpoint", "data", "json")
+@_options(*SUBJECT, "seed", "checkpoint", "data", "dry", "json")
 @click.option("--latency-ms", type=float, help="Budget: measured milliseconds.")
 @click.option("--latency-ratio", type=float, help="Budget: measured share of the unpruned latency.")
 @click.option("--flops-ratio", type=float, help="Budget: share of the unpruned MACs.")
@@ -317,7 +317,7 @@ def measure(context: click.Context, as_json: bool, seed: int, max_ms: float | No
 @click.option("--slack", default=0.02, show_default=True, help="How far a measurement may exceed the budget.")
 @click.option("--expect-accuracy", type=float, help="Refuse to go on where the unpruned accuracy is not this.")
 @click.option("--out", type=_PATH, help="Folder of the run; an interrupted one goes on.")
-def search(as_json: bool, out: Path | None, checkpoint: Path | None, **arguments: Any) -> None:
+def search(as_json: bool, dry_run: bool, out: Path | None, checkpoint: Path | None, **arguments: Any) -> None:
     """Find a policy under a budget; time the winner.
 
     \b
@@ -330,7 +330,15 @@ def search(as_json: bool, out: Path | None, checkpoint: Path | None, **arguments
     given = [f"{name}{arguments[name]:g}" for name in api.BUDGETS if arguments[name] is not None]
     safe = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in model)
     name = "-".join([safe, subject.device.name, *(given or [arguments["reward"]]), str(arguments["seed"])])
-    result = api.search(subject, api.SearchConfig(out or Path("runs") / name, **arguments), progress=_Progress())
+    config = api.SearchConfig(out or Path("runs") / name, **arguments)
+    if dry_run:
+        _print(
+            api.plan_search(subject, config),
+            as_json,
+            lambda r: [f"{r['groups']} groups, {r['episodes']} episodes: about {r['minutes']:.1f} minutes"],
+        )
+        return
+    result = api.search(subject, config, progress=_Progress())
     _print(result, as_json, _search_lines)
 
 

@@ -21,7 +21,16 @@ from amc_hw.export import folded_weights
 from amc_hw.policy import Policy
 from amc_hw.pretrain import DEFAULT_DATA
 from amc_hw.prune import slice_channels
-from amc_hw.resources import Budget, CostModel, budget_from, latency_model, macs_model, params_model
+from amc_hw.resources import (
+    Budget,
+    Completer,
+    CostModel,
+    budget_from,
+    latency_model,
+    macs_model,
+    params_model,
+    require_feasible,
+)
 from amc_hw.runs import Journal, record_command, save_json, save_weights
 from amc_hw.search.loop import METHODS, Outcome, Problem, Timed, run_search
 from amc_hw.subject import Subject, read_table
@@ -144,14 +153,15 @@ class _Search:
         budget = self.budget(costs)
         if (enough := self._met_already(budget)) is not None:
             return enough | {"seconds": time.monotonic() - start}
+        if budget is not None:
+            require_feasible(Completer(costs), budget)
         journal = Journal(config.out / "metrics.jsonl", self._header())
         record_command(config.out)
         finished = config.out / "result.json"
         if finished.exists():
             result: dict[str, Any] = json.loads(finished.read_text())
             return result
-        splits = load_data(config.data, input_shape=self.model.input_shape)
-        self.evaluator = Evaluator(self.model, self.graph, splits, seed=config.seed)
+        self._load()
         unpruned = accuracy(self.model.module, *self.evaluator.val)
         self.progress(0, config.episodes, f"unpruned accuracy {unpruned:.4f} on held-out training images")
         check_expected(unpruned, config.expect_accuracy)
@@ -181,6 +191,26 @@ class _Search:
         result = self._kept(outcome) | {"episodes": outcome.episodes, "seconds": time.monotonic() - start}
         save_json(finished, result)
         return result
+
+    def plan(self) -> dict[str, Any]:
+        costs = self.costs(self.given[0] if self.given else self.config.reward)
+        if (budget := self.budget(costs)) is not None:
+            require_feasible(Completer(costs), budget)
+        start = time.monotonic()
+        self._load()
+        loaded = time.monotonic()
+        self.evaluator.val_accuracy([grid[len(grid) // 2] for grid in self.subject.grids])
+        each = time.monotonic() - loaded
+        return {
+            "groups": len(self.graph.groups),
+            "episodes": self.config.episodes,
+            "seconds_per_episode": each,
+            "minutes": (loaded - start + each * self.config.episodes) / 60,
+        }
+
+    def _load(self) -> None:
+        splits = load_data(self.config.data, input_shape=self.model.input_shape)
+        self.evaluator = Evaluator(self.model, self.graph, splits, seed=self.config.seed)
 
     def _header(self) -> dict[str, Any]:
         config = self.config
@@ -271,6 +301,12 @@ class _Search:
             "params": network.params,
             "widths": list(outcome.widths),
         }
+
+
+def plan_search(subject: Subject, config: SearchConfig) -> dict[str, Any]:
+    """What `search` would do: episodes and about how many minutes; nothing is written, nothing is timed on the
+    device. Raises as `search` does where the budget cannot be met."""
+    return _Search(subject, config, lambda done, total, text: None).plan()
 
 
 def search(subject: Subject, config: SearchConfig, *, progress: Progress) -> dict[str, Any]:

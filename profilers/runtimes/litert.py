@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -32,9 +36,28 @@ def _interpreter(model: bytes, threads: int) -> Any:
     version()
     from ai_edge_litert.interpreter import Interpreter
 
-    interpreter = Interpreter(model_content=model, num_threads=threads)
-    interpreter.allocate_tensors()
+    with _without_info():
+        interpreter = Interpreter(model_content=model, num_threads=threads)
+        interpreter.allocate_tensors()
     return interpreter
+
+
+@contextmanager
+def _without_info() -> Iterator[None]:
+    """Standard error without the runtime's own INFO lines, which it writes past Python; the rest comes afterwards."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as caught:
+        os.dup2(caught.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            caught.seek(0)
+            for line in caught:
+                if not line.startswith(b"INFO:"):
+                    os.write(2, line)
 
 
 def loaded(model: bytes, *, threads: int, seed: int = 0) -> Callable[[], None]:
