@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -14,7 +15,7 @@ from scipy import stats
 from torch import nn
 
 from amc_hw.data import load_data, load_tensors
-from amc_hw.errors import UserError
+from amc_hw.errors import FailedError, UserError
 from amc_hw.export import export_network, folded_weights
 from amc_hw.find import BUDGETS, Progress, SearchConfig, plan_search, search, time_apart
 from amc_hw.graph import LayerGraph
@@ -98,8 +99,19 @@ def describe_graph(model: str, *, input_shape: Sequence[int] | None = None) -> d
 
 
 def _open_table(subject: Subject) -> LatencyTable:
+    """The device's table to add to, in the user's own folder: a shipped one is copied there first."""
     identity = subject.target.identity()
-    return LatencyTable.open(table_path(subject.device, identity), identity, subject.target.provenance())
+    path = table_path(subject.device, identity)
+    own = Path("latency_tables") / path.name
+    if path.exists() and not own.exists():
+        try:
+            own.parent.mkdir(parents=True, exist_ok=True)
+            part = own.with_name(own.name + ".part")
+            shutil.copyfile(path, part)
+            part.replace(own)
+        except OSError as error:
+            raise FailedError(f"cannot copy {path} to {own}: {error.strerror}") from error
+    return LatencyTable.open(own, identity, subject.target.provenance())
 
 
 def plan_profile(subject: Subject, *, seed: int = 0) -> dict[str, Any]:

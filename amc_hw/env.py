@@ -20,7 +20,7 @@ REWARDS: Mapping[str, tuple[str | None, Callable[[float, float], float]]] = {
     "latency": ("ms", lambda error, cost: -error * math.log(1000 * cost)),  # microseconds: far above 1
 }
 
-#: What the observation holds, in order (AMC, section 3.1).
+#: What the observation holds, in order (AMC, section 3.2).
 OBSERVATION = ("t", "n", "c", "h", "w", "stride", "k", "cost", "reduced", "rest", "previous_action")
 
 

@@ -188,7 +188,11 @@ class _Search:
             seed=config.seed,
             progress=self.progress,
         )
-        result = self._kept(outcome) | {"episodes": outcome.episodes, "seconds": time.monotonic() - start}
+        result = (
+            {"schema_version": 1}
+            | self._kept(outcome)
+            | {"episodes": outcome.episodes, "seconds": time.monotonic() - start}
+        )
         save_json(finished, result)
         return result
 

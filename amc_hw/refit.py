@@ -251,7 +251,8 @@ def _fit(
         predicted = now + (patches @ change + shift) * scale
     _write(run.sliced, name, follow.batch_norm, change, shift - mean @ change)
     if follow.batch_norm is not None:
-        outputs = F.linear(patches + mean, _weight(run.sliced, name).flatten(1))
+        bias = layer.bias if isinstance(layer.bias, Tensor) else None
+        outputs = F.linear(patches + mean, _weight(run.sliced, name).flatten(1), bias)
         _absorb(run.sliced.get_submodule(follow.batch_norm), outputs)
 
 

@@ -191,7 +191,8 @@ class Predictor:
         for index, row in enumerate(rows):
             assert row.graph is not None
             ops = self.lower(row.graph).ops
-            np.add.at(sums[index], [column[op.family()] for op in ops], self._raw_ms(ops))
+            raw_ms = self._raw_ms(ops)
+            np.add.at(sums[index], [column[op.family()] for op in ops], raw_ms)
             counts[index] = len(ops)
         measured = np.array([self.measured_ms(row) for row in rows])
         classes = np.eye(len(_CLASSES))[[_op_class(family) for family in families]]  # (F, classes)

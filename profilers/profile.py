@@ -138,6 +138,6 @@ def _alone(ops: Sequence[OpSpec], anchor: Anchor) -> list[Measurement]:
     rows = []
     for index, (op, count) in enumerate(zip(ops, counts, strict=True)):
         once, twice = np.array(samples[2 * index]), np.array(samples[2 * index + 1])
-        each = np.maximum((twice - once) / count, 1e-5)
+        each = np.maximum((twice - once) / count, 1e-5)  # below the clock's resolution there is no telling
         rows.append(Measurement("op", tuple(float(ms) for ms in each), op=op, details=details))
     return rows

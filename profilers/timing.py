@@ -80,7 +80,7 @@ class Steady:
 
     def __call__(self, measure: Callable[[], list[list[float]]]) -> list[list[float]]:
         """The samples that `measure` returns, the anchor's first; DeviceError where the machine does not settle."""
-        for wait_s in self.WAITS_S:
+        for wait_s in (*self.WAITS_S, None):
             samples = measure()
             anchor_ms = float(np.median(samples[0]))
             if self._reference_ms is None or (not self._given and anchor_ms < self._reference_ms):
@@ -88,8 +88,9 @@ class Steady:
             if anchor_ms <= self._reference_ms * (1 + self.LIMIT_PCT / 100):
                 return samples
             what = f"the unpruned network takes {anchor_ms:.4g} ms, not {self._reference_ms:.4g}"
-            warnings.warn(f"the machine is disturbed ({what}): measuring again in {wait_s:.0f} s", stacklevel=2)
-            self._sleep(wait_s)
+            if wait_s is not None:
+                warnings.warn(f"the machine is disturbed ({what}): measuring again in {wait_s:.0f} s", stacklevel=2)
+                self._sleep(wait_s)
         raise DeviceError(
             f"the machine is too unstable: {what}; stop other programs and run the same command again, or measure "
             "the table anew where the machine has changed for good"

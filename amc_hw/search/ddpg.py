@@ -1,4 +1,4 @@
-"""DDPG (Lillicrap et al., 2016) as AMC uses it (He et al., ECCV 2018, section 3.3); read top to bottom.
+"""DDPG (Lillicrap et al., 2016) as AMC uses it (He et al., ECCV 2018, section 3.2); read top to bottom.
 
 Where this differs from the paper, or the paper leaves it open:
 
@@ -175,7 +175,7 @@ class DDPGAgent:
                 self._update(self.baseline)
 
     def _update(self, baseline: float) -> None:
-        """One step of the critic, of the actor, and of both targets (AMC, equation 4)."""
+        """One step of the critic, of the actor, and of both targets (AMC, section 3.2)."""
         config = self.config
         observations, actions, rewards, next_observations, dones = self.replay.sample(config.batch, self._rng)
         with torch.no_grad():
@@ -213,7 +213,9 @@ class DDPGSearch:
 
     def round(self, env: PruningEnv, number: int) -> Iterator[dict[str, Any]]:
         """The last step's info of every episode, with its `reward`."""
-        for episode in range(self.episodes - self.planned(number), self.episodes):
+        config = self.agent.config
+        first = self.episodes - self.planned(number)
+        for episode in range(first if number == 0 else max(first, config.warm_up), self.episodes):
             observation, _ = env.reset()
             transitions: list[Transition] = []
             done = False

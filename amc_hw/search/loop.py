@@ -5,8 +5,9 @@ then proposes what it would have proposed without the interruption.
 
 A search exploits the errors of its table, so under a latency budget the table is corrected by what the target says:
 before the first episode, by a few random policies that are predicted to be at the budget, and after each round by
-the candidates. The correction is one factor on the predicted share of the unpruned latency: a scale, so the cost
-stays a sum over operators, and what changes is the limit that predictions have to keep.
+the candidates. The correction is one factor, measured over predicted, of milliseconds or of the share of the unpruned
+latency, whichever the budget limits: a scale, so the cost stays a sum over operators, and what changes is the limit
+that predictions have to keep.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from amc_hw.env import PruningEnv
+from amc_hw.env import REWARDS, PruningEnv
 from amc_hw.errors import BudgetError, UserError
 from amc_hw.graph import LayerGraph
 from amc_hw.resources import Budget, Completer, CostModel
@@ -145,7 +146,7 @@ class _Rounds:
         self.found: dict[tuple[int, ...], Episode] = {}
         self.met: set[tuple[int, ...]] = set()  # in the process of the search
         self.missed: dict[tuple[int, ...], float] = {}  # widths -> share of the budget used
-        self.bias = 1.0  # measured share of the unpruned latency over the predicted one
+        self.bias = 1.0  # what measured policies use of the budget over what they were predicted to use
         self.episodes = 0
 
     def run(self, method: DDPGSearch) -> Outcome:
@@ -215,7 +216,7 @@ class _Rounds:
         return max(used(one) for one in timed) < 1 - OFF
 
     def _confirmed(self) -> Outcome | None:
-        """Of the policies that met the budget the most accurate after the faithful refit that also meets it in a
+        """Of the policies that met the budget the best after the faithful refit that also meets it in a
         process of its own; None where none does, which then counts as missed."""
         problem = self.problem
         accuracies = {}
@@ -224,7 +225,8 @@ class _Rounds:
             question = {"finished": list(widths)}
             accuracies[widths] = self.memory.result(question, "accuracy", partial(problem.finish, widths))
         failed = []
-        for widths in sorted(self.met, key=lambda widths: -accuracies[widths]):
+        reward, costs = REWARDS[problem.reward][1], problem.reward_costs or problem.costs
+        for widths in sorted(self.met, key=lambda each: -reward(1 - accuracies[each], costs.cost(each))):
             question = {"confirmed": list(widths)}
             pruned, baseline = self.memory.result(question, "samples_ms", partial(problem.confirm, widths))
             timed = Timed(widths, float(np.median(pruned)), float(np.median(baseline)))

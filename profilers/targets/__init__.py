@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from profilers.builders.weights import Weights
 from profilers.device import DeviceConfig
@@ -55,12 +56,13 @@ class Target(Protocol):
         """As `time_networks`, in a process that has done nothing else."""
 
 
+#: Name in a device's configuration -> module and class.
+TARGETS = {"host": ("profilers.targets.host", "HostTarget"), "fake": ("profilers.targets.fake", "FakeTarget")}
+
+
 def open_target(config: DeviceConfig) -> Target:
     """The target that `config` names; UserError where it is unknown."""
-    from profilers.targets.fake import FakeTarget
-    from profilers.targets.host import HostTarget
-
-    targets: dict[str, Callable[[DeviceConfig], Target]] = {"host": HostTarget, "fake": FakeTarget}
-    if config.target not in targets:
-        raise UserError(f"device {config.name}: unknown target {config.target!r}; known: {', '.join(targets)}")
-    return targets[config.target](config)
+    if config.target not in TARGETS:
+        raise UserError(f"device {config.name}: unknown target {config.target!r}; known: {', '.join(TARGETS)}")
+    module, name = TARGETS[config.target]
+    return cast(Target, getattr(importlib.import_module(module), name)(config))

@@ -46,7 +46,7 @@ class HostTarget:
             "os": platform.platform(),
             "cores": os.cpu_count(),
             "governor": governor.read_text().strip() if governor.exists() else None,
-            "subnormals": "flushed to zero" if self.config.runtime == "onnxruntime" else "none in the weights",
+            "subnormals": "flushed to zero" if self.config.runtime == "onnxruntime" else "flushed in weights only",
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
         }
 
