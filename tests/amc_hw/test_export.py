@@ -1,0 +1,367 @@
+"""Exported files compute what the pruned network does, and nothing is put in place that does not."""
+
+from __future__ import annotations
+
+import importlib.util
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from amc_hw.errors import FailedError, UserError
+from amc_hw.export import FORMATS, export_network, folded_weights
+from amc_hw.graph import LayerGraph, build_graph
+from amc_hw.models import ChannelMap, load_model
+from amc_hw.prune import keep_channels, slice_channels
+from profilers.ops import OpGraph
+
+no_litert = importlib.util.find_spec("ai_edge_litert") is None
+FORMAT_PARAMS = [
+    pytest.param(name, marks=pytest.mark.skipif(name == "tflite" and no_litert, reason="LiteRT is not installed"))
+    for name in ("torch", "onnx", "tflite")
+]
+every_format = pytest.mark.parametrize("file_format", FORMAT_PARAMS)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Layers this small gain nothing from threads, and lose much where other work shares the machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def randomise(module: nn.Module, *, seed: int = 0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for part in module.modules():
+            if isinstance(part, nn.Conv2d | nn.Linear):
+                part.weight.normal_(0, (2 / part.weight[0].numel()) ** 0.5, generator=generator)
+                if part.bias is not None:
+                    part.bias.normal_(0, 0.3, generator=generator)
+            elif isinstance(part, nn.BatchNorm2d):
+                if part.affine:
+                    part.weight.uniform_(0.3, 1.0, generator=generator)
+                    part.bias.normal_(0, 0.3, generator=generator)
+                part.running_mean.normal_(0, 0.3, generator=generator)
+                part.running_var.uniform_(0.5, 2.0, generator=generator)
+
+
+class Small(nn.Module):
+    """An option-A shortcut, a depthwise convolution, a concatenation, pooling, a flattened map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 12, 3, stride=2, padding=1), nn.BatchNorm2d(12, affine=False)
+        self.shortcut = ChannelMap((-1, -1, *range(8), -1, -1), 2)
+        self.depthwise, self.bn3 = nn.Conv2d(12, 12, 3, padding=1, groups=12, bias=False), nn.BatchNorm2d(12)
+        self.left, self.right = nn.Conv2d(12, 5, 1), nn.Conv2d(12, 7, 1)
+        self.pool = nn.MaxPool2d(2)
+        self.linear = nn.Linear(12 * 3 * 3, 10)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, 3, 12, 12)
+        x = F.relu6(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn2(self.conv2(x)) + self.shortcut(x))
+        x = F.relu(self.bn3(self.depthwise(x)))
+        x = self.pool(torch.cat([self.left(x), F.relu(self.right(x))], 1))
+        return self.linear(torch.flatten(x, 1))
+
+
+def images(count: int, *, size: int = 12, seed: int = 1) -> Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def pruned() -> tuple[nn.Module, LayerGraph, list[int]]:
+    """The small network with about half of its channels, no two groups alike."""
+    net = Small().eval()
+    randomise(net)
+    graph = build_graph(net, (3, 12, 12))
+    widths = [max(1, width // 2 + index % 2) for index, width in enumerate(graph.full_widths)]
+    return slice_channels(net, graph, keep_channels(net, graph, widths)), graph, widths
+
+
+def run(path: Path, file_format: str, batch: Tensor) -> np.ndarray:
+    """What a reader of the file gets from it, without any of our code."""
+    if file_format == "torch":
+        with torch.no_grad():
+            return torch.export.load(path).module()(batch).numpy()
+    if file_format == "onnx":
+        session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
+        (source,) = session.get_inputs()
+        assert source.shape == list(batch.shape)
+        return session.run(None, {source.name: batch.numpy()})[0]
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(model_path=str(path))
+    interpreter.allocate_tensors()
+    (source,) = interpreter.get_input_details()
+    assert source["shape"].tolist() == [batch.shape[0], *batch.shape[2:], batch.shape[1]]
+    interpreter.set_tensor(source["index"], np.ascontiguousarray(batch.permute(0, 2, 3, 1).numpy()))
+    interpreter.invoke()
+    return interpreter.get_tensor(interpreter.get_output_details()[0]["index"])
+
+
+@every_format
+@pytest.mark.parametrize("batch", [1, 4])
+def test_file_computes_what_the_pruned_network_does(pruned, tmp_path: Path, file_format: str, batch: int) -> None:
+    net, graph, widths = pruned
+    out = tmp_path / "new" / f"net.{file_format}"
+    network = graph.op_graph(widths, batch=batch)
+    found = export_network(net, graph, network, images(6), file_format=file_format, out=out)
+    assert set(found) == {"file", "bytes", "max_abs_diff"}
+    assert found["file"] == str(out) and found["bytes"] == out.stat().st_size
+    assert 0 <= found["max_abs_diff"] < 1e-4
+    other = images(batch, seed=7)  # not those it was checked with
+    with torch.no_grad():
+        wanted = net(other).numpy()
+    np.testing.assert_allclose(run(out, file_format, other), wanted, rtol=0, atol=1e-4)
+    assert np.abs(wanted).max() > 0.1
+    assert [file.name for file in out.parent.iterdir()] == [out.name]
+
+
+@every_format
+def test_fewer_images_than_a_batch_are_repeated(pruned, tmp_path: Path, file_format: str) -> None:
+    net, graph, widths = pruned
+    out = tmp_path / "net"
+    export_network(net, graph, graph.op_graph(widths, batch=4), images(3), file_format=file_format, out=out)
+    with torch.no_grad():
+        np.testing.assert_allclose(run(out, file_format, images(4)), net(images(4)).numpy(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_torch_file_loads_without_this_package(pruned, tmp_path: Path) -> None:
+    net, graph, widths = pruned
+    out = tmp_path / "net.pt2"
+    export_network(net, graph, graph.op_graph(widths), images(2), file_format="torch", out=out)
+    np.save(tmp_path / "x.npy", images(1).numpy())
+    code = (
+        "import sys; sys.modules['amc_hw'] = sys.modules['profilers'] = None\n"
+        "import numpy as np, torch\n"
+        "y = torch.export.load('net.pt2').module()(torch.from_numpy(np.load('x.npy')))\n"
+        "np.save('y.npy', y.detach().numpy())\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
+    with torch.no_grad():
+        np.testing.assert_allclose(np.load(tmp_path / "y.npy"), net(images(1)).numpy(), rtol=0, atol=1e-5)
+
+
+def test_unknown_format_names_the_known_ones(pruned, tmp_path: Path) -> None:
+    net, graph, widths = pruned
+    with pytest.raises(UserError, match="unknown format 'coreml'; known: torch, onnx, tflite"):
+        export_network(net, graph, graph.op_graph(widths), images(1), file_format="coreml", out=tmp_path / "x")
+    assert FORMATS == ("torch", "onnx", "tflite") and not list(tmp_path.iterdir())
+
+
+# What must not be put in place
+
+
+def other_network() -> tuple[nn.Module, LayerGraph]:
+    """A module whose shapes are those of the graph, which has a rectifier that the module lacks."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).eval()
+    randomise(net)
+    graph = build_graph(net, (3, 12, 12))
+    net[1] = nn.Identity()
+    return net, graph
+
+
+@pytest.mark.parametrize("file_format", FORMAT_PARAMS[1:])
+@pytest.mark.parametrize("before", [None, b"the file of yesterday"])
+def test_a_file_that_computes_something_else_is_not_written(
+    tmp_path: Path, file_format: str, before: bytes | None
+) -> None:
+    net, graph = other_network()
+    out = tmp_path / "net"
+    if before is not None:
+        out.write_bytes(before)
+    with pytest.raises(FailedError, match=f"the {file_format} file's outputs are off by") as caught:
+        export_network(net, graph, graph.op_graph(), images(4), file_format=file_format, out=out)
+    assert caught.value.exit_code == 1 and "\n" not in str(caught.value)
+    assert [file.name for file in tmp_path.iterdir()] == ([] if before is None else ["net"])
+    assert before is None or out.read_bytes() == before
+
+
+@pytest.mark.parametrize("file_format", FORMAT_PARAMS[1:])
+def test_weights_of_other_widths_are_not_written(pruned, tmp_path: Path, file_format: str) -> None:
+    net, graph, widths = pruned
+    out = tmp_path / "net"
+    out.write_bytes(b"the file of yesterday")
+    with pytest.raises((FailedError, ValueError), match="weight has shape"):
+        export_network(net, graph, graph.op_graph(), images(1), file_format=file_format, out=out)
+    assert out.read_bytes() == b"the file of yesterday" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_differences_count_by_the_largest_output(tmp_path: Path) -> None:
+    """Outputs of 10 000 that are off by 1 are within a thousandth of the largest; outputs of 1 are not."""
+    net, graph = other_network()
+    out = tmp_path / "net.onnx"
+    with torch.no_grad():
+        net[0].weight.zero_()
+        net[0].bias.fill_(-1.0)  # the rectifier of the graph makes 0 of it: a difference of 1 per weight
+        net[4].weight.copy_(torch.tensor([[0.25] * 4] * 3))
+        net[4].bias.fill_(10_000)
+    network = graph.op_graph()
+    found = export_network(net, graph, network, images(1), file_format="onnx", out=out)
+    assert found["max_abs_diff"] == pytest.approx(1, abs=2e-3)
+    with torch.no_grad():
+        net[4].bias.fill_(100)
+    with pytest.raises(FailedError, match=r"off by 1 \(largest 99\)"):
+        export_network(net, graph, network, images(1), file_format="onnx", out=tmp_path / "second.onnx")
+
+
+@pytest.mark.xfail(strict=True, reason="max() of a number and NaN is the number: the difference stays 0")
+@every_format
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_network_that_gives_nan_is_not_written(tmp_path: Path, file_format: str, value: float) -> None:
+    net, graph = other_network()
+    with torch.no_grad():
+        net[4].bias[1] = value
+        net[0].bias.fill_(100)  # the rectifier that is missing does nothing
+    with np.errstate(invalid="ignore"), pytest.raises(FailedError):
+        export_network(net, graph, graph.op_graph(), images(2), file_format=file_format, out=tmp_path / "net")
+    assert not (tmp_path / "net").exists()
+
+
+@contextmanager
+def disk_with(free: int) -> Iterator[None]:
+    """Files cannot grow beyond `free` bytes, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (free, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_places_that_cannot_be_written_leave_what_was_there(pruned, tmp_path: Path) -> None:
+    net, graph, widths = pruned
+    network, out = graph.op_graph(widths), tmp_path / "net.onnx"
+    out.write_bytes(b"the file of yesterday")
+    with disk_with(100), pytest.raises(FailedError, match="cannot write .*net.onnx: File too large"):
+        export_network(net, graph, network, images(1), file_format="onnx", out=out)
+    assert out.read_bytes() == b"the file of yesterday"
+    with pytest.raises(FailedError, match="cannot write .*below: Not a directory|cannot write .*below: File exists"):
+        export_network(net, graph, network, images(1), file_format="onnx", out=out / "below")
+    with pytest.raises(FailedError, match="Is a directory"):
+        export_network(net, graph, network, images(1), file_format="onnx", out=tmp_path)
+
+
+@pytest.mark.xfail(strict=True, reason="NAME.part stays behind")
+def test_a_full_disk_leaves_no_part_of_a_file(pruned, tmp_path: Path) -> None:
+    net, graph, widths = pruned
+    with disk_with(100), pytest.raises(FailedError):
+        export_network(net, graph, graph.op_graph(widths), images(1), file_format="onnx", out=tmp_path / "net.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+# Folded weights
+
+
+def reference(graph: OpGraph, weights: Mapping[str, Mapping[str, np.ndarray]], x: Tensor) -> Tensor:
+    """The operators of `graph` with folded weights, by torch.nn.functional: no batch-norm is left."""
+    activations = {"none": lambda value: value, "relu": F.relu, "relu6": F.relu6}
+    values = {OpGraph.INPUT: x}
+    for node in graph.nodes:
+        op, source = node.op, values[node.inputs[0]]
+        arrays = {name: torch.from_numpy(array) for name, array in weights.get(node.name, {}).items()}
+        if op.kind in ("conv", "depthwise_conv"):
+            made = F.conv2d(source, arrays["weight"], arrays["bias"], op.stride, op.padding, op.dilation, op.groups)
+        elif op.kind == "linear":
+            made = F.linear(source.flatten(1), arrays["weight"], arrays["bias"])
+        elif op.kind == "channel_map":
+            made = torch.zeros(len(x), op.out_channels, *source[0, 0, :: op.stride[0], :: op.stride[1]].shape)
+            for position, index in enumerate(arrays["index"].tolist()):
+                if index >= 0:
+                    made[:, position] = source[:, index, :: op.stride[0], :: op.stride[1]]
+        elif op.kind == "add":
+            made = source + values[node.inputs[1]]
+        elif op.kind == "concat":
+            made = torch.cat([values[name] for name in node.inputs], 1)
+        elif op.kind == "max_pool":
+            made = F.max_pool2d(source, op.kernel, op.stride, op.padding)
+        elif op.kind == "global_avg_pool":
+            made = source.mean((2, 3))
+        else:
+            assert op.kind in ("flatten", "activation"), op.kind
+            made = source.flatten(1) if op.kind == "flatten" else source
+        values[node.name] = activations[op.activation](made)
+    (output,) = graph.outputs
+    return values[output]
+
+
+def test_folding_by_hand() -> None:
+    net = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2, eps=0.0), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    net = nn.Sequential(*net, nn.Linear(2, 1, bias=False)).eval()
+    with torch.no_grad():
+        net[0].weight.copy_(torch.tensor([1.0, -2.0]).view(2, 1, 1, 1))
+        net[0].bias.copy_(torch.tensor([1.0, 3.0]))
+        net[1].weight.copy_(torch.tensor([3.0, 5.0]))
+        net[1].bias.copy_(torch.tensor([10.0, 20.0]))
+        net[1].running_mean.copy_(torch.tensor([2.0, 4.0]))
+        net[1].running_var.copy_(torch.tensor([4.0, 25.0]))
+    weights = folded_weights(net, build_graph(net, (1, 2, 2)))
+    assert set(weights) == {"0", "4"}
+    assert weights["0"]["weight"].ravel().tolist() == [1.5, -2.0]  # w * gamma / sigma
+    assert weights["0"]["bias"].tolist() == [8.5, 19.0]  # (b - mean) * gamma / sigma + beta
+    assert weights["4"]["bias"].tolist() == [0.0]  # a layer without bias gets zeros
+    assert weights["4"]["weight"].tolist() == net[4].weight.tolist()
+    assert {array.dtype for layer in weights.values() for array in layer.values()} == {np.dtype(np.float32)}
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_resnet20_with_folded_weights_is_resnet20_in_eval_mode(half: bool) -> None:
+    loaded = load_model("resnet20")
+    randomise(loaded.module)
+    graph = build_graph(loaded.module, loaded.input_shape)
+    net, widths = loaded.module, list(graph.full_widths)
+    if half:
+        widths = [width // 2 - index % 3 for index, width in enumerate(widths)]
+        net = slice_channels(net, graph, keep_channels(net, graph, widths))
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    weights = folded_weights(net, graph)
+    maps = {name: arrays["index"].tolist() for name, arrays in weights.items() if "index" in arrays}
+    assert set(maps) == {"layer2.0.shortcut", "layer3.0.shortcut"}
+    if not half:
+        assert maps["layer2.0.shortcut"] == [-1] * 8 + list(range(16)) + [-1] * 8
+    x = images(2, size=32)
+    with torch.no_grad():
+        wanted = net(x)
+        found = reference(graph.op_graph(widths), weights, x)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_every_kind_of_layer_is_folded(pruned) -> None:
+    """Also a batch-norm without weights, and a convolution that has a bias and a batch-norm."""
+    net, graph, widths = pruned
+    weights = folded_weights(net, graph)
+    assert set(weights) == {"conv1", "conv2", "shortcut", "depthwise", "left", "right", "linear"}
+    with torch.no_grad():
+        wanted = net(images(3))
+    torch.testing.assert_close(reference(graph.op_graph(widths), weights, images(3)), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_resnet20_exports_with_its_shortcuts(tmp_path: Path) -> None:
+    loaded = load_model("resnet20")
+    randomise(loaded.module)
+    graph = build_graph(loaded.module, loaded.input_shape)
+    widths = [width // 2 - index % 3 for index, width in enumerate(graph.full_widths)]
+    net = slice_channels(loaded.module, graph, keep_channels(loaded.module, graph, widths))
+    for file_format in ("onnx",) if no_litert else ("onnx", "tflite"):
+        out = tmp_path / file_format
+        export_network(net, graph, graph.op_graph(widths), images(2, size=32), file_format=file_format, out=out)
+        with torch.no_grad():
+            wanted = net(images(1, size=32, seed=5)).numpy()
+        found = run(out, file_format, images(1, size=32, seed=5))
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * max(1, np.abs(wanted).max()))
