@@ -22,6 +22,7 @@ from amc_hw.graph import LayerGraph
 from amc_hw.policy import Policy, load_policy
 from amc_hw.pretrain import DEFAULT_DATA, DEFAULT_MODEL, checkpoint_for
 from amc_hw.prune import slice_channels
+from amc_hw.specs import one_line
 from amc_hw.subject import Subject, load_graph, open_subject, read_table, table_path, tables
 from profilers.device import device_names, load_device
 from profilers.predictor import Predictor
@@ -118,7 +119,8 @@ def plan_profile(subject: Subject, *, seed: int = 0) -> dict[str, Any]:
     """What `profile` would measure: steps and about how many minutes; nothing is written."""
     identity = subject.target.identity()
     path = table_path(subject.device, identity)
-    table = LatencyTable.read(path) if path.exists() else LatencyTable(path, identity, {}, [])
+    begun = path.exists() and LatencyTable.read_identity(path) is not None
+    table = LatencyTable.read(path) if begun else LatencyTable(path, identity, {}, [])
     steps = missing_steps(ProfileJob(subject.network_at, subject.grids, seed=seed), table, subject.target)
     start = time.monotonic()
     if steps:
@@ -248,11 +250,11 @@ def _pruned(path: Path) -> tuple[Policy, LayerGraph, nn.Module]:
         kept = {name: np.array(channels) for name, channels in found.kept.items()}
         module = slice_channels(model.module, graph, kept)
         graph.checked([found.widths[group.name] for group in graph.groups])
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, UserError) as error:
         raise UserError(f"{path} does not fit {found.model}: {error}") from None
     weights = path.parent / found.weights
     try:
         module.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     except Exception as error:  # unpickling an arbitrary file fails in arbitrary ways
-        raise UserError(f"cannot load the weights {weights}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"cannot load the weights {weights}: {one_line(error)}") from None
     return found, graph, module.eval()

@@ -8,6 +8,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,12 +109,12 @@ def _subject_and_widths(
     for name in ("model", "widths", "input_shape"):
         if _typed(context, name):
             raise UserError(f"--policy says what the network is: leave --{name.replace('_shape', '')} out")
-    found = api.load_policy(policy)
+    found, module = api.load_policy(policy), api.load_pruned(policy)
     arguments |= {"model": found.model, "input_shape": found.input_shape}
     if not _typed(context, "device"):
         arguments["device"] = found.device
     subject = _subject(arguments)
-    return subject, tuple(found.widths[g.name] for g in subject.graph.groups), api.load_pruned(policy)
+    return subject, tuple(found.widths[g.name] for g in subject.graph.groups), module
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -324,13 +325,14 @@ def search(as_json: bool, dry_run: bool, out: Path | None, checkpoint: Path | No
     amc-hw search --latency-ratio 0.5
     amc-hw search --device host-litert --model resnet56 --checkpoint w.pt --data imagefolder:PATH --latency-ratio 0.6
     """
-    model = arguments["model"]
-    checkpoint = api.checkpoint_for(model, arguments["data"], checkpoint)
-    subject = _subject(arguments, checkpoint=checkpoint)
+    model, names = arguments["model"], [field.name for field in fields(api.SearchConfig)]
+    config = api.SearchConfig(Path(), **{name: arguments[name] for name in names if name in arguments})
+    _ = config.budget, api.load_device(arguments["device"])  # mistakes come before a minute of training
+    subject = _subject(arguments, checkpoint=api.checkpoint_for(model, arguments["data"], checkpoint))
     given = [f"{name}{arguments[name]:g}" for name in api.BUDGETS if arguments[name] is not None]
     safe = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in model)
     name = "-".join([safe, subject.device.name, *(given or [arguments["reward"]]), str(arguments["seed"])])
-    config = api.SearchConfig(out or Path("runs") / name, **arguments)
+    config = replace(config, out=out or Path("runs") / name)
     if dry_run:
         _print(
             api.plan_search(subject, config),
@@ -383,7 +385,8 @@ def main() -> None:
     try:
         sys.exit(cli(standalone_mode=False))  # a command that ends with context.exit gives its code back here
     except click.ClickException as error:
-        error.show()
+        command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "amc-hw"
+        click.echo(f"{command}: {error.format_message()} (see {command} -h)", err=True)
         sys.exit(error.exit_code)
     except UserError as error:
         if "--debug" in sys.argv:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from amc_hw.errors import FailedError, UserError
 from amc_hw.graph import LayerGraph
 from amc_hw.models.channel_map import ChannelMap
+from profilers.files import write_whole
 from profilers.ops import OpGraph
 from profilers.runtimes import load_runtime
 
@@ -74,21 +75,19 @@ def export_network(
     chunks = [chunk for chunk in images.split(batch) if len(chunk) == batch]
     data, run = (_as_program if file_format == "torch" else _as_model)(module, graph, network, chunks[0], file_format)
     expected = [_outputs(module(chunk)) for chunk in chunks]
-    largest, difference = 1.0, 0.0
+    largest, difference = 1.0, np.float64(0.0)
     for chunk, wanted in zip(chunks, expected, strict=True):
         for found, right in zip(run(chunk), wanted, strict=True):
-            largest = max(largest, float(np.abs(right).max()))
-            difference = max(difference, float(np.abs(found.reshape(right.shape) - right).max()))
+            largest = max(largest, float(np.abs(right[np.isfinite(right)]).max(initial=0.0)))
+            difference = np.maximum(difference, np.abs(found.reshape(right.shape) - right).max())  # keeps a NaN
     if not difference <= TOLERANCE * largest:  # NaN fails this, too
         raise FailedError(f"the {file_format} file's outputs are off by {difference:.3g} (largest {largest:.3g})")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        part = out.with_name(out.name + ".part")
-        part.write_bytes(data)
-        part.replace(out)
     except OSError as error:
         raise FailedError(f"cannot write {out}: {error.strerror}") from error
-    return {"file": str(out), "bytes": len(data), "max_abs_diff": difference}
+    write_whole(out, data)
+    return {"file": str(out), "bytes": len(data), "max_abs_diff": float(difference)}
 
 
 _Run = Callable[[Tensor], Sequence[np.ndarray]]

@@ -26,6 +26,7 @@ from amc_hw.resources import (
     Completer,
     CostModel,
     budget_from,
+    check_ratio,
     latency_model,
     macs_model,
     params_model,
@@ -74,6 +75,8 @@ class SearchConfig:
             return None
         if len(given) != 1:
             raise UserError("give one of --latency-ms, --latency-ratio, --flops-ratio, --params-ratio")
+        if given[0][0].endswith("_ratio"):
+            check_ratio(given[0][1])
         return given[0]
 
 
@@ -155,13 +158,14 @@ class _Search:
             return enough | {"seconds": time.monotonic() - start}
         if budget is not None:
             require_feasible(Completer(costs), budget)
+        splits = load_data(config.data, input_shape=self.model.input_shape)
         journal = Journal(config.out / "metrics.jsonl", self._header())
         record_command(config.out)
         finished = config.out / "result.json"
         if finished.exists():
             result: dict[str, Any] = json.loads(finished.read_text())
             return result
-        self._load()
+        self.evaluator = Evaluator(self.model, self.graph, splits, seed=config.seed)
         unpruned = accuracy(self.model.module, *self.evaluator.val)
         self.progress(0, config.episodes, f"unpruned accuracy {unpruned:.4f} on held-out training images")
         check_expected(unpruned, config.expect_accuracy)
@@ -201,7 +205,8 @@ class _Search:
         if (budget := self.budget(costs)) is not None:
             require_feasible(Completer(costs), budget)
         start = time.monotonic()
-        self._load()
+        splits = load_data(self.config.data, input_shape=self.model.input_shape)
+        self.evaluator = Evaluator(self.model, self.graph, splits, seed=self.config.seed)
         loaded = time.monotonic()
         self.evaluator.val_accuracy([grid[len(grid) // 2] for grid in self.subject.grids])
         each = time.monotonic() - loaded
@@ -211,10 +216,6 @@ class _Search:
             "seconds_per_episode": each,
             "minutes": (loaded - start + each * self.config.episodes) / 60,
         }
-
-    def _load(self) -> None:
-        splits = load_data(self.config.data, input_shape=self.model.input_shape)
-        self.evaluator = Evaluator(self.model, self.graph, splits, seed=self.config.seed)
 
     def _header(self) -> dict[str, Any]:
         config = self.config

@@ -20,7 +20,7 @@ from torch import nn
 
 from amc_hw.errors import UserError
 from amc_hw.models.channel_map import ChannelMap
-from amc_hw.tracing import TracedOp, trace_ops
+from amc_hw.tracing import TracedOp, eval_mode, trace_ops
 from profilers.ops import OpGraph, OpNode, OpSpec
 
 
@@ -187,7 +187,8 @@ def build_graph(module: nn.Module, input_shape: tuple[int, int, int], *, keep: S
     Raises UserError where the network cannot be traced or holds an operator that is not understood.
     """
     example = torch.zeros(1, *input_shape)
-    traced = trace_ops(module, example)
+    with eval_mode(module):
+        traced = trace_ops(module, example)
     found = _coupled_groups(module, example, traced)
     reasons = _freeze_reasons(found, traced, keep)
     groups = tuple(group for group in found if group.name not in reasons)
@@ -246,7 +247,12 @@ def _coupled_groups(module: nn.Module, example: torch.Tensor, traced: Any) -> li
         linear = isinstance(producer, nn.Linear)
         width = int(producer.weight.shape[0])
         prune = tp.prune_linear_out_channels if linear else tp.prune_conv_out_channels
-        members = _members(dependencies, dependencies.get_pruning_group(producer, prune, list(range(width))), names)
+        try:
+            coupled = dependencies.get_pruning_group(producer, prune, list(range(width)))
+        except ValueError:  # a layer that leads nowhere is not in the dependency graph
+            groups.append(ChannelGroup(op.module, width, (Member(op.module, "producer", np.arange(width)),)))
+            continue
+        members = _members(dependencies, coupled, names)
         members.sort(key=lambda member: (order.get(member.module, len(order)), member.role))
         seen.update(member.module for member in members if member.role == "producer")
         groups.append(ChannelGroup(op.module, width, tuple(members)))
@@ -307,6 +313,7 @@ def _layers(traced: Any, groups: Sequence[ChannelGroup]) -> tuple[tuple[Layer, .
     """Layers with the channels of every tensor, or the names of groups whose coupling is not understood, and why."""
     index_of = {module: i for i, group in enumerate(groups) for module in group.modules("producer")}
     channels: dict[str, Channels] = {OpGraph.INPUT: Channels(traced.input_channels)}
+    from_input = {OpGraph.INPUT}  # tensors whose channels are the input's: the dependency graph overlooks them
     layers = []
     for op in traced.ops:
         sources = tuple(channels[name] for name in op.inputs)
@@ -319,6 +326,8 @@ def _layers(traced: Any, groups: Sequence[ChannelGroup]) -> tuple[tuple[Layer, .
                 names = touched | {groups[i].name for i in readers}
                 return (), (names, f"unsupported coupling at {op.name}")
         elif op.op.kind == "concat":
+            if touched and not from_input.isdisjoint(op.inputs):
+                return (), (touched, f"concatenated with the network's input at {op.name}")
             out = Channels.joined(sources)
         elif op.op.kind == "flatten":
             out = sources[0].times(op.op.height * op.op.width)
@@ -326,6 +335,8 @@ def _layers(traced: Any, groups: Sequence[ChannelGroup]) -> tuple[tuple[Layer, .
             return (), (touched, f"unsupported coupling at {op.name}")
         else:
             out = sources[0]
+        if op.op.kind not in ("conv", "linear", "channel_map") and from_input.issuperset(op.inputs):
+            from_input.add(op.name)
         channels[op.name] = out
         layers.append(Layer(op.name, op.op, op.inputs, sources, out, op.module, op.batch_norm))
     return tuple(layers), None

@@ -38,11 +38,19 @@ class Policy:
 
 def load_policy(path: Path) -> Policy:
     try:
-        data: dict[str, Any] = json.loads(path.read_text())
+        data: Any = json.loads(path.read_bytes())
+        if not isinstance(data, dict):
+            raise ValueError("it holds no object")
         if data.pop("schema_version") != SCHEMA_VERSION:
             raise UserError(f"{path}: not of schema version {SCHEMA_VERSION}")
-        return Policy(**data | {name: tuple(data[name]) for name in ("input_shape", "mean", "std")})
+        found = Policy(**data | {name: tuple(data[name]) for name in ("input_shape", "mean", "std")})
+        texts = (found.model, found.data, found.device, found.dtype, found.weights)
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError("model, data, device, dtype and weights must be strings")
+        if {name: len(channels) for name, channels in found.kept.items()} != found.widths:
+            raise ValueError("widths are not the numbers of channels kept")
+        return found
     except OSError as error:
         raise UserError(f"cannot read policy {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a policy: {error}") from None

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor, fx, nn
 from amc_hw.graph import LayerGraph
 from amc_hw.models.channel_map import ChannelMap
 from amc_hw.prune import Kept, KeptAxes, kept_axes
-from amc_hw.tracing import trace_fx
+from amc_hw.tracing import eval_mode, trace_fx
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +33,7 @@ Grams = dict[str, Gram]
 MAX_GRAM = 8192
 #: Rows of such a layer's dual problem.
 DUAL_ROWS = 4096
-#: Targets that only have to lie beyond the bend of a rectifier follow the prediction this often.
+#: After a first fit to all targets, those beyond the bend of a rectifier follow the prediction this often.
 RECTIFIER_ROUNDS = 3
 UNBOUNDED = (-math.inf, math.inf)
 
@@ -72,7 +71,7 @@ def gather_grams(
     if large:
         warnings.warn(f"too many inputs for the fast refit, which leaves out {', '.join(large)}", stacklevel=2)
     handles = [layer.register_forward_pre_hook(read(name)) for name, layer in readers.items() if name not in large]
-    with _eval_mode(module):
+    with eval_mode(module):
         for chunk in images.split(batch):
             module(chunk)
     for handle in handles:
@@ -134,7 +133,7 @@ def refit_faithful(
     """
     axes = kept_axes(graph, kept)
     generator = torch.Generator().manual_seed(seed)
-    with _eval_mode(module), _eval_mode(sliced):
+    with eval_mode(module), eval_mode(sliced):
         run = _Lockstep(module, sliced, images)
         for node in run.nodes:
             run.unpruned(node)
@@ -237,10 +236,8 @@ def _fit(
     gram = patches @ patches.T if dual else patches.T @ patches
     factor = _factor(gram.double() / len(patches), ridge * float(patches.square().mean()))
     low, high = follow.bounds
-    predicted = now
-    for _ in range(RECTIFIER_ROUNDS if follow.bounds != UNBOUNDED else 1):
-        aim = torch.where(goal <= low, predicted.clamp(max=low), goal)
-        aim = torch.where(goal >= high, predicted.clamp(min=high), aim)
+    aim = goal
+    for _ in range(1 + RECTIFIER_ROUNDS if follow.bounds != UNBOUNDED else 1):
         error = (aim - now) / divisor
         shift = error.mean(0) if intercept else torch.zeros(error.shape[1])
         centred = (error - shift) / len(patches)
@@ -249,6 +246,8 @@ def _fit(
         else:
             change = torch.cholesky_solve((patches.T @ centred).double(), factor).float()
         predicted = now + (patches @ change + shift) * scale
+        aim = torch.where(goal <= low, predicted.clamp(max=low), goal)
+        aim = torch.where(goal >= high, predicted.clamp(min=high), aim)
     _write(run.sliced, name, follow.batch_norm, change, shift - mean @ change)
     if follow.batch_norm is not None:
         bias = layer.bias if isinstance(layer.bias, Tensor) else None
@@ -296,14 +295,19 @@ def _affine(module: nn.Module, batch_norm: str | None, channels: int) -> tuple[T
         return torch.ones(channels), torch.zeros(channels)
     norm = module.get_submodule(batch_norm)
     assert isinstance(norm, nn.BatchNorm2d) and norm.running_var is not None and norm.running_mean is not None
-    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
-    return scale, norm.bias - scale * norm.running_mean
+    scale = (norm.running_var + norm.eps).rsqrt()
+    shift = torch.zeros(channels)
+    if norm.affine:
+        scale, shift = scale * norm.weight, norm.bias
+    return scale, shift - scale * norm.running_mean
 
 
 def _absorb(norm: nn.Module, inputs: Tensor) -> None:
     """Make the batch-norm's statistics those of `inputs` (R, O) and keep its function: re-estimating them later then
     takes nothing of the refit back."""
     assert isinstance(norm, nn.BatchNorm2d) and norm.running_var is not None and norm.running_mean is not None
+    if not norm.affine:
+        return  # without weights of its own it cannot keep its function
     scale = norm.weight / (norm.running_var + norm.eps).sqrt()
     offset = norm.bias - scale * norm.running_mean
     norm.running_mean.copy_(inputs.mean(0))
@@ -386,23 +390,12 @@ def _rows(value: Tensor, positions: Tensor | None, channels: Tensor | None) -> T
     return value.permute(0, 2, 3, 1).reshape(-1, c).index_select(0, index.flatten())
 
 
-@contextmanager
-def _eval_mode(module: nn.Module) -> Iterator[None]:
-    flags = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, flag in flags.items():
-            part.training = flag
-
-
 @torch.no_grad()
 def reestimate_batch_norm(module: nn.Module, images: Tensor, *, batch: int = 128) -> None:
     """Batch-norm statistics as the plain average over `images` (N, C, H, W); everything else stays in eval mode."""
     norms = [part for part in module.modules() if isinstance(part, nn.BatchNorm2d) and part.track_running_stats]
     momenta = [norm.momentum for norm in norms]
-    with _eval_mode(module):
+    with eval_mode(module):
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None

@@ -238,13 +238,17 @@ def budget_from(model: CostModel, *, ratio: float | None = None, absolute: float
     if (ratio is None) == (absolute is None):
         raise UserError("give a budget either as a ratio or as an absolute number")
     if ratio is not None:
-        if not 0 < ratio <= 1:  # NaN fails this, too
-            raise UserError(f"budget ratio {ratio}: it must be above 0 and at most 1")
+        check_ratio(ratio)
         return Budget(ratio * model.full_cost, f"{ratio:g} of {_amount(model.full_cost, model.unit)}")
     assert absolute is not None
     if not (absolute > 0 and math.isfinite(absolute)):
         raise UserError(f"budget {absolute} {model.unit}: it must be a finite number above 0")
     return Budget(float(absolute), _amount(absolute, model.unit))
+
+
+def check_ratio(ratio: float) -> None:
+    if not 0 < ratio <= 1:  # NaN fails this, too
+        raise UserError(f"budget ratio {ratio}: it must be above 0 and at most 1")
 
 
 def _amount(cost: float, unit: str) -> str:

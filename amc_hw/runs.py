@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import json
-import os
 import platform
 import sys
 from datetime import UTC, datetime
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from amc_hw.errors import FailedError, UserError
+from profilers.files import append_synced, write_whole
 
 PACKAGES = ("amc-hw", "torch", "numpy", "onnxruntime", "ai-edge-litert")
 
@@ -34,10 +35,12 @@ class Journal:
             data = path.read_bytes() if path.exists() else b""
             whole = data[: data.rfind(b"\n") + 1]
             lines = [json.loads(line) for line in whole.splitlines()]
+            if not all(isinstance(line, dict) for line in lines):
+                raise ValueError("not an object")
             if lines and lines[0] != header:
-                key = next(key for key in header if lines[0].get(key) != header[key])
+                key = next(key for key in {**header, **lines[0]} if lines[0].get(key) != header.get(key))
                 raise UserError(
-                    f"{path.parent} holds another search ({key}: {lines[0].get(key)!r}, not {header[key]!r}): "
+                    f"{path.parent} holds another search ({key}: {lines[0].get(key)!r}, not {header.get(key)!r}): "
                     "name another --out"
                 )
             self.recorded = lines[1:]
@@ -47,7 +50,7 @@ class Journal:
                 self._write(header)
         except OSError as error:
             raise FailedError(f"cannot write {path}: {error.strerror}") from error
-        except (json.JSONDecodeError, AttributeError):
+        except ValueError:
             raise UserError(f"{path} is damaged before its last line: name another --out") from None
 
     def append(self, row: dict[str, Any]) -> None:
@@ -57,15 +60,8 @@ class Journal:
             raise FailedError(f"cannot write {self.path}: {error.strerror}") from error
 
     def _write(self, row: dict[str, Any]) -> None:
-        with self.path.open("ab") as file:
-            start = file.tell()
-            try:
-                file.write(json.dumps(row).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-            except OSError:
-                file.truncate(start)
-                raise
+        with self.path.open("ab", buffering=0) as file:
+            append_synced(file, json.dumps(row).encode() + b"\n")
 
 
 def record_command(folder: Path) -> None:
@@ -93,19 +89,11 @@ def record_command(folder: Path) -> None:
 
 def save_weights(path: Path, state: dict[str, Tensor]) -> None:
     """A state dict at `path`, whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    try:
-        torch.save(state, part)
-        part.replace(path)
-    except (OSError, RuntimeError) as error:
-        raise FailedError(f"cannot write {path}: {error}") from error
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_whole(path, buffer.getvalue())
 
 
 def save_json(path: Path, data: dict[str, Any]) -> None:
     """`data` at `path`, whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_text(json.dumps(data, indent=1))
-        part.replace(path)
-    except OSError as error:
-        raise FailedError(f"cannot write {path}: {error.strerror}") from error
+    write_whole(path, json.dumps(data, indent=1).encode())

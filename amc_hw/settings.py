@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from amc_hw.errors import FailedError, UserError
+from amc_hw.errors import UserError
+from profilers.files import write_whole
 
 FILE = Path("amc-hw.toml")
 KEYS: Mapping[str, type] = {"device": str, "model": str, "checkpoint": str, "data": str, "seed": int}
@@ -36,14 +37,9 @@ def read_settings(path: Path = FILE) -> dict[str, Any]:
 
 def write_settings(values: Mapping[str, Any], path: Path = FILE) -> None:
     """A new file with `values`; UserError where there is one already."""
-    lines = ["# Defaults of the amc-hw commands run in this folder; a flag wins over them.", *_lines(values)]
-    try:
-        with path.open("x") as file:
-            file.write("\n".join(lines) + "\n")
-    except FileExistsError:
-        raise UserError(f"{path} is there already: edit it, or remove it first") from None
-    except OSError as error:
-        raise FailedError(f"cannot write {path}: {error.strerror}") from error
+    if path.exists():
+        raise UserError(f"{path} is there already: edit it, or remove it first")
+    _write(path, ["# Defaults of the amc-hw commands run in this folder; a flag wins over them.", *_lines(values)])
 
 
 def record_settings(values: Mapping[str, Any], path: Path = FILE) -> None:
@@ -55,14 +51,19 @@ def record_settings(values: Mapping[str, Any], path: Path = FILE) -> None:
     new = {key: value for key, value in values.items() if key not in known}
     if not new:
         return
-    old = path.read_text()
+    old = path.read_bytes()
+    _write(path, _lines(new), before=old + (b"\n" if old and not old.endswith(b"\n") else b""))
+
+
+def _write(path: Path, lines: list[str], *, before: bytes = b"") -> None:
     try:
-        part = path.with_name(path.name + ".part")
-        part.write_text(old + ("" if old.endswith("\n") or not old else "\n") + "\n".join(_lines(new)) + "\n")
-        part.replace(path)
-    except OSError as error:
-        raise FailedError(f"cannot write {path}: {error.strerror}") from error
+        write_whole(path, before + "".join(f"{line}\n" for line in lines).encode())
+    except UnicodeEncodeError:
+        raise UserError(f"{path} cannot hold {lines[-1]!r}: it is not valid text") from None
 
 
 def _lines(values: Mapping[str, Any]) -> list[str]:
-    return [f"{key} = {json.dumps(value)}" for key, value in values.items()]  # JSON strings are TOML strings
+    """JSON strings are TOML strings, as long as nothing is written as two surrogates and DEL is escaped."""
+    return [
+        f"{key} = {json.dumps(value, ensure_ascii=False)}".replace("\x7f", "\\u007f") for key, value in values.items()
+    ]

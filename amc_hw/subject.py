@@ -88,7 +88,7 @@ def read_table(subject: Subject) -> LatencyTable:
     others = tables(subject.device.name)
     if not path.exists() and others:
         LatencyTable.read(others[0]).require_identity(identity)
-    if not path.exists():
+    if not path.exists() or LatencyTable.read_identity(path) is None:
         raise TableError(f"no latency table {path}: measure one with 'amc-hw profile'")
     table = LatencyTable.read(path)
     table.require_identity(identity)

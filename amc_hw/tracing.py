@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -78,6 +79,17 @@ def trace_fx(module: nn.Module) -> fx.GraphModule:
             f"{type(module).__name__} cannot be traced by torch.fx ({reason}): "
             "move data-dependent control flow out of forward()"
         ) from error
+
+
+@contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    flags = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, flag in flags.items():
+            part.training = flag
 
 
 def trace_ops(module: nn.Module, example: torch.Tensor) -> TracedOps:

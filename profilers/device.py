@@ -54,7 +54,7 @@ def device_names() -> list[str]:
     return sorted({path.stem for folder in search_folders("device_configs") for path in folder.glob("*.toml")})
 
 
-def load_device(name: str) -> DeviceConfig:
+def load_device(name: str, *, _aliases: tuple[str, ...] = ()) -> DeviceConfig:
     """The configuration `name`; UserError where it is unknown or its TOML is not right."""
     for folder in search_folders("device_configs"):
         path = folder / f"{name}.toml"
@@ -62,9 +62,9 @@ def load_device(name: str) -> DeviceConfig:
             data = _read(path)
             alias = data.pop("alias", None)
             if alias is not None:
-                if data or alias == name:
+                if data or alias in (name, *_aliases):
                     raise UserError(f"{path}: an alias stands alone and names another device")
-                return load_device(str(alias))
+                return load_device(str(alias), _aliases=(*_aliases, name))
             return _checked(name, path, data)
     known = device_names()
     close = difflib.get_close_matches(name, known, 1)

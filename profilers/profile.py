@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -50,7 +50,8 @@ def missing_steps(job: ProfileJob, table: LatencyTable, target: Target) -> list[
     """What remains to be measured, in a fixed order; empty where the table has it all."""
     anchor = Anchor(target, job.network_at([grid[-1] for grid in job.grids]), table)
     steps = list(_op_steps(job, table, anchor))
-    done = {row.details.get("digest") for row in table.of_type("calibration")}
+    # networks whose operators are read as they run would tell too small an error
+    done = {row.details.get("digest") for row in table.of_type("calibration")} | set(_sampled(job))
     for widths in random_widths(job.grids, job.calibration, seed=job.seed + 1):
         graph = job.network_at(widths)
         if digest(graph) not in done:
@@ -87,9 +88,7 @@ def _calibration(graph: OpGraph, anchor: Anchor) -> list[Measurement]:
 
 
 def _op_steps(job: ProfileJob, table: LatencyTable, anchor: Anchor) -> Iterator[Step]:
-    target = anchor.target
-    sampled = corner_widths(job.grids) + random_widths(job.grids, job.networks, seed=job.seed)
-    graphs = {digest(graph): graph for graph in map(job.network_at, sampled)}
+    target, graphs = anchor.target, _sampled(job)
     if target.profile_ops(anchor.graph, time_s=0.01) is not None:
         done = {row.details.get("digest") for row in table.of_type("network")}
         for name, graph in graphs.items():
@@ -97,11 +96,26 @@ def _op_steps(job: ProfileJob, table: LatencyTable, anchor: Anchor) -> Iterator[
                 yield Step("reading operators in random networks", partial(_in_context, graph, anchor))
         return
     measured = {row.op for row in table.of_type("op")}
-    wanted = [op for graph in graphs.values() for op in target.lower(graph).ops]
+    wanted = [each for graph in graphs.values() for op in target.lower(graph).ops for each in _alike(op)]
     missing = [op for op in dict.fromkeys(wanted) if op not in measured]
     for start in range(0, len(missing), OPS_AT_ONCE):
         chunk = missing[start : start + OPS_AT_ONCE]
         yield Step("timing operators", partial(_alone, chunk, anchor))
+
+
+def _sampled(job: ProfileJob) -> dict[str, OpGraph]:
+    """The networks whose operators are measured, by digest."""
+    widths = corner_widths(job.grids) + random_widths(job.grids, job.networks, seed=job.seed)
+    return {digest(graph): graph for graph in map(job.network_at, widths)}
+
+
+def _alike(op: OpSpec) -> list[OpSpec]:
+    """The operator as it is measured alone, with inputs of equal channels; two where a concatenation's differ, one
+    of less and one of more channels in all."""
+    if op.kind != "concat" or len(set(op.in_channels)) == 1:
+        return [op]
+    share, rest = divmod(op.out_channels, len(op.in_channels))
+    return [op.with_axes([each * len(op.in_channels)]) for each in ((share, share + 1) if rest else (share,))]
 
 
 def _in_context(graph: OpGraph, anchor: Anchor) -> list[Measurement]:
@@ -123,8 +137,7 @@ def _copies(op: OpSpec, count: int) -> OpGraph:
     """`count` copies of an operator side by side on one input."""
     names = [f"copy{index}" for index in range(count)]
     inputs = (OpGraph.INPUT,) * len(op.in_channels)
-    first = replace(op, in_channels=(op.in_channels[0],) * len(op.in_channels))
-    nodes = tuple(OpNode(name, first, inputs) for name in names)
+    nodes = tuple(OpNode(name, op, inputs) for name in names)
     return OpGraph(nodes, (op.in_channels[0], op.height, op.width), tuple(names))
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from profilers.errors import FailedError, TableError
+from profilers.files import append_synced
 from profilers.ops import OpGraph, OpSpec
 
 SCHEMA_VERSION = 1
@@ -124,8 +125,11 @@ class LatencyTable:
     @staticmethod
     def read_identity(path: Path) -> Identity | None:
         """Of the table at `path`, from its first line alone; None where that is torn, TableError where it is bad."""
-        with path.open("rb") as file:
-            line = file.readline()
+        try:
+            with path.open("rb") as file:
+                line = file.readline()
+        except OSError as error:
+            raise TableError(f"cannot read {path}: {error.strerror}") from None
         return _header(path, line)[0] if line.endswith(b"\n") else None
 
     @classmethod
@@ -135,6 +139,8 @@ class LatencyTable:
             data = path.read_bytes()
         except FileNotFoundError:
             raise TableError(f"no latency table {path}: measure one with 'amc-hw profile'") from None
+        except OSError as error:
+            raise TableError(f"cannot read {path}: {error.strerror}") from None
         lines = data.split(b"\n")
         torn = lines.pop()  # what follows the last newline
         if torn.strip():
@@ -166,15 +172,7 @@ class LatencyTable:
         try:
             with _locked(self.path) as file:
                 _drop_torn_line(file)
-                file.seek(0, os.SEEK_END)
-                start = file.tell()
-                try:
-                    file.write(text.encode())
-                    file.flush()
-                    os.fsync(file.fileno())
-                except OSError:
-                    file.truncate(start)
-                    raise
+                append_synced(file, text.encode())
         except OSError as error:
             raise FailedError(f"cannot write to {self.path}: {error.strerror}") from error
         self.rows.extend(rows)
@@ -221,11 +219,8 @@ def _write_header(path: Path, header: Mapping[str, Any]) -> None:
         with _locked(path) as file:
             if b"\n" in file.read():
                 return  # another process was first
-            file.seek(0)
-            file.truncate()
-            file.write(json.dumps(header, separators=(",", ":")).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+            file.truncate(0)
+            append_synced(file, json.dumps(header, separators=(",", ":")).encode() + b"\n")
     except OSError as error:
         raise FailedError(f"cannot write {path}: {error.strerror}") from error
 
@@ -242,6 +237,6 @@ def _drop_torn_line(file: Any) -> None:
 def _locked(path: Path) -> Iterator[Any]:
     """The file opened for reading and writing, locked against other processes of this machine."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    with os.fdopen(descriptor, "r+b") as file:
+    with os.fdopen(descriptor, "r+b", buffering=0) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield file

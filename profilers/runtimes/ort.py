@@ -95,7 +95,7 @@ def profile_ops(model: bytes, graph: OpGraph, *, threads: int, time_s: float) ->
             carried, last, per_run = 0.0, None, {}
         if event.get("cat") != "Node" or not event["name"].endswith("_kernel_time"):
             continue
-        name = event["name"].removesuffix("_kernel_time").split("/")[0].removesuffix("_nchwc")
+        name = event["name"].removesuffix("_kernel_time").removeprefix("fused ").split("/")[0].removesuffix("_nchwc")
         if name in names:
             per_run[name] = per_run.get(name, 0.0) + event["dur"] + carried
             carried, last = 0.0, name

@@ -52,7 +52,7 @@ def test_policy_comes_back_as_it_was(tmp_path: Path) -> None:
 
 @given(
     text=st.text(st.characters(exclude_categories=["Cs"])),
-    widths=st.dictionaries(st.text(), st.integers(1, 4096)),
+    widths=st.dictionaries(st.text(), st.integers(1, 20)),
     std=st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1),
 )
 def test_any_text_and_number_survives(
@@ -60,7 +60,7 @@ def test_any_text_and_number_survives(
 ) -> None:
     path = tmp_path_factory.mktemp("policy") / "policy.json"
     policy = replace(
-        POLICY, model=text, data=text, widths=widths, kept={n: [w] for n, w in widths.items()}, std=(*std,)
+        POLICY, model=text, data=text, widths=widths, kept={n: list(range(w)) for n, w in widths.items()}, std=(*std,)
     )
     policy.save(path)
     assert load_policy(path) == policy
@@ -89,7 +89,6 @@ def test_files_that_are_no_policy(tmp_path: Path, content: bytes) -> None:
     assert "is not a policy" in one_line(path)
 
 
-@pytest.mark.xfail(strict=True, raises=AttributeError, reason="only objects and lists have a pop()")
 @pytest.mark.parametrize("content", ['"text"', "null", "3", "true"])
 def test_json_that_is_no_object(tmp_path: Path, content: str) -> None:
     path = tmp_path / "policy.json"
@@ -114,7 +113,6 @@ def test_a_key_too_many_or_too_few_is_named(tmp_path: Path) -> None:
     assert "is not a policy" in one_line(path)
 
 
-@pytest.mark.xfail(strict=True, reason="the types of values are not looked at: a traceback where they are used")
 @pytest.mark.parametrize("wrong", [{"widths": 3}, {"kept": None}, {"widths": {"a": "8"}}, {"model": 7}])
 def test_values_of_a_wrong_type_are_refused(tmp_path: Path, wrong: dict[str, object]) -> None:
     path = tmp_path / "policy.json"

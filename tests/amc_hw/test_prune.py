@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,15 +53,6 @@ class Mixed(nn.Module):
 def factory():
     return Mixed(), torch.zeros(1, 3, 16, 16)
 '''
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Layers this small gain nothing from threads, and lose much where other work shares the machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def randomise(module: nn.Module, input_shape: tuple[int, int, int], *, seed: int = 0) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -20,15 +20,6 @@ from amc_hw.refit import gather_grams, reestimate_batch_norm, refit_faithful, re
 
 ALL_ROWS = 10**9
 Refit = Callable[..., nn.Module]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Layers this small gain nothing from threads, and lose much where other work shares the machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def seeded(shape: tuple[int, ...], seed: int = 0) -> Tensor:
@@ -231,18 +222,7 @@ def test_channels_made_of_the_kept_ones_are_made_up_for(
         torch.testing.assert_close(small(other), net(other), rtol=0, atol=2e-4)
 
 
-@pytest.mark.parametrize(
-    "refitted",
-    [
-        fast,
-        pytest.param(
-            faithful,
-            marks=pytest.mark.xfail(
-                strict=True, reason="the rectifier's rounds begin at the sliced weights and stop before they are there"
-            ),
-        ),
-    ],
-)
+@both_refits
 @pytest.mark.parametrize("batch_norm", [True, False])
 def test_channels_made_of_the_kept_ones_are_made_up_for_before_a_rectifier(refitted: Refit, batch_norm: bool) -> None:
     net, graph, kept = redundant(bias=False, batch_norm=batch_norm, linear=False, after=nn.ReLU)
@@ -553,7 +533,20 @@ def test_reestimating_after_the_faithful_refit_changes_the_outputs_hardly() -> N
     assert output_error(again, sliced, other) > 0.05
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="_affine() and _absorb() expect weight and bias")
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_faithful_refit_leaves_the_statistics_of_what_comes_in(bias: bool) -> None:
+    """A convolution's own bias is part of it."""
+    images = smooth_images(40, 8)
+    net = randomise(three_layers(bias=bias, batch_norm=True), images)
+    graph = build_graph(net, (3, 8, 8))
+    small = faithful(net, graph, {"0": np.arange(4)}, images)
+    with torch.no_grad():
+        x = small[:3](images)
+    torch.testing.assert_close(small[3].running_mean, x.mean((0, 2, 3)), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(small[3].running_var, x.transpose(0, 1).flatten(1).var(1), rtol=1e-3, atol=1e-4)
+    assert (small[3].running_mean - net[3].running_mean).abs().max() > 1e-2
+
+
 def test_the_faithful_refit_takes_batch_norms_without_weights() -> None:
     net = three_layers(bias=False, batch_norm=True)
     net[3] = nn.BatchNorm2d(6, affine=False)

@@ -71,7 +71,6 @@ def test_characters_that_toml_is_particular_about(file: Path, text: str) -> None
     assert read_settings(file) == {"data": f"npz:{text}"}
 
 
-@pytest.mark.xfail(strict=True, reason="JSON writes them as two surrogates, which TOML does not allow")
 @pytest.mark.parametrize("text", ["\U0001f600", "\U00010000", "a\U0010ffffb"])
 def test_characters_beyond_the_basic_plane_survive(file: Path, text: str) -> None:
     write_settings({"checkpoint": text}, file)
@@ -148,7 +147,6 @@ def test_recording_behind_any_ending(file: Path, mine: str) -> None:
     assert read_settings(file) == {**tomllib.loads(mine), "model": "resnet20"}
 
 
-@pytest.mark.xfail(strict=True, reason="the text is read with universal newlines")
 def test_recording_keeps_the_line_ends_of_windows(file: Path) -> None:
     file.write_bytes(b"# mine\r\nseed = 4\r\n")
     record_settings({"model": "resnet20"}, file)
@@ -191,7 +189,6 @@ def test_a_full_disk_leaves_the_recorded_file_whole(file: Path) -> None:
     assert file.read_text() == "# mine\nseed = 4\n"
 
 
-@pytest.mark.xfail(strict=True, reason="the first bytes stay, and the next attempt finds a file there already")
 def test_a_full_disk_leaves_no_part_of_a_new_file(file: Path) -> None:
     full_disk(write_settings, file)
     assert not file.exists()

@@ -92,7 +92,7 @@ def expected_digests(job: ProfileJob) -> tuple[list[str], list[str]]:
     read = corner_widths(job.grids) + random_widths(job.grids, job.networks, seed=job.seed)
     timed = random_widths(job.grids, job.calibration, seed=job.seed + 1)
     first, second = ([digest(job.network_at(widths)) for widths in sampled] for sampled in (read, timed))
-    return list(dict.fromkeys(first)), list(dict.fromkeys(second))
+    return list(dict.fromkeys(first)), [name for name in dict.fromkeys(second) if name not in first]
 
 
 # Digests
@@ -215,19 +215,17 @@ def test_a_larger_job_measures_only_what_it_adds() -> None:
     larger = replace(JOB, networks=12, calibration=12)
     more = [step.run()[-1] for step in missing_steps(larger, table, Told())]
     (read, timed), (all_read, all_timed) = expected_digests(JOB), expected_digests(larger)
-    assert digests(more) == all_read[len(read) :] + all_timed[len(timed) :]
+    assert digests(more) == all_read[len(read) :] + [name for name in all_timed if name not in timed]
     assert len(more) > 4
 
 
 def test_networks_that_round_to_the_same_widths_are_measured_once() -> None:
     narrow = replace(JOB, grids=((8, 64), (16,)), networks=30, calibration=30)
     rows = [step.run()[-1] for step in missing_steps(narrow, in_memory(), Told())]
-    for kind in ("network", "calibration"):
-        found = digests([row for row in rows if row.type == kind])
-        assert sorted(found) == sorted({digest(network_at((8, 16))), digest(network_at((64, 16)))})
+    assert {row.type for row in rows} == {"network"}  # none is left to calibrate with
+    assert sorted(digests(rows)) == sorted({digest(network_at((8, 16))), digest(network_at((64, 16)))})
 
 
-@pytest.mark.xfail(strict=True, reason="profile.py: a calibration network may be one whose operators were read")
 def test_what_tells_the_error_is_never_what_was_read() -> None:
     job = replace(JOB, grids=((8, 16, 24), (8, 16, 24)), networks=40, calibration=24)
     rows = [step.run()[-1] for step in missing_steps(job, in_memory(), Told())]
@@ -302,7 +300,6 @@ def test_operators_that_were_timed_are_not_timed_again() -> None:
     assert not {row.op for step in left for row in step.run()} & {row.op for row in table.rows}
 
 
-@pytest.mark.xfail(strict=True, reason="profile.py: copies of a concat take the first input's channels for all inputs")
 def test_copies_of_a_concat_are_as_wide_as_the_concat() -> None:
     def joined_at(widths: Sequence[int]) -> OpGraph:
         left, right = widths

@@ -142,10 +142,7 @@ def test_every_lowered_operator_has_a_positive_time_or_none_has(target: Target) 
     check_ops(target, network())
 
 
-def test_matrix_products_with_an_activation_have_a_time_too(target: Target, request: pytest.FixtureRequest) -> None:
-    if target.config.runtime == "onnxruntime" and target.config.target == "host":
-        reason = "runtimes/ort.py: the node 'fused hidden2' of Gemm and Relu is charged to the node before it"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+def test_matrix_products_with_an_activation_have_a_time_too(target: Target) -> None:
     check_ops(target, classifier())
 
 

@@ -1,0 +1,36 @@
+"""Files that are written whole or not at all, and lines that are added whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from io import FileIO
+from pathlib import Path
+
+from profilers.errors import FailedError
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """`data` at `path`; until it is there, what was there before. FailedError where it cannot be written."""
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_bytes(data)
+        part.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            part.unlink()
+        raise FailedError(f"cannot write {path}: {error.strerror}") from error
+
+
+def append_synced(file: FileIO, data: bytes) -> None:
+    """Add `data` at the end of an unbuffered file and wait until it is on the disk; on OSError none of it stays."""
+    start = file.seek(0, os.SEEK_END)
+    try:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[file.write(rest) :]
+        os.fsync(file.fileno())
+    except OSError:
+        with suppress(OSError):  # what is no file cannot be cut
+            file.truncate(start)
+        raise
