@@ -68,8 +68,8 @@ def load_device(name: str, *, _aliases: tuple[str, ...] = ()) -> DeviceConfig:
             return _checked(name, path, data)
     known = device_names()
     close = difflib.get_close_matches(name, known, 1)
-    hint = f"; did you mean {close[0]}?" if close else ""
-    raise UserError(f"unknown device {name!r}{hint} Known: {', '.join(known)}")
+    hint = f"did you mean {close[0]}? " if close else ""
+    raise UserError(f"unknown device {name!r}: {hint}known: {', '.join(known)}")
 
 
 def _read(path: Path) -> dict[str, Any]:
