@@ -146,7 +146,7 @@ def test_a_file_that_is_not_toml_is_named(own: Path, data: bytes) -> None:
 
 def test_an_unknown_device_suggests_a_close_one_and_lists_all(own: Path) -> None:
     write(own, "pixel", MINIMAL)
-    with pytest.raises(UserError, match=r"unknown device 'pixle'; did you mean pixel\? Known: .*host-ort.*pixel"):
+    with pytest.raises(UserError, match=r"unknown device 'pixle': did you mean pixel\? known: .*host-ort.*pixel"):
         load_device("pixle")
     with pytest.raises(UserError, match="unknown device 'xyz'") as refused:
         load_device("xyz")
