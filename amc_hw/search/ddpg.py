@@ -14,6 +14,8 @@ Where this differs from the paper, or the paper leaves it open:
 6. The replay memory holds the action that was applied after rounding and limiting, as in the paper's text; the
    actor's gradient is taken at its own, continuous action.
 7. No weight decay, no batch-norm, no gradient clipping.
+8. The first episodes of a search keep uniform policies that meet the budget (`demonstrations`): independent uniform
+   actions for every layer of a deep network are all poor, and say little of where good policies are.
 
 One update per step is run after the episode, when its reward is known. Every random number comes from generators
 of the agent's own, so the same seed gives the same run on one machine whatever else uses torch or numpy.
@@ -22,7 +24,7 @@ of the agent's own, so the same seed gives the same run on one machine whatever 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -211,16 +213,25 @@ class DDPGSearch:
         """Episodes of round `number`."""
         return self.episodes if number == 0 else min(self.episodes, max(10, self.episodes // 4))
 
-    def round(self, env: PruningEnv, number: int) -> Iterator[dict[str, Any]]:
-        """The last step's info of every episode, with its `reward`."""
+    def round(
+        self, env: PruningEnv, number: int, demonstrations: Sequence[Sequence[int]] = ()
+    ) -> Iterator[dict[str, Any]]:
+        """The last step's info of every episode, with its `reward`. demonstrations: widths that the first episodes of
+        the warm-up keep, in place of uniform actions; the agent learns from them as from its own."""
         config = self.agent.config
+        full = env.model.full_widths
+        shown = {episode: widths for episode, widths in enumerate(demonstrations[: config.warm_up])}
         first = self.episodes - self.planned(number)
         for episode in range(first if number == 0 else max(first, config.warm_up), self.episodes):
             observation, _ = env.reset()
             transitions: list[Transition] = []
             done = False
             while not done:
-                action = self.agent.act(observation, episode)
+                step = len(transitions)
+                if number == 0 and episode in shown:
+                    action = shown[episode][step] / full[step]
+                else:
+                    action = self.agent.act(observation, episode)
                 after, reward, done, _, info = env.step([action])
                 transitions.append(Transition(observation, info["action"], after, done))
                 observation = after

@@ -25,10 +25,12 @@ from amc_hw.graph import LayerGraph
 from amc_hw.resources import Budget, Completer, CostModel
 from amc_hw.runs import Journal
 from amc_hw.search.ddpg import DDPGSearch
+from amc_hw.search.uniform import uniform_policies
 
 METHODS = {"ddpg": DDPGSearch}
 
 PILOTS = 6
+DEMONSTRATIONS = 2  #: of each kind
 ROUNDS = 4  #: at most; the first has all the episodes
 CANDIDATES = 5  #: timed after each round
 OFF = 0.04  #: measured this far below the budget, relative, a first round is followed by another
@@ -177,7 +179,8 @@ class _Rounds:
             budget = replace(budget, limit=max(budget.limit / self.bias, cheapest))
         env = problem.env(lambda widths: self.memory.accuracy(tuple(widths), problem.evaluate), budget)
         total = self.episodes + method.planned(number)
-        for info in method.round(env, number):
+        shown = _demonstrations(problem, budget) if number == 0 else []
+        for info in method.round(env, number, shown):
             self.episodes += 1
             one = Episode(tuple(info["widths"]), info["accuracy"], info["reward"], info["cost"])
             self.found.setdefault(one.widths, one)
@@ -237,6 +240,17 @@ class _Rounds:
             failed.append(timed)
         self._learn(failed)
         return None
+
+
+def _demonstrations(problem: Problem, budget: Budget | None) -> list[tuple[int, ...]]:
+    """The widest uniform policies within the budget: of all groups, and of those only that no addition ties."""
+    tied = {index for index, group in enumerate(problem.graph.groups) if len(group.modules("producer")) > 1}
+    shown: dict[tuple[int, ...], None] = {}
+    for full in (set[int](), tied):
+        policies = uniform_policies(problem.costs.grids, full=full)
+        inside = [widths for widths in policies if budget is None or problem.costs.cost(widths) <= budget.limit]
+        shown |= dict.fromkeys(inside[:DEMONSTRATIONS])
+    return list(shown)
 
 
 def _ranked(episodes: Any) -> list[Episode]:

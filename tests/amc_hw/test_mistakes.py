@@ -627,7 +627,13 @@ def interrupted(folder: Path, file: Path, lines: int, *arguments: str) -> subpro
     command = [sys.executable, "-m", "amc_hw.cli", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where the tests run in the background
     )
     deadline = time.monotonic() + 60
     while process.poll() is None and time.monotonic() < deadline:

@@ -18,6 +18,7 @@ from amc_hw.graph import LayerGraph, build_graph
 from amc_hw.resources import CostModel, Term, budget_from, macs_model
 from amc_hw.runs import Journal
 from amc_hw.search.loop import CANDIDATES, OFF, PILOTS, Outcome, Problem, Timed, run_search
+from amc_hw.search.uniform import uniform_policies
 
 Widths = tuple[int, ...]
 GRIDS = ((4, 6, 8, 10, 12, 14, 16),) * 2 + (tuple(range(6, 33, 2)),)
@@ -275,8 +276,12 @@ def test_confirmations_that_all_miss_correct_the_table(tmp_path: Path) -> None:
 
 def test_a_slow_fresh_process_for_everything_is_exit_4(tmp_path: Path) -> None:
     target = Target(table(), confirmed_share=lambda widths: 3.0)
-    with pytest.raises(BudgetError, match=r"the closest needs \d\.\d+ times"):
+    with pytest.raises(BudgetError) as error:
         search(target.problem(), tmp_path)
+    closest = min(3.0 * target.costs.cost(widths) / target.costs.full_cost / RATIO for widths in target.confirmed)
+    assert f"the closest needs {closest:.3f} times" in str(error.value)
+    assert f"none of {len(target.confirmed)} measured candidates" in str(error.value)
+    assert len(target.confirmed) == len(set(target.confirmed))
 
 
 def test_slack_is_what_a_measurement_may_exceed_the_budget(tmp_path: Path) -> None:
@@ -354,3 +359,11 @@ def test_a_journal_whose_timings_are_gone_is_refused(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_bytes(b"".join([lines[0], *lines[2:]]))
     with pytest.raises(UserError, match="was not made by this search"):
         search(Target(table()).problem(), tmp_path)
+
+
+def test_the_first_episodes_keep_uniform_policies_within_the_budget(tmp_path: Path) -> None:
+    target = Target(table())
+    search(target.problem(), tmp_path, episodes=24)
+    limit = RATIO * target.costs.full_cost
+    uniform = [widths for widths in uniform_policies(target.costs.grids) if target.costs.cost(widths) <= limit]
+    assert uniform and target.evaluated[: len(uniform[:2])] == uniform[:2]
