@@ -39,7 +39,7 @@ _OPTIONS = {
     "threads": click.option("--threads", type=click.IntRange(1), help="Of the runtime; default: the device's."),
     "multiple": click.option("--channel-multiple", type=click.IntRange(1), help="Widths are multiples of it."),
     "floor": click.option("--floor", default=0.2, show_default=True, help="Smallest fraction of channels kept."),
-    "seed": click.option("--seed", default=0, show_default=True, type=click.IntRange(0)),
+    "seed": click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1)),
     "widths": click.option("--widths", help="24,48,... one per group, or conv1=24,..."),
     "policy": click.option("--policy", type=_PATH, help="A policy.json of a search, in place of --model and --widths."),
     "checkpoint": click.option("--checkpoint", type=_PATH, help="Trained weights (a state dict)."),
