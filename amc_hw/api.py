@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -16,15 +15,17 @@ from torch import nn
 
 from amc_hw.data import load_data, load_tensors
 from amc_hw.errors import FailedError, UserError
-from amc_hw.export import export_network, folded_weights
+from amc_hw.export import FORMATS, export_network, folded_weights
 from amc_hw.find import BUDGETS, Progress, SearchConfig, plan_search, search, time_apart
 from amc_hw.graph import LayerGraph
+from amc_hw.models import LoadedModel
 from amc_hw.policy import Policy, load_policy
 from amc_hw.pretrain import DEFAULT_DATA, DEFAULT_MODEL, checkpoint_for
 from amc_hw.prune import slice_channels
 from amc_hw.specs import one_line
 from amc_hw.subject import Subject, load_graph, open_subject, read_table, table_path, tables
 from profilers.device import device_names, load_device
+from profilers.files import write_whole
 from profilers.predictor import Predictor
 from profilers.profile import Anchor, ProfileJob, digest, missing_steps, time_network
 from profilers.sampling import random_widths
@@ -36,6 +37,7 @@ __all__ = [
     "BUDGETS",
     "DEFAULT_DATA",
     "DEFAULT_MODEL",
+    "FORMATS",
     "SearchConfig",
     "Subject",
     "check_device",
@@ -47,6 +49,7 @@ __all__ = [
     "load_policy",
     "load_pruned",
     "measure",
+    "open_policy",
     "open_subject",
     "plan_profile",
     "plan_search",
@@ -107,9 +110,7 @@ def _open_table(subject: Subject) -> LatencyTable:
     if path.exists() and not own.exists():
         try:
             own.parent.mkdir(parents=True, exist_ok=True)
-            part = own.with_name(own.name + ".part")
-            shutil.copyfile(path, part)
-            part.replace(own)
+            write_whole(own, path.read_bytes())
         except OSError as error:
             raise FailedError(f"cannot copy {path} to {own}: {error.strerror}") from error
     return LatencyTable.open(own, identity, subject.target.provenance())
@@ -230,7 +231,9 @@ def export(
 
     data: the data set, where it is not at the place that the policy names.
     """
-    found, graph, module = _pruned(Path(policy))
+    found = load_policy(Path(policy))
+    model, graph = load_graph(found.model, input_shape=found.input_shape)
+    module = _pruned(Path(policy), found, model, graph)
     splits = load_data(data or found.data, input_shape=found.input_shape)
     images, _ = load_tensors(splits.val, limit=CHECK_IMAGES)
     mean, std = (torch.tensor(values)[:, None, None] for values in (found.mean, found.std))
@@ -240,12 +243,24 @@ def export(
 
 def load_pruned(policy: str | Path) -> nn.Module:
     """The pruned network of a `policy.json`, in eval mode, with the weights that lie beside it."""
-    return _pruned(Path(policy))[2]
-
-
-def _pruned(path: Path) -> tuple[Policy, LayerGraph, nn.Module]:
-    found = load_policy(path)
+    found = load_policy(Path(policy))
     model, graph = load_graph(found.model, input_shape=found.input_shape)
+    return _pruned(Path(policy), found, model, graph)
+
+
+def open_policy(
+    policy: Path, *, device: str | None = None, **options: Any
+) -> tuple[Subject, tuple[int, ...], nn.Module]:
+    """A policy's unpruned network on a device (that of the policy, where none is named), its widths, and the pruned
+    network. options: as of `open_subject`."""
+    found = load_policy(policy)
+    subject = open_subject(device=device or found.device, model=found.model, input_shape=found.input_shape, **options)
+    module = _pruned(policy, found, subject.model, subject.graph)
+    return subject, tuple(found.widths[group.name] for group in subject.graph.groups), module
+
+
+def _pruned(path: Path, found: Policy, model: LoadedModel, graph: LayerGraph) -> nn.Module:
+    """The pruned network of the policy `found` at `path`, from its unpruned one."""
     try:
         kept = {name: np.array(channels) for name, channels in found.kept.items()}
         module = slice_channels(model.module, graph, kept)
@@ -257,4 +272,4 @@ def _pruned(path: Path) -> tuple[Policy, LayerGraph, nn.Module]:
         module.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     except Exception as error:  # unpickling an arbitrary file fails in arbitrary ways
         raise UserError(f"cannot load the weights {weights}: {one_line(error)}") from None
-    return found, graph, module.eval()
+    return module.eval()

@@ -70,7 +70,7 @@ class _Progress:
     """A line on a terminal, with the time that is left; elsewhere only what is said for the first time."""
 
     def __init__(self) -> None:
-        self.start, self.from_done, self.said = time.monotonic(), 0, ""
+        self.start, self.said = time.monotonic(), ""
         self.terminal = sys.stderr.isatty()
 
     def __call__(self, done: int, total: int, text: str) -> None:
@@ -109,12 +109,8 @@ def _subject_and_widths(
     for name in ("model", "widths", "input_shape"):
         if _typed(context, name):
             raise UserError(f"--policy says what the network is: leave --{name.replace('_shape', '')} out")
-    found, module = api.load_policy(policy), api.load_pruned(policy)
-    arguments |= {"model": found.model, "input_shape": found.input_shape}
-    if not _typed(context, "device"):
-        arguments["device"] = found.device
-    subject = _subject(arguments)
-    return subject, tuple(found.widths[g.name] for g in subject.graph.groups), module
+    options = {name: arguments.pop(name) for name in ("threads", "channel_multiple", "floor")}
+    return api.open_policy(policy, device=arguments["device"] if _typed(context, "device") else None, **options)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -360,7 +356,7 @@ def _search_lines(r: dict[str, Any]) -> list[str]:
 
 @cli.command()
 @click.option("--policy", type=_PATH, required=True, help="A policy.json of a search.")
-@click.option("--format", "file_format", type=click.Choice(["torch", "onnx", "tflite"]), required=True)
+@click.option("--format", "file_format", type=click.Choice(api.FORMATS), required=True)
 @click.option("--out", type=_PATH, required=True, help="The file to write.")
 @click.option("--data", help="Images to check with; default: those of the search.")
 @click.option("--batch", default=1, show_default=True, type=click.IntRange(1))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from amc_hw.errors import FailedError, UserError
 from amc_hw.graph import LayerGraph
 from amc_hw.models.channel_map import ChannelMap
+from amc_hw.tracing import batch_norm_affine
 from profilers.files import write_whole
 from profilers.ops import OpGraph
 from profilers.runtimes import load_runtime
@@ -38,14 +39,8 @@ def folded_weights(module: nn.Module, graph: LayerGraph) -> dict[str, dict[str, 
             weight = part.weight.detach().double()
             bias = torch.zeros(len(weight), dtype=torch.float64) if part.bias is None else part.bias.detach().double()
             if layer.batch_norm is not None:
-                norm = module.get_submodule(layer.batch_norm)
-                assert isinstance(norm, nn.BatchNorm2d) and norm.running_var is not None
-                assert norm.running_mean is not None
-                scale = (norm.running_var.double() + norm.eps).rsqrt()
-                shift = torch.zeros_like(scale)
-                if norm.affine:
-                    scale, shift = scale * norm.weight, norm.bias.double()
-                bias = (bias - norm.running_mean) * scale + shift
+                scale, offset = batch_norm_affine(module.get_submodule(layer.batch_norm), dtype=torch.float64)
+                bias = bias * scale + offset
                 weight = weight * scale.view(-1, *[1] * (weight.dim() - 1))
             weights[layer.name] = {"weight": _float32(weight), "bias": _float32(bias)}
     return weights

@@ -109,11 +109,12 @@ class _Search:
             return latency_model(self.graph, self.subject.grids, self.predictor)
         return (params_model if name.startswith("params") else macs_model)(self.graph, self.subject.grids)
 
-    def budget(self, costs: CostModel) -> Budget | None:
+    def _costs_and_budget(self) -> tuple[CostModel, Budget | None]:
         if self.given is None:
-            return None
+            return self.costs(self.config.reward), None
         name, value = self.given
-        return budget_from(costs, absolute=value) if name.endswith("_ms") else budget_from(costs, ratio=value)
+        costs = self.costs(name)
+        return costs, budget_from(costs, absolute=value) if name.endswith("_ms") else budget_from(costs, ratio=value)
 
     def used(self, timed: Timed) -> float:
         """Share of the latency budget that a timed policy uses."""
@@ -152,8 +153,7 @@ class _Search:
 
     def run(self) -> dict[str, Any]:
         start, config = time.monotonic(), self.config
-        costs = self.costs(self.given[0] if self.given else config.reward)
-        budget = self.budget(costs)
+        costs, budget = self._costs_and_budget()
         if (enough := self._met_already(budget)) is not None:
             return enough | {"seconds": time.monotonic() - start}
         if budget is not None:
@@ -201,8 +201,8 @@ class _Search:
         return result
 
     def plan(self) -> dict[str, Any]:
-        costs = self.costs(self.given[0] if self.given else self.config.reward)
-        if (budget := self.budget(costs)) is not None:
+        costs, budget = self._costs_and_budget()
+        if budget is not None:
             require_feasible(Completer(costs), budget)
         start = time.monotonic()
         splits = load_data(self.config.data, input_shape=self.model.input_shape)

@@ -40,7 +40,7 @@ def channel_magnitudes(module: nn.Module, graph: LayerGraph) -> dict[str, np.nda
             reader = module.get_submodule(member.module)
             if member.role != "consumer" or isinstance(reader, ChannelMap):
                 continue
-            weight = _weight(reader, member.module)  # (out, in) or (out, in, kh, kw)
+            weight = plain_weight(reader, member.module)  # (out, in) or (out, in, kh, kw)
             per_position = weight.abs().transpose(0, 1).flatten(1).sum(1, dtype=torch.float64).cpu().numpy()
             mine = member.channel_of >= 0
             np.add.at(total, member.channel_of[mine], per_position[mine])
@@ -112,7 +112,7 @@ def mask_channels(module: nn.Module, graph: LayerGraph, kept: Kept) -> nn.Module
             index = [i if i in stays else -1 for i in reader.index]
             masked.set_submodule(name, _map_like(reader, index, reader.in_channels))
         else:
-            weight = _weight(reader, name)
+            weight = plain_weight(reader, name)
             removed = torch.ones(weight.shape[1], dtype=torch.bool)
             removed[torch.from_numpy(axes.into)] = False
             weight[:, removed.to(weight.device)] = 0
@@ -178,7 +178,7 @@ def _sliced_attributes(part: nn.Module, name: str, axes: KeptAxes) -> dict[str, 
     else:
         raise UserError(f"{name}: a {type(part).__name__} with these options cannot be sliced")
     if not isinstance(part, nn.modules.batchnorm._BatchNorm):
-        _weight(part, name)
+        plain_weight(part, name)
     return {attribute: size for attribute, size in sizes.items() if size is not None}
 
 
@@ -194,7 +194,8 @@ def _map_like(part: ChannelMap, index: Sequence[int], in_channels: int) -> Chann
     return made.train(part.training)
 
 
-def _weight(part: nn.Module, name: str) -> Tensor:
+def plain_weight(part: nn.Module, name: str) -> Tensor:
+    """The weight of a layer, sharing its memory; UserError where it is not a plain parameter."""
     weight = part._parameters.get("weight")
     if weight is None:
         raise UserError(f"{name}: its weight is not a plain parameter; remove the parametrization before pruning")

@@ -15,8 +15,8 @@ from torch import Tensor, fx, nn
 
 from amc_hw.graph import LayerGraph
 from amc_hw.models.channel_map import ChannelMap
-from amc_hw.prune import Kept, KeptAxes, kept_axes
-from amc_hw.tracing import eval_mode, trace_fx
+from amc_hw.prune import Kept, KeptAxes, kept_axes, plain_weight
+from amc_hw.tracing import batch_norm_affine, eval_mode, trace_fx
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,7 +212,9 @@ def _fit(
     name, source = str(node.target), node.all_input_nodes[0]
     layer, follow = run.sliced.get_submodule(name), _follow(node, run)
     weight = _weight(run.sliced, name).flatten(1)  # (O, K)
-    scale, offset = _affine(run.sliced, follow.batch_norm, len(weight))
+    scale, offset = torch.ones(len(weight)), torch.zeros(len(weight))
+    if follow.batch_norm is not None:
+        scale, offset = batch_norm_affine(run.sliced.get_submodule(follow.batch_norm))
     dual = weight.shape[1] > MAX_GRAM
     per_image = math.ceil(min(rows, DUAL_ROWS if dual else rows) / sum(len(values[source]) for _, values in run.chunks))
     parts = []
@@ -289,27 +291,13 @@ def _follow(node: fx.Node, run: _Lockstep) -> _Follow:
     return _Follow(batch_norm, shortcut)
 
 
-def _affine(module: nn.Module, batch_norm: str | None, channels: int) -> tuple[Tensor, Tensor]:
-    """What a batch-norm multiplies by and adds, (O,) each."""
-    if batch_norm is None:
-        return torch.ones(channels), torch.zeros(channels)
-    norm = module.get_submodule(batch_norm)
-    assert isinstance(norm, nn.BatchNorm2d) and norm.running_var is not None and norm.running_mean is not None
-    scale = (norm.running_var + norm.eps).rsqrt()
-    shift = torch.zeros(channels)
-    if norm.affine:
-        scale, shift = scale * norm.weight, norm.bias
-    return scale, shift - scale * norm.running_mean
-
-
 def _absorb(norm: nn.Module, inputs: Tensor) -> None:
     """Make the batch-norm's statistics those of `inputs` (R, O) and keep its function: re-estimating them later then
     takes nothing of the refit back."""
+    scale, offset = batch_norm_affine(norm)
     assert isinstance(norm, nn.BatchNorm2d) and norm.running_var is not None and norm.running_mean is not None
     if not norm.affine:
         return  # without weights of its own it cannot keep its function
-    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
-    offset = norm.bias - scale * norm.running_mean
     norm.running_mean.copy_(inputs.mean(0))
     norm.running_var.copy_(inputs.var(0))
     norm.weight.copy_(scale * (norm.running_var + norm.eps).sqrt())
@@ -321,9 +309,7 @@ def _refittable(layer: nn.Module) -> bool:
 
 
 def _weight(module: nn.Module, name: str) -> Tensor:
-    weight = module.get_submodule(name).weight
-    assert isinstance(weight, Tensor)
-    return weight
+    return plain_weight(module.get_submodule(name), name)
 
 
 def _factor(gram: Tensor, penalty: float) -> Tensor:

@@ -92,6 +92,16 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
             part.training = flag
 
 
+def batch_norm_affine(norm: nn.Module, *, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a batch-norm in eval mode multiplies by and adds, (channels,) each."""
+    assert isinstance(norm, nn.BatchNorm2d) and norm.running_var is not None and norm.running_mean is not None
+    scale = (norm.running_var.to(dtype) + norm.eps).rsqrt()
+    shift = torch.zeros_like(scale)
+    if norm.affine:
+        scale, shift = scale * norm.weight, norm.bias.to(dtype)
+    return scale, shift - scale * norm.running_mean
+
+
 def trace_ops(module: nn.Module, example: torch.Tensor) -> TracedOps:
     """The operators of `module` for an `example` input (N, C, H, W), in execution order."""
     graph_module = trace_fx(module)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -49,9 +49,10 @@ def digest(graph: OpGraph) -> str:
 def missing_steps(job: ProfileJob, table: LatencyTable, target: Target) -> list[Step]:
     """What remains to be measured, in a fixed order; empty where the table has it all."""
     anchor = Anchor(target, job.network_at([grid[-1] for grid in job.grids]), table)
-    steps = list(_op_steps(job, table, anchor))
+    sampled = _sampled(job)
+    steps = list(_op_steps(sampled, table, anchor))
     # networks whose operators are read as they run would tell too small an error
-    done = {row.details.get("digest") for row in table.of_type("calibration")} | set(_sampled(job))
+    done = {row.details.get("digest") for row in table.of_type("calibration")} | set(sampled)
     for widths in random_widths(job.grids, job.calibration, seed=job.seed + 1):
         graph = job.network_at(widths)
         if digest(graph) not in done:
@@ -87,8 +88,9 @@ def _calibration(graph: OpGraph, anchor: Anchor) -> list[Measurement]:
     return [time_network(graph, anchor, "calibration")]
 
 
-def _op_steps(job: ProfileJob, table: LatencyTable, anchor: Anchor) -> Iterator[Step]:
-    target, graphs = anchor.target, _sampled(job)
+def _op_steps(graphs: Mapping[str, OpGraph], table: LatencyTable, anchor: Anchor) -> Iterator[Step]:
+    """graphs: the networks whose operators are measured, by digest."""
+    target = anchor.target
     if target.profile_ops(anchor.graph, time_s=0.01) is not None:
         done = {row.details.get("digest") for row in table.of_type("network")}
         for name, graph in graphs.items():

@@ -1,7 +1,9 @@
 """One thread for torch, before anything imports it: tests are small, and machines that run them are busy."""
 
 import os
-from collections.abc import Iterator
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -14,3 +16,19 @@ def subnormals() -> Iterator[None]:
     """ONNX Runtime, asked to flush subnormals, leaves the thread that ran it like that; hypothesis wants them."""
     yield
     torch.set_flush_denormal(False)
+
+
+@contextmanager
+def _disk_with(free: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (free, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.fixture(scope="session")
+def disk_with() -> Callable[[int], AbstractContextManager[None]]:
+    """`disk_with(free)`: files cannot grow beyond `free` bytes; writes end in the middle, as on a full disk."""
+    return _disk_with

@@ -220,7 +220,7 @@ class DDPGSearch:
         the warm-up keep, in place of uniform actions; the agent learns from them as from its own."""
         config = self.agent.config
         full = env.model.full_widths
-        shown = {episode: widths for episode, widths in enumerate(demonstrations[: config.warm_up])}
+        shown = demonstrations[: config.warm_up]
         first = self.episodes - self.planned(number)
         for episode in range(first if number == 0 else max(first, config.warm_up), self.episodes):
             observation, _ = env.reset()
@@ -228,7 +228,7 @@ class DDPGSearch:
             done = False
             while not done:
                 step = len(transitions)
-                if number == 0 and episode in shown:
+                if episode < len(shown):
                     action = shown[episode][step] / full[step]
                 else:
                     action = self.agent.act(observation, episode)

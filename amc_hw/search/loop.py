@@ -12,7 +12,7 @@ that predictions have to keep.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -22,10 +22,10 @@ import numpy as np
 from amc_hw.env import REWARDS, PruningEnv
 from amc_hw.errors import BudgetError, UserError
 from amc_hw.graph import LayerGraph
-from amc_hw.resources import Budget, Completer, CostModel
+from amc_hw.resources import Budget, Completer, CostModel, snap
 from amc_hw.runs import Journal
 from amc_hw.search.ddpg import DDPGSearch
-from amc_hw.search.uniform import uniform_policies
+from amc_hw.search.uniform import tied_groups, uniform_policies
 
 METHODS = {"ddpg": DDPGSearch}
 
@@ -244,16 +244,15 @@ class _Rounds:
 
 def _demonstrations(problem: Problem, budget: Budget | None) -> list[tuple[int, ...]]:
     """The widest uniform policies within the budget: of all groups, and of those only that no addition ties."""
-    tied = {index for index, group in enumerate(problem.graph.groups) if len(group.modules("producer")) > 1}
     shown: dict[tuple[int, ...], None] = {}
-    for full in (set[int](), tied):
+    for full in (set[int](), tied_groups(problem.graph)):
         policies = uniform_policies(problem.costs.grids, full=full)
         inside = [widths for widths in policies if budget is None or problem.costs.cost(widths) <= budget.limit]
         shown |= dict.fromkeys(inside[:DEMONSTRATIONS])
     return list(shown)
 
 
-def _ranked(episodes: Any) -> list[Episode]:
+def _ranked(episodes: Iterable[Episode]) -> list[Episode]:
     """Best reward first; among equals the cheaper."""
     return sorted(episodes, key=lambda one: (-one.reward, one.cost))
 
@@ -266,5 +265,5 @@ def _pilots(problem: Problem, seed: int) -> list[tuple[int, ...]]:
     drawn = set()
     for _ in range(400):
         fractions = rng.uniform(problem.floor, 1.0) + rng.uniform(-0.2, 0.2, len(grids))
-        drawn.add(tuple(min(g, key=lambda w: (abs(w - f * g[-1]), w)) for g, f in zip(grids, fractions, strict=True)))
+        drawn.add(tuple(snap(fraction, grid[-1], grid) for grid, fraction in zip(grids, fractions, strict=True)))
     return sorted(sorted(drawn), key=lambda widths: abs(problem.costs.cost(widths) / limit - 1))[:PILOTS]

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from amc_hw.graph import LayerGraph
 from amc_hw.resources import Grids, snap
+
+
+def tied_groups(graph: LayerGraph) -> set[int]:
+    """Indices of the groups that additions tie together: those with several producers."""
+    return {index for index, group in enumerate(graph.groups) if len(group.modules("producer")) > 1}
 
 
 def uniform_policies(grids: Grids, *, full: Collection[int] = ()) -> list[tuple[int, ...]]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import resource
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,8 @@ from amc_hw.graph import LayerGraph, build_graph
 from amc_hw.models import ChannelMap, load_model
 from amc_hw.prune import keep_channels, slice_channels
 from profilers.ops import OpGraph
+
+Disk = Callable[[int], AbstractContextManager[None]]
 
 no_litert = importlib.util.find_spec("ai_edge_litert") is None
 FORMAT_PARAMS = [
@@ -223,18 +224,7 @@ def test_a_network_that_gives_nan_is_not_written(tmp_path: Path, file_format: st
     assert not (tmp_path / "net").exists()
 
 
-@contextmanager
-def disk_with(free: int) -> Iterator[None]:
-    """Files cannot grow beyond `free` bytes, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (free, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def test_places_that_cannot_be_written_leave_what_was_there(pruned, tmp_path: Path) -> None:
+def test_places_that_cannot_be_written_leave_what_was_there(pruned, tmp_path: Path, disk_with: Disk) -> None:
     net, graph, widths = pruned
     network, out = graph.op_graph(widths), tmp_path / "net.onnx"
     out.write_bytes(b"the file of yesterday")
@@ -247,7 +237,7 @@ def test_places_that_cannot_be_written_leave_what_was_there(pruned, tmp_path: Pa
         export_network(net, graph, network, images(1), file_format="onnx", out=tmp_path)
 
 
-def test_a_full_disk_leaves_no_part_of_a_file(pruned, tmp_path: Path) -> None:
+def test_a_full_disk_leaves_no_part_of_a_file(pruned, tmp_path: Path, disk_with: Disk) -> None:
     net, graph, widths = pruned
     with disk_with(100), pytest.raises(FailedError):
         export_network(net, graph, graph.op_graph(widths), images(1), file_format="onnx", out=tmp_path / "net.onnx")

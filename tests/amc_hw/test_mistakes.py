@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import resource
 import runpy
 import shutil
 import signal
@@ -17,6 +16,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ import torch
 
 from amc_hw import api
 from amc_hw import cli as command_line
+
+Disk = Callable[[int], AbstractContextManager[None]]
 
 NETS = Path(__file__).parents[1] / "crash_worker.py"  # a user's file with a network of its own weights
 TABLE = Path("latency_tables/fake.jsonl")
@@ -106,17 +108,6 @@ def ended(here: Path) -> Path:
     """A search that has ended, in `run`."""
     shutil.copytree("whole", "run")
     return Path("run")
-
-
-@contextlib.contextmanager
-def disk_full_at(size_bytes: int) -> Iterator[None]:
-    """No file may grow beyond that: writes end in the middle, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def whole_lines(path: Path) -> bytes:
@@ -408,12 +399,12 @@ def test_a_table_that_lacks_the_network(here: Path, amc_hw: Run) -> None:
 # ---- full disks, unwritable places
 
 
-def test_a_full_disk_while_profiling_loses_nothing(here: Path, amc_hw: Run) -> None:
+def test_a_full_disk_while_profiling_loses_nothing(here: Path, amc_hw: Run, disk_with: Disk) -> None:
     complete = TABLE.read_bytes()
     lines = complete.splitlines(keepends=True)
     kept = b"".join(lines[:20])
     TABLE.write_bytes(kept)
-    with disk_full_at(len(kept) + 9000):
+    with disk_with(len(kept) + 9000):
         done = amc_hw("profile", *TINY)
     assert done.code == 1 and str(TABLE) in done.mistake and "File too large" in done.mistake
     assert TABLE.read_bytes().startswith(kept) and complete.startswith(whole_lines(TABLE)[: len(kept)])
@@ -422,17 +413,17 @@ def test_a_full_disk_while_profiling_loses_nothing(here: Path, amc_hw: Run) -> N
     assert set(TABLE.read_bytes().splitlines(keepends=True)) == set(lines)
 
 
-def test_a_full_disk_while_searching_loses_nothing(here: Path, amc_hw: Run) -> None:
+def test_a_full_disk_while_searching_loses_nothing(here: Path, amc_hw: Run, disk_with: Disk) -> None:
     """Full in the journal, then for the weights, then not any more."""
     expected = json.loads(Path("whole/result.json").read_text())
     journal, whole = Path("run/metrics.jsonl"), Path("whole/metrics.jsonl")
-    with disk_full_at(1500):
+    with disk_with(1500):
         done = amc_hw(*HALF)
     assert done.code == 1 and str(journal) in done.mistake
     rows = whole_lines(journal)
     assert rows.count(b"\n") > 1 and whole.read_bytes().startswith(rows)
     assert whole.stat().st_size < 12_000 < Path("whole/pruned.pt").stat().st_size
-    with disk_full_at(12_000):
+    with disk_with(12_000):
         done = amc_hw(*HALF)
     assert done.code == 1 and "pruned.pt" in done.mistake
     assert journal.read_bytes() == whole.read_bytes()
@@ -461,8 +452,8 @@ def test_a_table_that_is_a_folder(here: Path, amc_hw: Run) -> None:
     assert amc_hw("profile", *TINY).mistake
 
 
-def test_a_full_disk_leaves_no_half_settings(here: Path, amc_hw: Run) -> None:
-    with disk_full_at(20):
+def test_a_full_disk_leaves_no_half_settings(here: Path, amc_hw: Run, disk_with: Disk) -> None:
+    with disk_with(20):
         assert amc_hw("init", "--device", "fake").code == 1
     assert amc_hw("init", "--device", "fake").code == 0
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
@@ -15,6 +14,8 @@ from hypothesis import strategies as st
 
 from amc_hw.errors import FailedError, UserError
 from amc_hw.policy import Policy, load_policy
+
+Disk = Callable[[int], AbstractContextManager[None]]
 
 POLICY = Policy(
     model="file.py:factory?width=0.5",
@@ -121,18 +122,7 @@ def test_values_of_a_wrong_type_are_refused(tmp_path: Path, wrong: dict[str, obj
     one_line(path)
 
 
-@contextmanager
-def disk_with(free: int) -> Iterator[None]:
-    """Files cannot grow beyond `free` bytes, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (free, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def test_a_full_disk_leaves_the_earlier_policy_whole(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_earlier_policy_whole(tmp_path: Path, disk_with: Disk) -> None:
     path = tmp_path / "policy.json"
     POLICY.save(path)
     before = path.read_bytes()

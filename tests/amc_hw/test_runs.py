@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -19,19 +18,10 @@ from hypothesis import strategies as st
 from amc_hw.errors import FailedError, UserError
 from amc_hw.runs import Journal, record_command, save_json, save_weights
 
+Disk = Callable[[int], AbstractContextManager[None]]
+
 HEADER = {"schema_version": 1, "budget": 20.0, "model": "resnet20", "widths": [1, 2]}
 ROWS = [{"episode": index, "accuracy": index / 7, "widths": [8, index]} for index in range(3)]
-
-
-@contextmanager
-def disk_with(free: int) -> Iterator[None]:
-    """Files cannot grow beyond `free` bytes, as on a full disk: what fits is written, then the write fails."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (free, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def written(folder: Path, rows: list[dict] = ROWS) -> Path:
@@ -144,7 +134,7 @@ def test_a_place_that_cannot_be_written_is_a_failure(tmp_path: Path) -> None:
         assert message.startswith(f"cannot write {path}: ")
 
 
-def test_a_full_disk_is_a_failure_and_no_row_is_lost(tmp_path: Path) -> None:
+def test_a_full_disk_is_a_failure_and_no_row_is_lost(tmp_path: Path, disk_with: Disk) -> None:
     path = written(tmp_path)
     journal = Journal(path, HEADER)
     with (
@@ -158,7 +148,7 @@ def test_a_full_disk_is_a_failure_and_no_row_is_lost(tmp_path: Path) -> None:
         Journal(tmp_path / "other" / "metrics.jsonl", HEADER)
 
 
-def test_after_a_full_disk_the_journal_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_after_a_full_disk_the_journal_goes_on_where_it_was(tmp_path: Path, disk_with: Disk) -> None:
     path = written(tmp_path)
     before = path.read_bytes()
     journal = Journal(path, HEADER)
@@ -201,7 +191,7 @@ def test_weights_and_json_come_back(tmp_path: Path) -> None:
     assert sorted(file.name for file in tmp_path.iterdir()) == ["w.pt", "x.json"]
 
 
-def test_a_failed_save_leaves_the_earlier_file_whole(tmp_path: Path) -> None:
+def test_a_failed_save_leaves_the_earlier_file_whole(tmp_path: Path, disk_with: Disk) -> None:
     weights, data = tmp_path / "w.pt", tmp_path / "x.json"
     _save_a_weight(weights)
     save_json(data, {"a": 1})
@@ -243,7 +233,7 @@ def test_a_package_that_is_not_there_is_null(tmp_path: Path, monkeypatch: pytest
     assert packages["no-such-package"] is None and packages["torch"]
 
 
-def test_a_folder_that_cannot_be_written_fails_the_command(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_fails_the_command(tmp_path: Path, disk_with: Disk) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(FailedError, match="cannot write in "):
         record_command(tmp_path / "file" / "run")

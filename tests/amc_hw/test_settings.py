@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import resource
 import tomllib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 
 from amc_hw.errors import FailedError, UserError
 from amc_hw.settings import FILE, KEYS, read_settings, record_settings, write_settings
+
+Disk = Callable[[int], AbstractContextManager[None]]
 
 VALUES: dict[str, Any] = {"device": "pixel", "model": "resnet20?num_classes=7", "checkpoint": "a b.pt", "seed": -3}
 
@@ -171,24 +174,19 @@ def test_places_that_cannot_be_written(file: Path) -> None:
             act(VALUES, file.parent / "none" / "amc-hw.toml")
 
 
-def full_disk(act: Any, file: Path) -> None:
+def full_disk(disk_with: Disk, act: Any, file: Path) -> None:
     """`act` where no file can grow beyond 20 bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20, hard))
-    try:
-        with pytest.raises(FailedError, match="cannot write .*: File too large") as caught:
-            act(VALUES, file)
-        assert caught.value.exit_code == 1
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with disk_with(20), pytest.raises(FailedError, match="cannot write .*: File too large") as caught:
+        act(VALUES, file)
+    assert caught.value.exit_code == 1
 
 
-def test_a_full_disk_leaves_the_recorded_file_whole(file: Path) -> None:
+def test_a_full_disk_leaves_the_recorded_file_whole(file: Path, disk_with: Disk) -> None:
     file.write_text("# mine\nseed = 4\n")
-    full_disk(record_settings, file)
+    full_disk(disk_with, record_settings, file)
     assert file.read_text() == "# mine\nseed = 4\n"
 
 
-def test_a_full_disk_leaves_no_part_of_a_new_file(file: Path) -> None:
-    full_disk(write_settings, file)
+def test_a_full_disk_leaves_no_part_of_a_new_file(file: Path, disk_with: Disk) -> None:
+    full_disk(disk_with, write_settings, file)
     assert not file.exists()
