@@ -8,7 +8,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ def _subject_and_widths(
     widths, policy = arguments.pop("widths"), arguments.pop("policy")
     if policy is None:
         subject = _subject(arguments)
-        return subject, subject.graph.parse_widths(widths) if widths else None, None
+        return subject, None if widths is None else subject.graph.parse_widths(widths), None
     for name in ("model", "widths", "input_shape"):
         if _typed(context, name):
             raise UserError(f"--policy says what the network is: leave --{name.replace('_shape', '')} out")
@@ -125,7 +125,7 @@ def cli(context: click.Context, debug: bool) -> None:
     amc-hw search --latency-ratio 0.5              find a policy, time the winner
     amc-hw measure --policy runs/.../policy.json   its real speed-up
     """
-    if context.invoked_subcommand != "init":
+    if context.invoked_subcommand != "init" and not {"-h", "--help"} & set(sys.argv):
         context.default_map = dict.fromkeys(cli.commands, read_settings())
 
 
@@ -322,13 +322,9 @@ def search(as_json: bool, dry_run: bool, out: Path | None, checkpoint: Path | No
     amc-hw search --device host-litert --model resnet56 --checkpoint w.pt --data imagefolder:PATH --latency-ratio 0.6
     """
     model, names = arguments["model"], [field.name for field in fields(api.SearchConfig)]
-    config = api.SearchConfig(Path(), **{name: arguments[name] for name in names if name in arguments})
+    config = api.SearchConfig(out, **{name: arguments[name] for name in names if name in arguments})
     _ = config.budget, api.load_device(arguments["device"])  # mistakes come before a minute of training
     subject = _subject(arguments, checkpoint=api.checkpoint_for(model, arguments["data"], checkpoint))
-    given = [f"{name}{arguments[name]:g}" for name in api.BUDGETS if arguments[name] is not None]
-    safe = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in model)
-    name = "-".join([safe, subject.device.name, *(given or [arguments["reward"]]), str(arguments["seed"])])
-    config = replace(config, out=out or Path("runs") / name)
     if dry_run:
         _print(
             api.plan_search(subject, config),

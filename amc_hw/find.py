@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from amc_hw.data import load_data
+from amc_hw.data import Splits, load_data
 from amc_hw.env import REWARDS
 from amc_hw.errors import UserError
 from amc_hw.evaluate import Evaluator, accuracy, check_expected
@@ -32,7 +32,7 @@ from amc_hw.resources import (
     params_model,
     require_feasible,
 )
-from amc_hw.runs import Journal, record_command, save_json, save_weights
+from amc_hw.runs import Journal, alone_in, numbered, record_command, save_json, save_weights
 from amc_hw.search.loop import METHODS, Outcome, Problem, Timed, run_search
 from amc_hw.subject import Subject, read_table
 from profilers.predictor import Predictor
@@ -40,15 +40,17 @@ from profilers.profile import NETWORK_PLAN, digest
 from profilers.targets import Network
 from profilers.timing import Steady, TimingPlan, ratio_ci95, refuse_noise
 
+POLICY = "policy.json"
 BUDGETS = ("latency_ms", "latency_ratio", "flops_ratio", "params_ratio")
 Progress = Callable[[int, int, str], None]  # (done, total, what there is to say)
 
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """One budget, in milliseconds or as a share of the unpruned cost; where the run is kept; how long to search."""
+    """One budget, in milliseconds or as a share of the unpruned cost; where the run is kept (None: a folder of its own
+    in `runs`); how long to search."""
 
-    out: Path
+    out: Path | None = None
     data: str = DEFAULT_DATA
     latency_ms: float | None = None
     latency_ratio: float | None = None
@@ -97,8 +99,14 @@ class _Search:
         self.given = config.budget
         self.predictor = Predictor(read_table(subject), subject.target.lower)
         self.steady = Steady(self.predictor.reference_ms(digest(subject.network_at(None))))
+        self.out = config.out or numbered(self._folder(), self._header())
         self._refitted: dict[tuple[int, ...], nn.Module] = {}
         self.baseline = Network(subject.network_at(None), folded_weights(self.model.module, self.graph))
+
+    def _folder(self) -> Path:
+        safe = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in self.model.spec)
+        budget = self.config.reward if self.given is None else f"{self.given[0]}{self.given[1]:g}"
+        return Path("runs") / "-".join([safe, self.subject.device.name, budget])
 
     @property
     def by_latency(self) -> bool:
@@ -159,10 +167,15 @@ class _Search:
         if budget is not None:
             require_feasible(Completer(costs), budget)
         splits = load_data(config.data, input_shape=self.model.input_shape)
-        journal = Journal(config.out / "metrics.jsonl", self._header())
-        record_command(config.out)
-        finished = config.out / "result.json"
-        if finished.exists():
+        with alone_in(self.out):
+            return self._run(costs, budget, splits, start)
+
+    def _run(self, costs: CostModel, budget: Budget | None, splits: Splits, start: float) -> dict[str, Any]:
+        config = self.config
+        journal = Journal(self.out / "metrics.jsonl", self._header())
+        record_command(self.out)
+        finished = self.out / "result.json"
+        if all(path.exists() for path in (finished, self.out / POLICY, self.out / Policy.weights)):
             result: dict[str, Any] = json.loads(finished.read_text())
             return result
         self.evaluator = Evaluator(self.model, self.graph, splits, seed=config.seed)
@@ -285,12 +298,12 @@ class _Search:
             device=self.subject.device.name,
             dtype=self.subject.device.dtype,
         )
-        save_weights(self.config.out / policy.weights, module.state_dict())
-        policy.save(self.config.out / "policy.json")
+        save_weights(self.out / policy.weights, module.state_dict())
+        policy.save(self.out / POLICY)
         pruned_ms, baseline_ms = (float(np.median(samples)) for samples in outcome.samples_ms)
         network = self.subject.network_at(outcome.widths)
         return {
-            "policy": str(self.config.out / "policy.json"),
+            "policy": str(self.out / POLICY),
             "accuracy": test,
             "baseline_accuracy": baseline,
             "accuracy_split": "test",

@@ -168,6 +168,8 @@ class LayerGraph:
             if parts and all("=" in part for part in parts):
                 pairs = [part.split("=", 1) for part in parts]
                 named = {self._group_named(name.strip()): int(value) for name, value in pairs}
+                if len(named) < len(pairs):
+                    raise UserError(f"--widths {text!r}: a group is named twice")
                 return self.checked([named.get(group.name, group.width) for group in self.groups])
             return self.checked([int(part) for part in parts])
         except ValueError:

@@ -227,9 +227,13 @@ def _counts(part: Channels, groups: tuple[int, ...], grids: Grids) -> np.ndarray
 
 @dataclass(frozen=True)
 class Budget:
-    """The most that the pruned network may cost, in the unit of a cost model; `text` says it to a reader."""
+    """The most that the pruned network may cost, in the unit of a cost model.
+
+    given: as the user gave it, a share or an amount; text: for a reader.
+    """
 
     limit: float
+    given: float
     text: str
 
 
@@ -239,11 +243,11 @@ def budget_from(model: CostModel, *, ratio: float | None = None, absolute: float
         raise UserError("give a budget either as a ratio or as an absolute number")
     if ratio is not None:
         check_ratio(ratio)
-        return Budget(ratio * model.full_cost, f"{ratio:g} of {_amount(model.full_cost, model.unit)}")
+        return Budget(ratio * model.full_cost, ratio, f"{ratio:g} of {_amount(model.full_cost, model.unit)}")
     assert absolute is not None
     if not (absolute > 0 and math.isfinite(absolute)):
         raise UserError(f"budget {absolute} {model.unit}: it must be a finite number above 0")
-    return Budget(float(absolute), _amount(absolute, model.unit))
+    return Budget(float(absolute), float(absolute), _amount(absolute, model.unit))
 
 
 def check_ratio(ratio: float) -> None:

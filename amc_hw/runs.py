@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
 import io
+import itertools
 import json
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,6 +22,37 @@ from amc_hw.errors import FailedError, UserError
 from profilers.files import append_synced, write_whole
 
 PACKAGES = ("amc-hw", "torch", "numpy", "onnxruntime", "ai-edge-litert")
+
+
+def numbered(base: Path, header: dict[str, Any]) -> Path:
+    """The first of `base-1`, `base-2`, ... that holds this very search, or nothing yet."""
+    line = json.dumps(header).encode() + b"\n"
+    for number in itertools.count(1):
+        folder = base.with_name(f"{base.name}-{number}")
+        journal = folder / "metrics.jsonl"
+        if not journal.exists():
+            return folder
+        with journal.open("rb") as file:
+            first = file.readline()
+        if first == line or not first.endswith(b"\n"):
+            return folder
+    raise AssertionError("unreachable")
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Hold a run's folder, made where it is missing; UserError where another process does."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / "lock").open("w")
+    except OSError as error:
+        raise FailedError(f"cannot write in {folder}: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another search is at work in {folder}: wait for it, or name another --out") from None
+        yield
 
 
 class Journal:

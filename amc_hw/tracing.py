@@ -202,6 +202,8 @@ class _Lowering:
             stride = _pair(module.stride)
             self._emit(node, "channel_map", out_channels=module.out_channels, stride=stride, name=name, module=name)
         elif isinstance(module, nn.BatchNorm2d):
+            if module.running_mean is None:
+                raise UnsupportedOperatorError(f"{name}: a batch-norm without running statistics cannot be folded")
             self._batch_norm(node, name)
         elif type(module) in ACTIVATION_MODULES:
             self._activation(node, ACTIVATION_MODULES[type(module)])

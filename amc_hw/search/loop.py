@@ -12,6 +12,7 @@ that predictions have to keep.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,6 +33,8 @@ METHODS = {"ddpg": DDPGSearch}
 PILOTS = 6
 DEMONSTRATIONS = 2  #: of each kind
 ROUNDS = 4  #: at most; the first has all the episodes
+UNIFORM = 4  #: of each kind, timed
+NEAR = 0.03  #: predicted this far above the budget, relative, a uniform policy is timed nevertheless
 CANDIDATES = 5  #: timed after each round
 OFF = 0.04  #: measured this far below the budget, relative, a first round is followed by another
 
@@ -147,6 +150,7 @@ class _Rounds:
         self.memory = _Memory(journal)
         self.found: dict[tuple[int, ...], Episode] = {}
         self.met: set[tuple[int, ...]] = set()  # in the process of the search
+        self.uniform: set[tuple[int, ...]] = set()  # of those that met, no agent asked
         self.missed: dict[tuple[int, ...], float] = {}  # widths -> share of the budget used
         self.bias = 1.0  # what measured policies use of the budget over what they were predicted to use
         self.episodes = 0
@@ -155,19 +159,22 @@ class _Rounds:
         by_latency = self.problem.used is not None
         if by_latency:
             self._learn(self._time(_pilots(self.problem, self.seed)))
+        self._judge_uniform()
         for number in range(ROUNDS if by_latency else 1):
             limit = self._round(method, number)
             inside = [one for one in _ranked(self.found.values()) if limit is None or one.cost <= limit * (1 + 1e-6)]
-            known = self.met | set(self.missed)
+            known = self.met | self.uniform | set(self.missed)
             best = [one.widths for one in inside if one.widths not in known][:CANDIDATES]
             spare = self._judge(best)
             if self.met and not (spare and number == 0) and (winner := self._confirmed()) is not None:
                 return winner
+        if self.uniform and (winner := self._confirmed()) is not None:
+            return winner
         assert self.problem.budget is not None
+        budget, closest = self.problem.budget, min(self.missed.values(), default=1.0)
         raise BudgetError(
-            f"none of {len(self.missed)} measured candidates met the budget {self.problem.budget.text}; the closest "
-            f"needs {min(self.missed.values(), default=1.0):.3f} times as much: ask for that, lower --floor, or "
-            "profile again"
+            f"none of {len(self.missed)} measured candidates met the budget {budget.text}; the closest needs "
+            f"{budget.given * closest:.4g} instead of {budget.given:g}: ask for that, lower --floor, or profile again"
         )
 
     def _round(self, method: DDPGSearch, number: int) -> float | None:
@@ -201,6 +208,23 @@ class _Rounds:
         assert used is not None and budget is not None
         self.bias = float(np.median([used(one) * budget.limit / costs.cost(one.widths) for one in timed]))
 
+    def _judge_uniform(self) -> None:
+        """The widest uniform policy of each kind that meets the budget takes part in the end: a search does not lose
+        to what needs none."""
+        budget, used = self.problem.budget, self.problem.used
+        if budget is None:
+            return
+        limit = budget.limit / self.bias * (1 + NEAR if used is not None else 1)
+        kinds = [kind[:UNIFORM] for kind in _uniform_within(self.problem, limit)]
+        if used is None:
+            self.uniform |= {kind[0] for kind in kinds if kind}
+            return
+        policies = list(dict.fromkeys(widths for kind in kinds for widths in kind))
+        share = {one.widths: used(one) for one in (self._time(policies) if policies else [])}
+        for kind in kinds:
+            self.uniform |= set([widths for widths in kind if share[widths] <= 1 + self.problem.slack][:1])
+        self.missed |= {widths: each for widths, each in share.items() if each > 1 + self.problem.slack}
+
     def _judge(self, policies: Sequence[tuple[int, ...]]) -> bool:
         """Time policies, sort them into met and missed, learn; True where all of them leave much of the budget."""
         used = self.problem.used
@@ -223,19 +247,21 @@ class _Rounds:
         process of its own; None where none does, which then counts as missed."""
         problem = self.problem
         accuracies = {}
-        for number, widths in enumerate(sorted(self.met)):
-            self.progress(number, len(self.met), "refitting the candidates")
+        pool = self.met | self.uniform
+        for number, widths in enumerate(sorted(pool)):
+            self.progress(number, len(pool), "refitting the candidates")
             question = {"finished": list(widths)}
             accuracies[widths] = self.memory.result(question, "accuracy", partial(problem.finish, widths))
         failed = []
         reward, costs = REWARDS[problem.reward][1], problem.reward_costs or problem.costs
-        for widths in sorted(self.met, key=lambda each: -reward(1 - accuracies[each], costs.cost(each))):
+        for widths in sorted(pool, key=lambda each: -reward(1 - accuracies[each], costs.cost(each))):
             question = {"confirmed": list(widths)}
             pruned, baseline = self.memory.result(question, "samples_ms", partial(problem.confirm, widths))
             timed = Timed(widths, float(np.median(pruned)), float(np.median(baseline)))
             if problem.used is None or problem.used(timed) <= 1 + problem.slack:
                 return Outcome(widths, (pruned, baseline), self.episodes)
-            self.met.remove(widths)
+            self.met.discard(widths)
+            self.uniform.discard(widths)
             self.missed[widths] = problem.used(timed)
             failed.append(timed)
         self._learn(failed)
@@ -244,12 +270,15 @@ class _Rounds:
 
 def _demonstrations(problem: Problem, budget: Budget | None) -> list[tuple[int, ...]]:
     """The widest uniform policies within the budget: of all groups, and of those only that no addition ties."""
-    shown: dict[tuple[int, ...], None] = {}
-    for full in (set[int](), tied_groups(problem.graph)):
-        policies = uniform_policies(problem.costs.grids, full=full)
-        inside = [widths for widths in policies if budget is None or problem.costs.cost(widths) <= budget.limit]
-        shown |= dict.fromkeys(inside[:DEMONSTRATIONS])
-    return list(shown)
+    kinds = _uniform_within(problem, math.inf if budget is None else budget.limit)
+    return list(dict.fromkeys(widths for kind in kinds for widths in kind[:DEMONSTRATIONS]))
+
+
+def _uniform_within(problem: Problem, limit: float) -> list[list[tuple[int, ...]]]:
+    """Uniform policies that cost at most `limit`, widest first: of all groups, and of those only that no addition
+    ties."""
+    kinds = (uniform_policies(problem.costs.grids, full=full) for full in (set[int](), tied_groups(problem.graph)))
+    return [[widths for widths in kind if problem.costs.cost(widths) <= limit] for kind in kinds]
 
 
 def _ranked(episodes: Iterable[Episode]) -> list[Episode]:

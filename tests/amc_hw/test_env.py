@@ -107,9 +107,7 @@ GRIDS = tuple(width_grid(group.width) for group in RESNET.groups)
 RNG = np.random.default_rng(0)
 ROUGH = CostModel(  # neighbouring groups and the residual stream, not monotone
     GRIDS,
-    tuple(
-        Term((i, i + 1), RNG.uniform(0.5, 2, (len(GRIDS[i]), len(GRIDS[i + 1])))) for i in range(len(GRIDS) - 1)
-    )
+    tuple(Term((i, i + 1), RNG.uniform(0.5, 2, (len(GRIDS[i]), len(GRIDS[i + 1])))) for i in range(len(GRIDS) - 1))
     + (Term((0, 5), RNG.uniform(0.5, 2, (len(GRIDS[0]), len(GRIDS[5])))),),
     0.3,
     "ms",

@@ -297,7 +297,16 @@ def test_group_names_that_are_not_unique_or_not_there_are_refused() -> None:
     assert graph.parse_widths("layer1.0.conv1=4") == (16, 4, *graph.full_widths[2:])
 
 
-@pytest.mark.parametrize("text", ["", "8", "8,16,1", "0,16", "9,16", "8,x", "8,16.5", "0.0=8,16", "0.0=x", "nine=8"])
+def test_a_batch_norm_without_running_statistics_is_refused() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8, track_running_stats=False), nn.Conv2d(8, 4, 1))
+    with pytest.raises(UserError, match="1: a batch-norm without running statistics"):
+        build_graph(net.eval(), (3, 8, 8))
+
+
+BAD_WIDTHS = ["", "8", "8,16,1", "0,16", "9,16", "8,x", "8,16.5", "0.0=8,16", "0.0=x", "nine=8", "2=8,2=16"]
+
+
+@pytest.mark.parametrize("text", BAD_WIDTHS)
 def test_bad_widths_are_one_line(text: str) -> None:
     with pytest.raises(UserError) as caught:
         small().parse_widths(text)

@@ -27,6 +27,7 @@ import torch
 
 from amc_hw import api
 from amc_hw import cli as command_line
+from amc_hw.runs import alone_in
 
 Disk = Callable[[int], AbstractContextManager[None]]
 
@@ -470,6 +471,39 @@ def test_a_folder_of_another_search_is_refused(ended: Path, amc_hw: Run) -> None
         assert f"({key}: " in done.mistake and value in done.mistake
     assert files(ended) == before
     assert json.loads(amc_hw(*HALF, "--json").out) == json.loads((ended / "result.json").read_text())  # the same one
+
+
+def test_a_policy_that_was_deleted_is_made_again(ended: Path, amc_hw: Run) -> None:
+    before = files(ended)
+    for name in ("policy.json", "pruned.pt"):
+        (ended / name).unlink()
+        assert amc_hw(*HALF).code == 0
+        assert files(ended)["policy.json"] == before["policy.json"] and (ended / "pruned.pt").exists()
+    assert files(ended)["metrics.jsonl"] == before["metrics.jsonl"]
+
+
+def test_runs_without_a_folder_of_their_own_are_numbered(here: Path, amc_hw: Run) -> None:
+    quick = ("search", *TINY, "--data", "npz:images.npz", "--episodes", "2", "--latency-ratio", "0.6", "--json")
+    found = [json.loads(amc_hw(*quick, "--seed", seed).out)["policy"] for seed in ("0", "1", "0")]
+    assert found == [f"runs/nets.py-tiny-fake-latency_ratio0.6-{number}/policy.json" for number in (1, 2, 1)]
+
+
+def test_a_folder_that_another_search_is_at_work_in(ended: Path, amc_hw: Run) -> None:
+    before = files(ended)
+    with alone_in(ended):
+        done = amc_hw(*HALF)
+    assert done.code == 2 and "another search is at work in run" in done.mistake and files(ended) == before
+
+
+def test_help_where_the_settings_are_broken(here: Path, amc_hw: Run) -> None:
+    Path("amc-hw.toml").write_text("rubbish")
+    assert amc_hw("graph", "--model", "plain20").code == 2
+    helped = amc_hw("graph", "-h")
+    assert helped.code == 0 and "--model" in helped.out
+
+
+def test_widths_that_are_empty_are_not_all_of_them(here: Path, amc_hw: Run) -> None:
+    assert "0 widths given" in amc_hw("predict", *TINY, "--widths", "").mistake
 
 
 def test_a_damaged_journal_is_refused_and_kept(ended: Path, amc_hw: Run) -> None:

@@ -227,13 +227,17 @@ def test_any_groups_may_be_decided():
 
 
 @settings(max_examples=150, deadline=None)
-@given(model=random_models(), share=st.floats(0, 1), fractions=st.lists(st.floats(0, 1), min_size=5, max_size=5),
-       descend=st.booleans())
+@given(
+    model=random_models(),
+    share=st.floats(0, 1),
+    fractions=st.lists(st.floats(0, 1), min_size=5, max_size=5),
+    descend=st.booleans(),
+)
 def test_no_choice_ever_exceeds_the_budget(model, share, fractions, descend):
     limit = 1 if descend else 10**6
     model = replace(model, constant=model.constant + 1 - Completer(model, max_entries=limit).best()[0])  # least: 1
     completer = Completer(model, max_entries=limit)
-    budget = Budget(1 + share * max(model.full_cost - 1, 0), "a share")
+    budget = Budget(1 + share * max(model.full_cost - 1, 0), share, "a share")
     decided: list[int] = []
     for fraction in fractions[: len(model.grids)]:
         offered = feasible_widths(completer, decided, budget)
@@ -273,8 +277,8 @@ def test_free_channels():
 def test_a_larger_width_that_is_faster_replaces_a_smaller():
     model = CostModel(((8, 16, 24),), (Term((0,), np.array([3.0, 1.0, 2.0])),), 0.0, "ms")
     completer = Completer(model)
-    assert feasible_widths(completer, (), Budget(2.0, "2 ms")) == [16, 24]
-    assert choose_width(completer, (), 0.2, Budget(2.0, "2 ms")) == 16
+    assert feasible_widths(completer, (), Budget(2.0, 2.0, "2 ms")) == [16, 24]
+    assert choose_width(completer, (), 0.2, Budget(2.0, 2.0, "2 ms")) == 16
     assert choose_width(completer, (), 0.2) == 24  # 8 costs most of all
     assert choose_width(completer, (), 0.6) == 16
 

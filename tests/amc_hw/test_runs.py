@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from amc_hw.errors import FailedError, UserError
-from amc_hw.runs import Journal, record_command, save_json, save_weights
+from amc_hw.runs import Journal, alone_in, numbered, record_command, save_json, save_weights
 
 Disk = Callable[[int], AbstractContextManager[None]]
 
@@ -239,3 +239,27 @@ def test_a_folder_that_cannot_be_written_fails_the_command(tmp_path: Path, disk_
         record_command(tmp_path / "file" / "run")
     with disk_with(20), pytest.raises(FailedError, match="File too large"):
         record_command(tmp_path)
+
+
+def test_a_search_gets_its_own_folder_back_and_another_a_new_one(tmp_path: Path) -> None:
+    base = tmp_path / "runs" / "net-host-latency_ratio0.6"
+    first = numbered(base, HEADER)
+    assert first.name == "net-host-latency_ratio0.6-1" and not first.exists()
+    Journal(first / "metrics.jsonl", HEADER).append({"episode": 0})
+    assert numbered(base, dict(HEADER)) == first
+    other = HEADER | {"budget": 10.0}
+    assert numbered(base, other).name == "net-host-latency_ratio0.6-2"
+    (first / "metrics.jsonl").write_bytes(b'{"torn')  # killed in its first line: nothing is lost by going on there
+    assert numbered(base, other) == first
+
+
+def test_two_searches_do_not_share_a_folder(tmp_path: Path) -> None:
+    with alone_in(tmp_path / "run"):
+        with pytest.raises(UserError, match="another search is at work") as error, alone_in(tmp_path / "run"):
+            raise AssertionError("both are in")
+        assert str(tmp_path / "run") in str(error.value)
+    with alone_in(tmp_path / "run"):  # free again
+        pass
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FailedError), alone_in(tmp_path / "file"):
+        raise AssertionError("a file is no folder")

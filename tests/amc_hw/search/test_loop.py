@@ -22,6 +22,7 @@ from amc_hw.search.uniform import uniform_policies
 
 Widths = tuple[int, ...]
 GRIDS = ((4, 6, 8, 10, 12, 14, 16),) * 2 + (tuple(range(6, 33, 2)),)
+UNIFORM = set(uniform_policies(GRIDS))
 EPISODES = 16
 RATIO = 0.6
 
@@ -74,7 +75,8 @@ class Target:
         self.costs, self.share, self.confirmed_share = costs, share, confirmed_share or share
         self.worthless = worthless
         self.evaluated: list[Widths] = []
-        self.batches: list[list[Widths]] = []  # timed together
+        self.batches: list[list[Widths]] = []  # timed together: pilots, then candidates
+        self.uniform: list[Widths] = []  # timed between them
         self.finished: list[Widths] = []
         self.confirmed: list[Widths] = []
 
@@ -84,7 +86,7 @@ class Target:
 
     @property
     def calls(self) -> int:
-        return sum(map(len, (self.evaluated, self.timed, self.finished, self.confirmed)))
+        return sum(map(len, (self.evaluated, self.timed, self.uniform, self.finished, self.confirmed)))
 
     def evaluate(self, widths: Sequence[int]) -> float:
         self.evaluated.append(tuple(widths))
@@ -95,7 +97,10 @@ class Target:
         return accuracy(widths) + 0.01
 
     def time(self, policies: Sequence[Widths]) -> list[Timed]:
-        self.batches.append(list(policies))
+        if set(policies) <= UNIFORM:
+            self.uniform += policies
+        else:
+            self.batches.append(list(policies))
         return [self.one(widths) for widths in policies]
 
     def one(self, widths: Widths) -> Timed:
@@ -124,6 +129,10 @@ class Target:
     def spare_episodes(self) -> int:
         """Of the second round, where all candidates of the first leave a part of the budget."""
         return 10 if max(self.used(self.one(widths)) for widths in self.batches[1]) < 1 - OFF else 0
+
+    def uniform_within(self) -> list[Widths]:
+        """The widest uniform policy that meets the budget, where one does."""
+        return [widths for widths in self.uniform if self.used(self.one(widths)) <= 1.02][:1]
 
     def used_by(self, outcome: Outcome) -> float:
         """Share of the budget that the winner was measured to use."""
@@ -158,7 +167,8 @@ def test_a_right_table_spends_the_budget(tmp_path: Path) -> None:
     proposed = [tuple(row["widths"]) for row in found if "widths" in row]
     assert len(proposed) == outcome.episodes and target.evaluated == list(dict.fromkeys(proposed))
     assert all(target.costs.cost(widths) <= limit * (1 + 1e-6) for widths in proposed)
-    assert [tuple(row["finished"]) for row in found if "finished" in row] == sorted(target.timed[PILOTS:])
+    finished = [*target.timed[PILOTS:], *target.uniform_within()]
+    assert [tuple(row["finished"]) for row in found if "finished" in row] == sorted(finished)
     assert found[-1] == {"confirmed": list(outcome.widths), "samples_ms": list(outcome.samples_ms)}
     assert max(map(accuracy, target.finished)) == accuracy(outcome.widths)
 
@@ -242,9 +252,9 @@ def test_a_budget_that_no_measured_candidate_meets_is_exit_4_with_a_number(tmp_p
     with pytest.raises(BudgetError) as error:
         search(target.problem(), tmp_path)
     assert error.value.exit_code == 4
-    candidates = set(target.timed[PILOTS:])
+    candidates = {*target.timed[PILOTS:], *target.uniform}
     closest = min(target.used(target.one(widths)) for widths in candidates)
-    assert closest > 1.02 and f"{closest:.3f} times" in str(error.value)
+    assert closest > 1.02 and f"the closest needs {RATIO * closest:.4g} instead of {RATIO}" in str(error.value)
     assert f"{len(candidates)} measured candidates" in str(error.value)
     assert not target.finished and not target.confirmed  # the slow refit is not for those
 
@@ -279,7 +289,7 @@ def test_a_slow_fresh_process_for_everything_is_exit_4(tmp_path: Path) -> None:
     with pytest.raises(BudgetError) as error:
         search(target.problem(), tmp_path)
     closest = min(3.0 * target.costs.cost(widths) / target.costs.full_cost / RATIO for widths in target.confirmed)
-    assert f"the closest needs {closest:.3f} times" in str(error.value)
+    assert f"the closest needs {RATIO * closest:.4g} instead" in str(error.value)
     assert f"none of {len(target.confirmed)} measured candidates" in str(error.value)
     assert len(target.confirmed) == len(set(target.confirmed))
 
@@ -292,7 +302,7 @@ def test_slack_is_what_a_measurement_may_exceed_the_budget(tmp_path: Path) -> No
     outcome = search(exceeding(1.015).problem(), tmp_path / "inside")  # 0.02 where nobody says otherwise
     assert outcome.episodes == EPISODES
     for number, (used, slack) in enumerate([(1.025, 0.02), (1.001, 0.0)]):
-        with pytest.raises(BudgetError, match=f"{used:.3f} times"):
+        with pytest.raises(BudgetError, match=f"needs {RATIO * used:.4g} instead"):
             search(exceeding(used).problem(slack=slack), tmp_path / f"outside{number}")
 
 
@@ -367,3 +377,24 @@ def test_the_first_episodes_keep_uniform_policies_within_the_budget(tmp_path: Pa
     limit = RATIO * target.costs.full_cost
     uniform = [widths for widths in uniform_policies(target.costs.grids) if target.costs.cost(widths) <= limit]
     assert uniform and target.evaluated[: len(uniform[:2])] == uniform[:2]
+
+
+def test_a_search_does_not_lose_to_a_uniform_policy(tmp_path: Path) -> None:
+    """All that the agent finds is worthless after the faithful refit; the widest uniform policy that meets wins."""
+    target = Target(table())
+    finish = target.finish
+    target.finish = lambda widths: finish(widths) - (0.0 if tuple(widths) in UNIFORM else 0.5)
+    outcome = search(target.problem(), tmp_path)
+    assert [outcome.widths] == target.uniform_within() and 0.9 < target.used_by(outcome) <= 1.02
+
+
+@pytest.mark.parametrize("unit", ["latency", "macs"])
+def test_only_uniform_policies_within_the_budget_take_part(tmp_path: Path, unit: str) -> None:
+    target = Target(table() if unit == "latency" else macs_model(GRAPH, GRIDS))
+    search(target.problem() if unit == "latency" else target.problem(used=None), tmp_path)
+    inside = [w for w in uniform_policies(GRIDS) if target.costs.cost(w) <= RATIO * target.costs.full_cost * 1.02]
+    if unit == "macs":  # no slack for what is counted
+        inside = [w for w in inside if target.costs.cost(w) <= RATIO * target.costs.full_cost]
+        assert not target.uniform
+    shown = {*target.finished} & UNIFORM
+    assert inside[0] in shown and shown <= set(inside)
