@@ -19,15 +19,17 @@ from amc_hw.export import FORMATS, export_network, folded_weights
 from amc_hw.find import BUDGETS, Progress, SearchConfig, plan_search, search, time_apart
 from amc_hw.graph import LayerGraph
 from amc_hw.models import LoadedModel
+from amc_hw.plots import check_picture, save_predictions
 from amc_hw.policy import Policy, load_policy
 from amc_hw.pretrain import DEFAULT_DATA, DEFAULT_MODEL, checkpoint_for
 from amc_hw.prune import slice_channels
 from amc_hw.specs import one_line
-from amc_hw.subject import Subject, load_graph, open_subject, read_table, table_path, tables
+from amc_hw.subject import Subject, load_graph, open_subject, read_predictor, read_table, table_path, tables
+from amc_hw.tables import export_csv, list_tables, merge_tables, plot_table, show_table
+from profilers import import_log as import_logs
 from profilers.device import device_names, load_device
 from profilers.files import write_whole
-from profilers.predictor import Predictor
-from profilers.profile import Anchor, ProfileJob, digest, missing_steps, time_network
+from profilers.profile import Anchor, Step, digest, missing_steps, refining_steps, time_network
 from profilers.sampling import random_widths
 from profilers.table import LatencyTable
 from profilers.targets import Network, open_target
@@ -44,22 +46,30 @@ __all__ = [
     "checkpoint_for",
     "describe_graph",
     "export",
+    "export_csv",
+    "import_log",
     "list_devices",
+    "list_tables",
     "load_device",
     "load_policy",
     "load_pruned",
     "measure",
+    "merge_tables",
     "open_policy",
     "open_subject",
     "plan_profile",
     "plan_search",
+    "plot_table",
     "predict",
     "profile",
+    "read_predictor",
     "read_table",
     "search",
+    "show_table",
     "validate",
 ]
 
+TOLERANCE_PCT, MAX_MINUTES = 4.0, 10.0  #: of `profile`
 CHECK_IMAGES = 32  #: real inputs on which an export is compared with PyTorch
 
 
@@ -122,7 +132,7 @@ def plan_profile(subject: Subject, *, seed: int = 0) -> dict[str, Any]:
     path = table_path(subject.device, identity)
     begun = path.exists() and LatencyTable.read_identity(path) is not None
     table = LatencyTable.read(path) if begun else LatencyTable(path, identity, {}, [])
-    steps = missing_steps(ProfileJob(subject.network_at, subject.grids, seed=seed), table, subject.target)
+    steps = missing_steps(subject.job(seed=seed), table, subject.target)
     start = time.monotonic()
     if steps:
         steps[0].run()
@@ -130,44 +140,102 @@ def plan_profile(subject: Subject, *, seed: int = 0) -> dict[str, Any]:
     return {"table": str(path), "rows_total": len(table.rows), "steps": len(steps), "minutes": seconds / 60}
 
 
-def profile(subject: Subject, *, seed: int = 0, max_minutes: float | None = None, progress: Progress) -> dict[str, Any]:
-    """Measure what the device's table lacks for this network, and append it."""
+def profile(
+    subject: Subject,
+    *,
+    seed: int = 0,
+    tolerance: float = TOLERANCE_PCT,
+    max_minutes: float = MAX_MINUTES,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Measure what the device's table lacks for this network, and append it.
+
+    Then go on where predictions are least sure, until 90% of the networks that calibrate are predicted within
+    `tolerance` percent by a fit without them, or `max_minutes` are over.
+    """
     start = time.monotonic()
-    target = subject.target
+    job, target = subject.job(seed=seed), subject.target
     table = _open_table(subject)
     before = len(table.rows)
-    steps = missing_steps(ProfileJob(subject.network_at, subject.grids, seed=seed), table, target)
-    for index, step in enumerate(steps):
-        if max_minutes is not None and time.monotonic() - start > 60 * max_minutes:
-            break
-        progress(index, len(steps), step.name)
-        table.append(step.run())
+
+    def measured(steps: Sequence[Step]) -> bool:
+        for index, step in enumerate(steps):
+            if time.monotonic() - start > 60 * max_minutes:
+                return False
+            progress(index, len(steps), step.name)
+            table.append(step.run())
+        return True
+
+    whole = measured(missing_steps(job, table, target))
+    predictor, unpruned = read_predictor(subject, table), digest(subject.network_at(None))
+    while whole and (predictor.error_pct_of(unpruned) or 0.0) > tolerance:
+        steps = refining_steps(job, table, target, predictor)
+        whole = bool(steps) and measured(steps)
+        predictor = read_predictor(subject, table)
     return {
         "table": str(table.path),
         "rows_total": len(table.rows),
         "rows_new": len(table.rows) - before,
         "seconds": time.monotonic() - start,
-        "error_pct": Predictor(table, target.lower).error_pct,
+        "error_pct": predictor.error_pct_of(unpruned),
+    }
+
+
+def import_log(subject: Subject, widths: Sequence[int] | None, logs: Sequence[Path]) -> dict[str, Any]:
+    """Add what logs of `benchmark_model` say of the network at `widths` to the device's table: all of them or none.
+
+    A log that the table holds already adds nothing. UserError where one is damaged or of another network.
+    """
+    found = [import_logs.read(path) for path in logs]
+    table = _open_table(subject)
+    rows = import_logs.rows_from(found, subject.network_at(widths), table, read_predictor(subject, table))
+    table.append(rows)
+    return {
+        "table": str(table.path),
+        "rows_total": len(table.rows),
+        "rows_new": len(rows),
+        "logs": [
+            {
+                "file": str(log.path),
+                "mean_ms": log.run.timed.mean_ms,
+                "operators": len(log.run.ops),
+                "delegate": log.run.delegate,
+                "partial": log.run.partial,
+            }
+            for log in found
+        ],
     }
 
 
 def predict(subject: Subject, widths: Sequence[int] | None) -> dict[str, Any]:
-    """End-to-end latency from the table alone."""
-    predictor = Predictor(read_table(subject), subject.target.lower)
+    """End-to-end latency from the table alone, beside that of the unpruned network."""
+    predictor = read_predictor(subject)
     network = subject.network_at(widths)
-    return {"predicted_ms": predictor.predict(network), "error_pct": predictor.error_pct, "macs": network.macs}
+    predicted, baseline = predictor.predict(network), predictor.predict(subject.network_at(None))
+    return {
+        "predicted_ms": predicted,
+        "baseline_predicted_ms": baseline,
+        "predicted_speedup": baseline / predicted,
+        "error_pct": predictor.error_pct,
+        "macs": network.macs,
+    }
 
 
-def validate(subject: Subject, *, samples: int, seed: int = 0, progress: Progress) -> dict[str, Any]:
-    """Predicted against measured latency on fresh random pruned networks, which no calibration has seen."""
+def validate(
+    subject: Subject, *, samples: int, seed: int = 0, plot: Path | None = None, progress: Progress
+) -> dict[str, Any]:
+    """Predicted against measured latency on fresh random pruned networks, which no calibration has seen; every second
+    one free of the channel multiple. plot: a picture to write."""
+    if plot is not None:
+        check_picture(plot)
     if samples < 2:
         raise UserError(f"--samples {samples}: at least 2 are needed")
     table = read_table(subject)
-    predictor = Predictor(table, subject.target.lower)
+    predictor = read_predictor(subject, table)
     anchor = Anchor(subject.target, subject.network_at(None), table)
     seen = {row.details.get("digest") for row in table.rows if row.type in ("network", "calibration")}
     found: list[dict[str, Any]] = []
-    for widths in random_widths(subject.grids, 4 * samples, seed=1000 + seed):
+    for widths in random_widths(subject.grids, 4 * samples, seed=1000 + seed, fine=subject.job().fine):
         graph = subject.network_at(widths)
         if digest(graph) in seen or len(found) == samples:
             continue
@@ -186,6 +254,8 @@ def validate(subject: Subject, *, samples: int, seed: int = 0, progress: Progres
         )
     if len(found) < 2:
         raise UserError("the network is too small: no two random widths that the calibration has not seen")
+    if plot is not None:
+        save_predictions(plot, f"{subject.model.spec}, {subject.device.name}", found)
     errors = np.abs([sample["pct_error"] for sample in found])
     pairs = [(sample["predicted_ms"], sample["measured_ms"]) for sample in found]
     return {
@@ -193,6 +263,7 @@ def validate(subject: Subject, *, samples: int, seed: int = 0, progress: Progres
         "median_abs_pct_error": float(np.median(errors)),
         "within_5pct": float(np.mean(errors <= 5)),
         "within_10pct": float(np.mean(errors <= 10)),
+        "plot": None if plot is None else str(plot),
         "spearman": float(stats.spearmanr(*zip(*pairs, strict=True)).statistic),
     }
 

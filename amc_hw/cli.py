@@ -208,9 +208,22 @@ def graph(model: str, input_shape: tuple[int, ...] | None, as_json: bool) -> Non
 
 @cli.command()
 @_options(*SUBJECT, "seed", "dry", "json")
-@click.option("--max-minutes", type=click.FloatRange(0, min_open=True), help="Stop then; the next run goes on.")
-def profile(as_json: bool, seed: int, dry_run: bool, max_minutes: float | None, **arguments: Any) -> None:
-    """Measure what the latency table lacks; resumes where it stopped.
+@click.option(
+    "--tolerance",
+    default=api.TOLERANCE_PCT,
+    show_default=True,
+    type=click.FloatRange(0, min_open=True),
+    help="Percent that 90% of random networks should be predicted within.",
+)
+@click.option(
+    "--max-minutes",
+    default=api.MAX_MINUTES,
+    show_default=True,
+    type=click.FloatRange(0, min_open=True),
+    help="Stop then; the next run goes on.",
+)
+def profile(as_json: bool, seed: int, dry_run: bool, tolerance: float, max_minutes: float, **arguments: Any) -> None:
+    """Measure what the latency table lacks; resumes where it stopped. Ends when predictions are within --tolerance.
 
     \b
     amc-hw profile --device host-litert --model mobilenet_v1
@@ -224,7 +237,7 @@ def profile(as_json: bool, seed: int, dry_run: bool, max_minutes: float | None, 
             lambda r: [f"{r['table']}: {r['steps']} measurements to make, about {r['minutes']:.1f} minutes"],
         )
         return
-    result = api.profile(subject, seed=seed, max_minutes=max_minutes, progress=_Progress())
+    result = api.profile(subject, seed=seed, tolerance=tolerance, max_minutes=max_minutes, progress=_Progress())
     record_settings(chosen)
     _print(result, as_json, _profile_lines)
 
@@ -239,13 +252,14 @@ def _profile_lines(r: dict[str, Any]) -> list[str]:
 @cli.command()
 @_options(*SUBJECT, "seed", "json")
 @click.option("--samples", default=20, show_default=True)
-def validate(as_json: bool, seed: int, samples: int, **arguments: Any) -> None:
+@click.option("--plot", type=_PATH, help="A .svg or .png file: predicted against measured.")
+def validate(as_json: bool, seed: int, samples: int, plot: Path | None, **arguments: Any) -> None:
     """Predicted against measured latency on fresh random pruned networks.
 
     \b
     amc-hw validate --device host --model mobilenet_v1 --samples 30
     """
-    result = api.validate(_subject(arguments), samples=samples, seed=seed, progress=_Progress())
+    result = api.validate(_subject(arguments), samples=samples, seed=seed, plot=plot, progress=_Progress())
     _print(
         result,
         as_json,
@@ -256,6 +270,120 @@ def validate(as_json: bool, seed: int, samples: int, **arguments: Any) -> None:
             ),
             f"median error {r['median_abs_pct_error']:.1f}%, {r['within_5pct']:.0%} within 5%, "
             f"{r['within_10pct']:.0%} within 10%, Spearman {r['spearman']:.3f}",
+        ],
+    )
+
+
+@cli.group()
+def table() -> None:
+    """Look at latency tables.
+
+    \b
+    amc-hw table list
+    amc-hw table show pixel1
+    amc-hw table plot host-litert --op "conv 14x14" --out staircase.svg
+    amc-hw table merge mine.jsonl yours.jsonl --out both.jsonl
+    amc-hw table export-csv pixel1 --out pixel1.csv
+    """
+
+
+@table.command("list")
+@_options("json")
+def table_list(as_json: bool) -> None:
+    """Every table there is: your own, then the shipped ones."""
+    _print(
+        api.list_tables(),
+        as_json,
+        lambda r: [
+            f"{t['file']}: {t['identity']['soc']}, {t['identity']['runtime']} {t['identity']['runtime_version']}, "
+            f"{t['identity']['threads']} thread(s), {_counted(t['rows'])}"
+            for t in r["tables"]
+        ],
+    )
+
+
+def _counted(rows: dict[str, int]) -> str:
+    return ", ".join(f"{count} {kind} rows" for kind, count in rows.items()) or "empty"
+
+
+@table.command("show")
+@click.argument("name")
+@_options("json")
+def table_show(name: str, as_json: bool) -> None:
+    """What a table holds, and how well it predicts. NAME: a device, or a file."""
+    _print(api.show_table(name), as_json, _table_lines)
+
+
+def _table_lines(r: dict[str, Any]) -> list[str]:
+    multiple = r["channel_multiple"]
+    return [
+        r["file"],
+        *(f"  {key}: {value}" for key, value in (r["identity"] | r["provenance"]).items()),
+        f"  rows: {_counted(r['rows'])}",
+        "  error: " + ("unknown" if r["error_pct"] is None else f"90% of networks within {r['error_pct']:.1f}%"),
+        f"  channel multiple: {'not enough widths to tell' if multiple is None else multiple}",
+        *(
+            f"{o['points']:6} points  {o['op']}, widths "
+            + " by ".join(f"{low:.0f}-{high:.0f}" for low, high in zip(o["low"], o["high"], strict=True))
+            for o in r["operators"]
+        ),
+    ]
+
+
+@table.command("plot")
+@click.argument("name")
+@click.option("--op", help="A part of the operator's name in `table show`; default: the slowest.")
+@click.option("--out", type=_PATH, required=True, help="A .svg or .png file.")
+@_options("json")
+def table_plot(name: str, op: str | None, out: Path, as_json: bool) -> None:
+    """Latency of one operator against its width: the staircase."""
+    _print(
+        api.plot_table(name, op=op, out=out),
+        as_json,
+        lambda r: [f"{r['file']}: {r['op']}, {r['points']} measured widths"],
+    )
+
+
+@table.command("merge")
+@click.argument("paths", nargs=-1, required=True, type=_PATH)
+@click.option("--out", type=_PATH, required=True, help="The new file.")
+@_options("json")
+def table_merge(paths: tuple[Path, ...], out: Path, as_json: bool) -> None:
+    """One table of several of one identity."""
+    _print(api.merge_tables(paths, out=out), as_json, lambda r: [f"{r['file']}: {r['rows']} rows"])
+
+
+@table.command("export-csv")
+@click.argument("name")
+@click.option("--out", type=_PATH, required=True)
+@_options("json")
+def table_csv(name: str, out: Path, as_json: bool) -> None:
+    """Every row as comma-separated values."""
+    _print(api.export_csv(name, out=out), as_json, lambda r: [f"{r['file']}: {r['rows']} rows"])
+
+
+@cli.command("import-log")
+@click.argument("logs", nargs=-1, required=True, type=_PATH)
+@_options(*SUBJECT, "widths", "json")
+def import_log(as_json: bool, widths: str | None, logs: tuple[Path, ...], **arguments: Any) -> None:
+    """Add rows to a table from logs of TFLite's benchmark_model, all of one network.
+
+    \b
+    amc-hw import-log --device pixel1 --model mobilenet_v1 run1.txt run2.txt
+    amc-hw import-log --device pixel1 --model mobilenet_v1 --widths 24,48,... pruned.txt
+    """
+    subject = _subject(arguments)
+    chosen = None if widths is None else subject.graph.parse_widths(widths)
+    _print(
+        api.import_log(subject, chosen, logs),
+        as_json,
+        lambda r: [
+            *(
+                f"{log['file']}: {log['mean_ms']:.4g} ms, {log['operators']} operators"
+                + (f", {'partly ' if log['partial'] else ''}run by {log['delegate']}" if log["delegate"] else "")
+                for log in r["logs"]
+            ),
+            f"{r['table']}: {r['rows_new']} new rows, {r['rows_total']} in all",
         ],
     )
 
@@ -272,7 +400,11 @@ def predict(context: click.Context, as_json: bool, **arguments: Any) -> None:
     subject, widths, _ = _subject_and_widths(context, arguments)
     result = api.predict(subject, widths)
     error = "unknown error" if result["error_pct"] is None else f"90% within {result['error_pct']:.1f}%"
-    _print(result, as_json, lambda r: [f"{r['predicted_ms']:.4f} ms predicted ({error})"])
+    _print(
+        result,
+        as_json,
+        lambda r: [f"{r['predicted_ms']:.4f} ms predicted ({error}): {r['predicted_speedup']:.2f}x"],
+    )
 
 
 @cli.command()
@@ -310,6 +442,7 @@ def measure(context: click.Context, as_json: bool, seed: int, max_ms: float | No
 @click.option("--params-ratio", type=float, help="Budget: share of the unpruned parameters.")
 @click.option("--method", default="ddpg", show_default=True)
 @click.option("--reward", default="err", show_default=True, help="err; flops, params or latency need no budget.")
+@click.option("--refit", default="faithful", show_default=True, help="Of every policy tried: faithful or fast.")
 @click.option("--episodes", default=400, show_default=True, type=click.IntRange(1))
 @click.option("--slack", default=0.02, show_default=True, help="How far a measurement may exceed the budget.")
 @click.option("--expect-accuracy", type=float, help="Refuse to go on where the unpruned accuracy is not this.")
@@ -339,12 +472,22 @@ def search(as_json: bool, dry_run: bool, out: Path | None, checkpoint: Path | No
 def _search_lines(r: dict[str, Any]) -> list[str]:
     if r["policy"] is None:
         return [r["message"]]
-    low, high = r["speedup_ci95"]
     error = "" if r["error_pct"] is None else f", 90% within {r['error_pct']:.1f}%"
+    if r["measured_ms"] is None:
+        latency = [
+            f"latency     {r['predicted_ms']:.4f} ms predicted{error}; not measured: the device is not here",
+            f"speed-up    {r['predicted_speedup']:.2f}x predicted",
+        ]
+    else:
+        low, high = r["speedup_ci95"]
+        predicted = f"(predicted {r['predicted_ms']:.4f}{error})"
+        latency = [
+            f"latency     {r['baseline_ms']:.4f} -> {r['measured_ms']:.4f} ms {predicted}",
+            f"speed-up    {r['speedup']:.2f}x (95%: {low:.2f} to {high:.2f})",
+        ]
     return [
         f"accuracy    {r['baseline_accuracy']:.4f} -> {r['accuracy']:.4f} ({r['accuracy_split']})",
-        f"latency     {r['baseline_ms']:.4f} -> {r['measured_ms']:.4f} ms (predicted {r['predicted_ms']:.4f}{error})",
-        f"speed-up    {r['speedup']:.2f}x (95%: {low:.2f} to {high:.2f})",
+        *latency,
         f"MMACs       {r['baseline_macs'] / 1e6:.2f} -> {r['macs'] / 1e6:.2f}",
         f"policy      {r['policy']}",
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -12,10 +13,13 @@ from amc_hw.data import Splits, load_tensors
 from amc_hw.errors import UserError
 from amc_hw.graph import LayerGraph
 from amc_hw.models import LoadedModel
-from amc_hw.prune import channel_magnitudes, keep_channels, slice_channels
-from amc_hw.refit import gather_grams, reestimate_batch_norm, refit_faithful, refit_fast
+from amc_hw.prune import Kept, channel_magnitudes, keep_channels, slice_channels
+from amc_hw.refit import Grams, gather_grams, reestimate_batch_norm, refit_faithful, refit_fast
 
 REFIT_BYTES = 4_000_000_000
+REFITS = ("faithful", "fast")
+#: Of the faithful refit inside a search. Fewer images rank policies as 2000 do (docs/algorithm.md).
+SEARCH_IMAGES, SEARCH_ROWS = 100, 3000
 
 
 def accuracy(module: nn.Module, images: Tensor, labels: Tensor, *, batch: int = 250) -> float:
@@ -34,7 +38,10 @@ def _images_in_memory(graph: LayerGraph) -> int:
 
 
 class Evaluator:
-    """Prunes, refits and tests one network. Images are decoded and normalised once; Gram matrices gathered once."""
+    """Prunes, refits and tests one network. Images are decoded and normalised once; Gram matrices gathered once.
+
+    refit: of the policies that a search asks for, one of REFITS; UserError for any other.
+    """
 
     def __init__(
         self,
@@ -43,14 +50,20 @@ class Evaluator:
         splits: Splits,
         *,
         seed: int = 0,
+        refit: str = REFITS[0],
         calibration_images: int = 2000,
         val_images: int = 1000,
     ) -> None:
+        check_refit(refit)
         self.model, self.graph, self.splits, self.seed = model, graph, splits, seed
         self.calibration, _ = self._images(splits.train, min(calibration_images, _images_in_memory(graph)))
         self.val = self._images(splits.val, val_images)
         self.magnitudes = channel_magnitudes(model.module, graph)
-        self.grams = gather_grams(model.module, graph, self.calibration[:1000], seed=seed)
+        self.refit = refit
+
+    @cached_property
+    def grams(self) -> Grams:
+        return gather_grams(self.model.module, self.graph, self.calibration[:1000], seed=self.seed)
 
     def _images(self, split: torch.utils.data.Dataset, limit: int | None) -> tuple[Tensor, Tensor]:
         images, labels = load_tensors(split, limit=limit, seed=self.seed)
@@ -61,19 +74,23 @@ class Evaluator:
         return keep_channels(self.model.module, self.graph, widths, magnitudes=self.magnitudes)
 
     def val_accuracy(self, widths: Sequence[int]) -> float:
-        """Held-out accuracy after the fast refit."""
+        """Held-out accuracy after the refit of a search."""
         kept = self.kept(widths)
         small = slice_channels(self.model.module, self.graph, kept)
-        refit_fast(small, self.model.module, self.graph, kept, self.grams)
+        if self.refit == "fast":
+            refit_fast(small, self.model.module, self.graph, kept, self.grams)
+        else:
+            self._refit_faithful(small, kept, self.calibration[:SEARCH_IMAGES], SEARCH_ROWS)
         return accuracy(small, *self.val)
+
+    def _refit_faithful(self, small: nn.Module, kept: Kept, images: Tensor, rows: int) -> None:
+        refit_faithful(small, self.model.module, self.graph, kept, images, rows_per_layer=rows, seed=self.seed)
 
     def final(self, widths: Sequence[int]) -> nn.Module:
         """The pruned network after the faithful refit, batch-norm statistics re-estimated where that helps."""
         kept = self.kept(widths)
         small = slice_channels(self.model.module, self.graph, kept)
-        refit_faithful(
-            small, self.model.module, self.graph, kept, self.calibration, rows_per_layer=60_000, seed=self.seed
-        )
+        self._refit_faithful(small, kept, self.calibration, 60_000)
         before = accuracy(small, *self.val)
         statistics = {name: value.clone() for name, value in small.state_dict().items()}
         reestimate_batch_norm(small, self.calibration)
@@ -85,6 +102,11 @@ class Evaluator:
         """Accuracy of each module on the whole test split, read once."""
         images, labels = self._images(self.splits.test, None)
         return [accuracy(module, images, labels) for module in modules]
+
+
+def check_refit(refit: str) -> None:
+    if refit not in REFITS:
+        raise UserError(f"unknown --refit {refit!r}; known: {', '.join(REFITS)}")
 
 
 def check_expected(found: float, expected: float | None) -> None:

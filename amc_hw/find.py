@@ -16,7 +16,7 @@ from torch import nn
 from amc_hw.data import Splits, load_data
 from amc_hw.env import REWARDS
 from amc_hw.errors import UserError
-from amc_hw.evaluate import Evaluator, accuracy, check_expected
+from amc_hw.evaluate import REFITS, Evaluator, accuracy, check_expected, check_refit
 from amc_hw.export import folded_weights
 from amc_hw.policy import Policy
 from amc_hw.pretrain import DEFAULT_DATA
@@ -34,8 +34,7 @@ from amc_hw.resources import (
 )
 from amc_hw.runs import Journal, alone_in, numbered, record_command, save_json, save_weights
 from amc_hw.search.loop import METHODS, Outcome, Problem, Timed, run_search
-from amc_hw.subject import Subject, read_table
-from profilers.predictor import Predictor
+from amc_hw.subject import Subject, read_predictor
 from profilers.profile import NETWORK_PLAN, digest
 from profilers.targets import Network
 from profilers.timing import Steady, TimingPlan, ratio_ci95, refuse_noise
@@ -59,6 +58,7 @@ class SearchConfig:
     method: str = "ddpg"
     episodes: int = 400
     reward: str = "err"
+    refit: str = REFITS[0]
     seed: int = 0
     slack: float = 0.02
     expect_accuracy: float | None = None
@@ -70,6 +70,7 @@ class SearchConfig:
             raise UserError(f"unknown --reward {self.reward!r}; known: {', '.join(REWARDS)}")
         if self.method not in METHODS:
             raise UserError(f"unknown --method {self.method!r}; known: {', '.join(METHODS)}")
+        check_refit(self.refit)
         if not (self.slack >= 0 and math.isfinite(self.slack)):
             raise UserError(f"--slack {self.slack} must be a number of at least 0")
         given = [(name, getattr(self, name)) for name in BUDGETS if getattr(self, name) is not None]
@@ -97,7 +98,7 @@ class _Search:
         self.subject, self.config, self.progress = subject, config, progress
         self.model, self.graph = subject.model, subject.graph
         self.given = config.budget
-        self.predictor = Predictor(read_table(subject), subject.target.lower)
+        self.predictor = read_predictor(subject)
         self.steady = Steady(self.predictor.reference_ms(digest(subject.network_at(None))))
         self.out = config.out or numbered(self._folder(), self._header())
         self._refitted: dict[tuple[int, ...], nn.Module] = {}
@@ -111,6 +112,11 @@ class _Search:
     @property
     def by_latency(self) -> bool:
         return self.given is not None and self.given[0].startswith("latency")
+
+    @property
+    def here(self) -> bool:
+        """Whether the device can be timed; from an archive's table alone nothing is measured."""
+        return self.subject.target.can_time
 
     def costs(self, name: str) -> CostModel:
         if name.startswith("latency"):
@@ -178,7 +184,7 @@ class _Search:
         if all(path.exists() for path in (finished, self.out / POLICY, self.out / Policy.weights)):
             result: dict[str, Any] = json.loads(finished.read_text())
             return result
-        self.evaluator = Evaluator(self.model, self.graph, splits, seed=config.seed)
+        self.evaluator = Evaluator(self.model, self.graph, splits, seed=config.seed, refit=config.refit)
         unpruned = accuracy(self.model.module, *self.evaluator.val)
         self.progress(0, config.episodes, f"unpruned accuracy {unpruned:.4f} on held-out training images")
         check_expected(unpruned, config.expect_accuracy)
@@ -190,8 +196,8 @@ class _Search:
             self.evaluator.val_accuracy,
             finish=self.finish,
             time=self.time,
-            confirm=self.confirm,
-            used=self.used if self.by_latency else None,
+            confirm=self.confirm if self.here else None,
+            used=self.used if self.by_latency and self.here else None,
             reward=config.reward,
             reward_costs=None if unit in (None, costs.unit) else self.costs(config.reward),
             floor=min(grid[0] / grid[-1] for grid in self.subject.grids),
@@ -219,7 +225,7 @@ class _Search:
             require_feasible(Completer(costs), budget)
         start = time.monotonic()
         splits = load_data(self.config.data, input_shape=self.model.input_shape)
-        self.evaluator = Evaluator(self.model, self.graph, splits, seed=self.config.seed)
+        self.evaluator = Evaluator(self.model, self.graph, splits, seed=self.config.seed, refit=self.config.refit)
         loaded = time.monotonic()
         self.evaluator.val_accuracy([grid[len(grid) // 2] for grid in self.subject.grids])
         each = time.monotonic() - loaded
@@ -242,6 +248,7 @@ class _Search:
             "budget": None if self.given is None else list(self.given),
             "method": config.method,
             "reward": config.reward,
+            "refit": config.refit,
             "slack": config.slack,
             "seed": config.seed,
             "episodes": config.episodes,
@@ -255,6 +262,8 @@ class _Search:
         name, value = self.given
         if name != "latency_ms":
             met, measured = value == 1, None
+        elif not self.here:
+            met, measured = self.predictor.predict(self.baseline.graph) <= value, None
         elif budget.limit < 0.5 * self.predictor.predict(self.baseline.graph):
             return None  # far off: not worth a measurement
         else:
@@ -273,7 +282,7 @@ class _Search:
             "measured_ms": measured,
             "baseline_ms": measured,
             "speedup": None if measured is None else 1.0,
-            "latency_source": None if measured is None else "measured",
+            "latency_source": "predicted" if measured is None else "measured",
             "macs": network.macs,
             "baseline_macs": network.macs,
             "params": network.params,
@@ -300,7 +309,8 @@ class _Search:
         )
         save_weights(self.out / policy.weights, module.state_dict())
         policy.save(self.out / POLICY)
-        pruned_ms, baseline_ms = (float(np.median(samples)) for samples in outcome.samples_ms)
+        samples = outcome.samples_ms
+        pruned_ms, baseline_ms = (None, None) if samples is None else (float(np.median(each)) for each in samples)
         network = self.subject.network_at(outcome.widths)
         return {
             "policy": str(self.out / POLICY),
@@ -311,9 +321,10 @@ class _Search:
             "error_pct": self.predictor.error_pct,
             "measured_ms": pruned_ms,
             "baseline_ms": baseline_ms,
-            "speedup": baseline_ms / pruned_ms,
-            "speedup_ci95": list(ratio_ci95(*outcome.samples_ms)),
-            "latency_source": "measured",
+            "speedup": None if pruned_ms is None or baseline_ms is None else baseline_ms / pruned_ms,
+            "speedup_ci95": None if samples is None else list(ratio_ci95(*samples)),
+            "predicted_speedup": self.predictor.predict(self.baseline.graph) / self.predictor.predict(network),
+            "latency_source": "predicted" if samples is None else "measured",
             "macs": network.macs,
             "baseline_macs": self.baseline.graph.macs,
             "params": network.params,

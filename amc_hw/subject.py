@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,19 +13,29 @@ from amc_hw.models import LoadedModel, load_model
 from amc_hw.resources import Grids
 from profilers.device import DeviceConfig, load_device, search_folders
 from profilers.ops import OpGraph
+from profilers.predictor import Predictor
+from profilers.profile import ProfileJob
 from profilers.table import Identity, LatencyTable
 from profilers.targets import Target, open_target
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A network on a device. grids: the widths that every group may take, ascending."""
+    """A network on a device. grids: the widths that every group may take, ascending; floor: the smallest fraction."""
 
     model: LoadedModel
     graph: LayerGraph
     device: DeviceConfig
     target: Target
     grids: Grids
+    floor: float
+
+    def job(self, *, seed: int = 0) -> ProfileJob:
+        """What its table should hold: widths on and off the channel multiple."""
+        smallest = [max(1, math.ceil(self.floor * group.width - 1e-9)) for group in self.graph.groups]
+        pairs = zip(smallest, self.grids, strict=True)
+        fine = tuple(tuple(range(min(low, grid[0]), grid[-1] + 1)) for low, grid in pairs)
+        return ProfileJob(self.network_at, self.grids, fine, seed)
 
     def network_at(self, widths: Sequence[int] | None) -> OpGraph:
         return self.graph.op_graph(widths, batch=self.device.batch)
@@ -60,7 +71,7 @@ def open_subject(
         raise UserError(f"{model} has no prunable layer ({reasons})")
     multiple = channel_multiple or config.channel_multiple
     grids = tuple(width_grid(group.width, multiple=multiple, floor=floor) for group in graph.groups)
-    return Subject(loaded, graph, config, open_target(config), grids)
+    return Subject(loaded, graph, config, open_target(config), grids, floor)
 
 
 def tables(device: str) -> list[Path]:
@@ -93,3 +104,9 @@ def read_table(subject: Subject) -> LatencyTable:
     table = LatencyTable.read(path)
     table.require_identity(identity)
     return table
+
+
+def read_predictor(subject: Subject, table: LatencyTable | None = None) -> Predictor:
+    """Predictions for the device, from its table as it is; TableError as in `read_table`."""
+    table = read_table(subject) if table is None else table
+    return Predictor(table, subject.target.lower, extrapolate=subject.device.extrapolate)

@@ -17,6 +17,8 @@ class DeviceConfig:
 
     target: where it runs (a name in `profilers.targets.TARGETS`); runtime: how (in `profilers.runtimes.RUNTIMES`).
     threads: of the runtime. channel_multiple: widths are searched in multiples of it.
+    soc, runtime_version, source: of an archive, which cannot be asked; source says where its rows come from.
+    extrapolate: whether predictions may leave the widths that were measured, for tables that hold a few networks only.
     min_time_s: how long a network is timed at least; noise_pct: the spread above which a machine is too unstable.
     """
 
@@ -28,6 +30,10 @@ class DeviceConfig:
     batch: int = 1
     dtype: str = "float32"
     channel_multiple: int = 8
+    soc: str = ""
+    runtime_version: str = ""
+    source: str = ""
+    extrapolate: bool = False
     min_time_s: float = 0.3
     noise_pct: float = 25.0
 
@@ -80,12 +86,12 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _checked(name: str, path: Path, data: dict[str, Any]) -> DeviceConfig:
-    types = {"str": str, "int": int, "float": (int, float)}
+    types = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
     known = {field.name: types[str(field.type)] for field in fields(DeviceConfig) if field.name != "name"}
     for key, value in data.items():
         if key not in known:
             raise UserError(f"{path}: unknown key {key!r}; known: {', '.join(known)}")
-        if not isinstance(value, known[key]) or isinstance(value, bool):  # type: ignore[arg-type]
+        if type(value) not in known[key]:
             raise UserError(f"{path}: {key} = {value!r} is of the wrong type")
     for key in ("target", "runtime"):
         if key not in data:

@@ -2,7 +2,8 @@
 
 Every operator family gets a smooth cost of non-negative parts (a constant, its memory, its products, the blocks
 that runtimes execute channels in, what a width off those blocks costs more), and a Gaussian process over log-widths
-for what that leaves. Whole networks of random widths then calibrate it: a scale per class of operator, refined per
+for what that leaves. A family of which few widths were measured takes its smooth cost from all operators of its class
+instead, scaled. Whole networks of random widths then calibrate it: a scale per class of operator, refined per
 family, an offset per operator (a profiler's own overhead is a negative one) and a constant, so a prediction stays a
 sum over operators.
 """
@@ -11,8 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
+from scipy import linalg
 from scipy.optimize import nnls
 
 from profilers.errors import TableError
@@ -21,12 +24,20 @@ from profilers.table import LatencyTable, Measurement
 
 BLOCKS = (8, 16)  #: channels that a kernel handles at once, on the CPUs known so far
 ALIGNMENTS = (4, 8, 16)  #: widths off a multiple of these may take another path, reorders of the layout included
+USUAL_NOISE = 0.02  #: relative, of one measured point, where repetitions do not say less
+MIN_REPEATS = 30
+RESOLUTION_MS = 2e-4  #: what is measured finer than this says nothing
 _CLASSES = ("spatial", "pointwise", "depthwise", "other")
 
 
 def anchored_ms(row: Measurement, reference_ms: float | None) -> float:
     """The row's median with the machine's drift divided out: the anchor timed beside it is taken as `reference_ms`."""
     return row.median_ms if reference_ms is None else row.median_ms * reference_ms / row.details["anchor_ms"]
+
+
+def _whole(row: Measurement) -> bool:
+    """False for a network that a delegate ran only a part of: its latency is that of no one runtime."""
+    return not row.details.get("partial", False)
 
 
 def _op_class(op: OpSpec) -> int:
@@ -52,43 +63,91 @@ def _features(axes: np.ndarray) -> np.ndarray:
     return np.stack(columns, axis=1)
 
 
+def _relative_fit(features: np.ndarray, latency_ms: np.ndarray) -> np.ndarray:
+    """Non-negative coefficients (F,) of features (N, F), least squares of relative errors."""
+    scale = np.maximum(features.max(axis=0), 1e-12)  # all zero where no width was off a multiple
+    weight = 1 / (latency_ms + RESOLUTION_MS)
+    ridge = 1e-3 * np.eye(features.shape[1])
+    rows = np.vstack([features / scale * weight[:, None], ridge])
+    solution, _ = nnls(rows, np.concatenate([latency_ms * weight, np.zeros(len(ridge))]))
+    return solution / scale
+
+
+def _op_features(op: OpSpec) -> tuple[float, ...]:
+    """What an operator costs by, whatever its family: products, values read and written, weights."""
+    read = sum(op.in_channels) * op.height * op.width
+    written = op.out_channels * op.out_height * op.out_width
+    return 1.0, float(op.macs), float(read), float(written), float(op.params)
+
+
+class ClassCost:
+    """Latency of all the operators of one class, whatever their sizes; rough, and good for ratios."""
+
+    def __init__(self, ops: Sequence[OpSpec], latency_ms: np.ndarray) -> None:
+        self._coefficients = _relative_fit(np.array([_op_features(op) for op in ops]), latency_ms)
+
+    def __call__(self, ops: Sequence[OpSpec]) -> np.ndarray:
+        """Milliseconds, (N,), positive."""
+        return np.maximum(np.array([_op_features(op) for op in ops]) @ self._coefficients, 1e-9)
+
+
 class FamilyCost:
     """Latency of one operator family over its widths, from measured points."""
 
-    NOISE = 0.02  #: relative, of one measured point
-    LENGTH = 0.5  #: of the Gaussian process, in log-width
+    LENGTHS = (0.5, 0.05)  #: of the Gaussian process, in log-width: bends, and steps
+    ROUGH = 0.2  #: share of the steps
     ACROSS = 0.2  #: correlation of residuals on and off ALIGNED
     ALIGNED = 8
 
-    def __init__(self, axes: np.ndarray, latency_ms: np.ndarray) -> None:
-        """axes: (N, A) widths, A = 1 or 2; latency_ms: (N,)."""
+    def __init__(
+        self,
+        axes: np.ndarray,
+        latency_ms: np.ndarray,
+        noise: np.ndarray | float = 0.02,
+        *,
+        rough: Callable[[np.ndarray], np.ndarray] | None = None,
+    ) -> None:
+        """axes: (N, A) widths, A = 1 or 2; latency_ms: (N,); noise: relative standard deviation of each, (N,).
+
+        rough: milliseconds (M,) at widths (M, A), right but for a factor, where the points are too few for a smooth
+        cost of their own.
+        """
         self.low, self.high = axes.min(axis=0), axes.max(axis=0)
-        features = _features(axes)
-        self.scale = np.maximum(features.max(axis=0), 1e-12)  # all zero where no width was off a multiple
-        weighted = features / self.scale / latency_ms[:, None]
-        ridge = 1e-3 * np.eye(features.shape[1])
-        self.coefficients, _ = nnls(
-            np.vstack([weighted, ridge]), np.concatenate([np.ones(len(axes)), np.zeros(len(ridge))])
-        )
         self.points = axes
+        if rough is None:
+            coefficients = _relative_fit(_features(axes), latency_ms)
+            self._smooth_ms = lambda at: _features(at) @ coefficients
+        else:
+            factor = float(np.exp(np.mean(np.log(latency_ms / rough(axes)))))
+            self._smooth_ms = lambda at: factor * rough(at)
         residual = latency_ms / self._smooth(axes) - 1
-        signal = max(float(np.mean(residual**2)), 1e-6)
-        covariance = signal * self._kernel(self.points, self.points) + self.NOISE**2 * np.eye(len(axes))
-        self.weights = signal * np.linalg.solve(covariance, residual)
+        self.signal = max(float(np.mean(residual**2)), 1e-6)
+        covariance = self.signal * self._kernel(self.points, self.points)
+        covariance += np.diag(np.broadcast_to(np.square(noise), len(axes)))
+        self.factor = linalg.cho_factor(covariance)
+        self.weights = self.signal * linalg.cho_solve(self.factor, residual)
 
     def _smooth(self, axes: np.ndarray) -> np.ndarray:
-        return np.maximum(_features(axes) / self.scale @ self.coefficients, 1e-9)
+        return np.maximum(self._smooth_ms(axes), 1e-9)
 
     def _kernel(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
         """Correlation of the residuals at widths (N, A) and (M, A): (N, M)."""
         squared = (np.log(left[:, None, :] / right[None, :, :]) ** 2).sum(axis=2)
         off = left[:, None, :] % self.ALIGNED != 0, right[None, :, :] % self.ALIGNED != 0
         alike = (off[0] == off[1]).all(axis=2)
-        return np.exp(-0.5 * squared / self.LENGTH**2) * np.where(alike, 1.0, self.ACROSS)
+        smooth, rough = (np.exp(-0.5 * squared / length**2) for length in self.LENGTHS)
+        return ((1 - self.ROUGH) * smooth + self.ROUGH * rough) * np.where(alike, 1.0, self.ACROSS)
 
     def outside(self, axes: np.ndarray) -> np.ndarray:
         """(N,) True where a width lies outside what was measured."""
         return ((axes < self.low) | (axes > self.high)).any(axis=1)
+
+    def deviation_ms(self, axes: np.ndarray) -> np.ndarray:
+        """Standard deviation (N,) of the prediction at widths (N, A): large far from the points of a family that is
+        not smooth."""
+        beside = self.signal * self._kernel(axes, self.points)
+        explained = (beside * linalg.cho_solve(self.factor, beside.T).T).sum(axis=1)
+        return self._smooth(axes) * np.sqrt(np.maximum(self.signal - explained, 0.0))
 
     def __call__(self, axes: np.ndarray) -> np.ndarray:
         """Milliseconds (N,) at widths (N, A)."""
@@ -96,44 +155,67 @@ class FamilyCost:
         return self._smooth(axes) * np.clip(1 + correction, 0.5, 2.0)
 
 
+def _repeatability(measured: Sequence[Sequence[float]]) -> float:
+    """Relative standard deviation of one measurement, from operators that were measured more than once."""
+    repeated = [np.array(samples) for samples in measured if len(samples) > 1]
+    weights = np.array(
+        [float(each.mean()) for each in repeated]
+    )  # by what they take: short ones are at the clock's limit
+    freedom = np.array([len(each) - 1 for each in repeated])
+    if freedom.sum() < MIN_REPEATS:
+        return USUAL_NOISE
+    squares = np.array([float(((each / each.mean() - 1) ** 2).sum()) for each in repeated])
+    return float(np.clip(np.sqrt((weights * squares).sum() / (weights * freedom).sum()), 0.005, USUAL_NOISE))
+
+
+def _rough_ms(cost: ClassCost, family: OpSpec, axes: np.ndarray) -> np.ndarray:
+    return cost([family.with_axes(int(width) for width in row) for row in axes])
+
+
+def _range(cost: FamilyCost) -> str:
+    return " by ".join(f"{low:.0f} to {high:.0f}" for low, high in zip(cost.low, cost.high, strict=True))
+
+
 @dataclass(frozen=True)
 class Calibration:
     """scales: per family, positive; offset_ms: per operator; constant_ms: per network; error_pct: 90% of the
-    networks that were left out of the fit are predicted within it, None where there was nothing to fit."""
+    networks that were left out of the fit are predicted within it, None where there was nothing to fit; left_out_pct:
+    their errors, by the digest of the unpruned network."""
 
     scales: Mapping[OpSpec, float] = field(default_factory=dict)
     offset_ms: float = 0.0
     constant_ms: float = 0.0
     error_pct: float | None = None
+    left_out_pct: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
 class Predictor:
     """Latencies of operators and networks, from a table alone.
 
-    lower: the network as the runtime of the table executes it.
+    lower: the network as the runtime of the table executes it. extrapolate: whether widths outside of those measured
+    are predicted, too.
     """
 
     NOISE = 0.02  #: relative, of one measured network beside the sum of its parts
     MIN_NETWORKS = 8  #: fewer calibrate nothing
+    FEW = 8  #: points of a family; with fewer it leans on its class
 
-    def __init__(self, table: LatencyTable, lower: Callable[[OpGraph], OpGraph]) -> None:
+    def __init__(self, table: LatencyTable, lower: Callable[[OpGraph], OpGraph], *, extrapolate: bool = False) -> None:
         self.path = table.path
         self.lower = lower
+        self.extrapolate = extrapolate
         anchors: dict[str, list[float]] = {}
         for row in table.rows:
             if "anchor" in row.details:
                 anchors.setdefault(row.details["anchor"], []).append(row.details["anchor_ms"])
         self._references = {name: float(np.median(ms)) for name, ms in anchors.items()}
-        points: dict[OpSpec, dict[tuple[int, ...], list[float]]] = {}
-        for row in table.of_type("op"):
-            assert row.op is not None
-            points.setdefault(row.op.family(), {}).setdefault(row.op.axes, []).append(self.measured_ms(row))
-        self.families = {
-            family: FamilyCost(np.array(list(found), float), np.array([np.median(ms) for ms in found.values()]))
-            for family, found in points.items()
-        }
+        self.families = self._fitted(table.of_type("op"))
         self.calibration = Calibration()
-        self.calibration = self._calibrated(table.of_type("network") + table.of_type("calibration"))
+        networks = [row for row in table.rows if row.type in ("network", "calibration") and _whole(row)]
+        if len(networks) >= self.MIN_NETWORKS:
+            self.calibration = self._calibrated(networks)
+        elif networks:
+            self.calibration = Calibration(error_pct=self._left_out_pct(table))
 
     @property
     def constant_ms(self) -> float:
@@ -143,6 +225,11 @@ class Predictor:
     def error_pct(self) -> float | None:
         return self.calibration.error_pct
 
+    def error_pct_of(self, anchor: str) -> float | None:
+        """As `error_pct`, of the pruned networks of one unpruned one alone, given by its digest."""
+        errors = self.calibration.left_out_pct.get(anchor)
+        return float(np.quantile(errors, 0.9)) if errors else None
+
     def reference_ms(self, anchor: str) -> float | None:
         """Median latency of the network of that digest, timed beside others; None where it never was."""
         return self._references.get(anchor)
@@ -150,6 +237,47 @@ class Predictor:
     def measured_ms(self, row: Measurement) -> float:
         """The row's median, drift divided out by its anchor."""
         return anchored_ms(row, self._references.get(row.details.get("anchor", "")))
+
+    def _fitted(self, rows: Sequence[Measurement]) -> dict[OpSpec, FamilyCost]:
+        measured: dict[OpSpec, list[float]] = {}
+        for row in rows:
+            assert row.op is not None
+            measured.setdefault(row.op, []).append(self.measured_ms(row))
+        median_ms = {op: float(np.median(samples)) for op, samples in measured.items()}
+        noise = _repeatability(list(measured.values()))
+        families: dict[OpSpec, list[OpSpec]] = {}
+        classes: dict[int, list[OpSpec]] = {}
+        for op in measured:
+            families.setdefault(op.family(), []).append(op)
+            classes.setdefault(_op_class(op), []).append(op)
+        rough = {number: ClassCost(ops, np.array([median_ms[op] for op in ops])) for number, ops in classes.items()}
+        costs = {}
+        for family, ops in families.items():
+            axes = np.array([op.axes for op in ops], float)
+            latency_ms = np.array([median_ms[op] for op in ops])
+            each = noise / np.sqrt([len(measured[op]) for op in ops])
+            few = len(ops) < self.FEW
+            alike = partial(_rough_ms, rough[_op_class(family)], family) if few else None
+            costs[family] = FamilyCost(axes, latency_ms, each, rough=alike)
+        return costs
+
+    def _left_out_pct(self, table: LatencyTable) -> float | None:
+        """Largest error in percent over the networks of the table, each predicted from operators that were read in the
+        others; None where rows do not say which network they were read in, or the others do not tell."""
+        networks, ops = [row for row in table.of_type("network") if _whole(row)], table.of_type("op")
+        if any("digest" not in row.details for row in (*networks, *ops)):
+            return None
+        errors = []
+        for network in networks:
+            assert network.graph is not None
+            rows = [row for row in ops if row.details["digest"] != network.details["digest"]]
+            others = LatencyTable(table.path, table.identity, {}, rows)
+            try:
+                predicted = Predictor(others, self.lower, extrapolate=self.extrapolate).predict(network.graph)
+            except TableError:
+                return None
+            errors.append(abs(predicted / self.measured_ms(network) - 1))
+        return 100 * max(errors) if errors else None
 
     def _raw_ms(self, ops: Sequence[OpSpec]) -> np.ndarray:
         by_family: dict[OpSpec, list[int]] = {}
@@ -159,12 +287,32 @@ class Predictor:
         for family, members in by_family.items():
             cost = self.families.get(family)
             axes = np.array([ops[index].axes for index in members], float)
-            missing = members if cost is None else [members[i] for i in np.nonzero(cost.outside(axes))[0]]
-            if cost is None or missing:
+            if cost is None:
                 raise TableError(
-                    f"{self.path} has no measurement for {ops[missing[0]]}: measure it with 'amc-hw profile'"
+                    f"{self.path} has no measurement for {ops[members[0]]}: measure it with 'amc-hw profile'"
+                )
+            outside = cost.outside(axes)
+            if outside.any() and not self.extrapolate:
+                op = ops[members[int(outside.argmax())]]
+                raise TableError(
+                    f"{op} lies outside of the widths that {self.path} holds for it ({_range(cost)}): measure it with "
+                    "'amc-hw profile', with a lower --floor or the --channel-multiple of these widths"
                 )
             result[members] = cost(axes)
+        return result
+
+    def deviation_ms(self, ops: Sequence[OpSpec]) -> np.ndarray:
+        """Standard deviation of each lowered operator's milliseconds, (N,), by what was measured around it; infinite
+        where it lies outside."""
+        result = np.full(len(ops), np.inf)
+        by_family: dict[OpSpec, list[int]] = {}
+        for index, op in enumerate(ops):
+            by_family.setdefault(op.family(), []).append(index)
+        for family, members in by_family.items():
+            cost = self.families.get(family)
+            if cost is not None:
+                axes = np.array([ops[index].axes for index in members], float)
+                result[members] = np.where(cost.outside(axes), np.inf, cost.deviation_ms(axes))
         return result
 
     def op_ms(self, ops: Sequence[OpSpec]) -> np.ndarray:
@@ -183,8 +331,6 @@ class Predictor:
         Only networks whose operators were not read while they ran themselves ("calibration" rows) count for the
         error; each is predicted by the fit without it.
         """
-        if len(rows) < self.MIN_NETWORKS:
-            return Calibration()
         families = list(self.families)
         column = {family: index for index, family in enumerate(families)}
         sums, counts = np.zeros((len(rows), len(families))), np.zeros(len(rows))
@@ -208,11 +354,15 @@ class Predictor:
         normal = design.T @ design + np.diag(spread**-2)
         solution = np.linalg.solve(normal, design.T @ np.full(len(rows), 1 / self.NOISE) + prior / spread**2)
         error = (design @ solution * self.NOISE - 1) / (1 - (design * np.linalg.solve(normal, design.T).T).sum(axis=1))
-        left_out = [abs(e) for e, row in zip(error, rows, strict=True) if row.type == "calibration"]
+        left_out: dict[str, list[float]] = {}
+        for each, row in zip(error, rows, strict=True):
+            if row.type == "calibration":
+                left_out.setdefault(row.details.get("anchor", ""), []).append(100 * abs(float(each)))
         scales = np.maximum(classes @ solution[: len(_CLASSES)] + solution[len(_CLASSES) : -2], 0.1)
         return Calibration(
             {family: float(scale) for family, scale in zip(families, scales, strict=True)},
             float(solution[-2]),
             float(solution[-1]),
-            float(np.quantile(left_out, 0.9) * 100) if left_out else None,
+            float(np.quantile(sum(left_out.values(), []), 0.9)) if left_out else None,
+            left_out,
         )

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from profilers.ops import OpGraph, OpNode, OpSpec
+from profilers.predictor import Predictor
 from profilers.sampling import Grids, corner_widths, random_widths
 from profilers.table import LatencyTable, Measurement
 from profilers.targets import Network, Target
@@ -20,17 +21,28 @@ from profilers.timing import Steady, TimingPlan
 NETWORK_PLAN = TimingPlan(rounds=9, burst_s=0.02)
 OP_PLAN = TimingPlan(rounds=5, burst_s=0.004)
 OPS_AT_ONCE = 8
+POOL = 60  #: random networks of which the least known are measured
+REFINE_NETWORKS, REFINE_OPS = 6, 24  #: at a time
+MAX_REFINEMENTS = 16
+READ, ALONE, RANDOM = "reading operators in random networks", "timing operators", "timing random networks"
 
 
 @dataclass(frozen=True)
 class ProfileJob:
-    """network_at: the network at some widths; grids: the widths that every group may take, ascending."""
+    """network_at: the network at some widths; grids: the widths that every group may take, ascending; fine: every
+    width from the smallest, where those off the channel multiple are to be predicted, too; networks: whose operators
+    are measured; calibration: networks that are timed as a whole."""
 
     network_at: Callable[[Sequence[int]], OpGraph]
     grids: Grids
+    fine: Grids = ()
     seed: int = 0
     networks: int = 40
     calibration: int = 24
+
+    def random(self, count: int, *seed: int) -> list[OpGraph]:
+        widths = random_widths(self.grids, count, seed=seed if len(seed) > 1 else seed[0], fine=self.fine)
+        return [self.network_at(each) for each in widths]
 
 
 @dataclass(frozen=True)
@@ -53,12 +65,41 @@ def missing_steps(job: ProfileJob, table: LatencyTable, target: Target) -> list[
     steps = list(_op_steps(sampled, table, anchor))
     # networks whose operators are read as they run would tell too small an error
     done = {row.details.get("digest") for row in table.of_type("calibration")} | set(sampled)
-    for widths in random_widths(job.grids, job.calibration, seed=job.seed + 1):
-        graph = job.network_at(widths)
+    for graph in job.random(job.calibration, job.seed + 1):
         if digest(graph) not in done:
             done.add(digest(graph))
-            steps.append(Step("timing random networks", partial(_calibration, graph, anchor)))
+            steps.append(Step(RANDOM, partial(_calibration, graph, anchor)))
     return steps
+
+
+def refining_steps(job: ProfileJob, table: LatencyTable, target: Target, predictor: Predictor) -> list[Step]:
+    """What to measure next, where all of `missing_steps` is there and the predictions are not good enough: the
+    networks, or the operators of networks, that the table knows least of, and more networks to calibrate with.
+
+    They follow from the rows of the table, so a killed run goes on as it would have. Empty after MAX_REFINEMENTS.
+    """
+    anchor = Anchor(target, job.network_at([grid[-1] for grid in job.grids]), table)
+    done = {row.details.get("digest") for row in table.rows}
+    calibrated = sum(row.details.get("anchor") == anchor.name for row in table.of_type("calibration"))
+    if calibrated >= job.calibration + REFINE_NETWORKS * MAX_REFINEMENTS:
+        return []
+    pool = {digest(graph): graph for graph in job.random(POOL, job.seed, 2, calibrated)}
+    fresh = {name: graph for name, graph in pool.items() if name not in done}
+    lowered = {name: target.lower(graph).ops for name, graph in fresh.items()}
+    unsure = {name: float((predictor.deviation_ms(ops) ** 2).sum()) for name, ops in lowered.items()}
+    chosen = sorted(fresh, key=lambda name: -unsure[name])[:REFINE_NETWORKS]
+    if target.profile_ops(anchor.graph, time_s=0.01) is not None:
+        steps = [Step(READ, partial(_in_context, fresh[name], anchor)) for name in chosen]
+    else:
+        measured = {row.op for row in table.of_type("op")}
+        asked = dict.fromkeys(each for name in fresh for op in lowered[name] for each in _alike(op))
+        ops = [op for op in asked if op not in measured]
+        order = np.argsort(-predictor.deviation_ms(ops), kind="stable")[:REFINE_OPS]
+        wanted = [ops[index] for index in order]
+        chunks = [wanted[start : start + OPS_AT_ONCE] for start in range(0, len(wanted), OPS_AT_ONCE)]
+        steps = [Step(ALONE, partial(_alone, chunk, anchor)) for chunk in chunks]
+    others = [name for name in fresh if name not in chosen][:REFINE_NETWORKS]
+    return steps + [Step(RANDOM, partial(_calibration, fresh[name], anchor)) for name in others]
 
 
 class Anchor:
@@ -95,20 +136,20 @@ def _op_steps(graphs: Mapping[str, OpGraph], table: LatencyTable, anchor: Anchor
         done = {row.details.get("digest") for row in table.of_type("network")}
         for name, graph in graphs.items():
             if name not in done:
-                yield Step("reading operators in random networks", partial(_in_context, graph, anchor))
+                yield Step(READ, partial(_in_context, graph, anchor))
         return
     measured = {row.op for row in table.of_type("op")}
     wanted = [each for graph in graphs.values() for op in target.lower(graph).ops for each in _alike(op)]
     missing = [op for op in dict.fromkeys(wanted) if op not in measured]
     for start in range(0, len(missing), OPS_AT_ONCE):
         chunk = missing[start : start + OPS_AT_ONCE]
-        yield Step("timing operators", partial(_alone, chunk, anchor))
+        yield Step(ALONE, partial(_alone, chunk, anchor))
 
 
 def _sampled(job: ProfileJob) -> dict[str, OpGraph]:
     """The networks whose operators are measured, by digest."""
-    widths = corner_widths(job.grids) + random_widths(job.grids, job.networks, seed=job.seed)
-    return {digest(graph): graph for graph in map(job.network_at, widths)}
+    corners = [job.network_at(widths) for widths in corner_widths(job.fine or job.grids)]
+    return {digest(graph): graph for graph in corners + job.random(job.networks, job.seed)}
 
 
 def _alike(op: OpSpec) -> list[OpSpec]:

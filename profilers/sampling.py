@@ -28,12 +28,16 @@ def corner_widths(grids: Grids) -> list[tuple[int, ...]]:
     return [tuple(g[-1] if large else g[0] for g, large in zip(grids, pattern, strict=True)) for pattern in patterns]
 
 
-def random_widths(grids: Grids, count: int, *, seed: int) -> list[tuple[int, ...]]:
-    """`count` random networks: an overall scale uniform in [0.3, 1], every width within 0.3 of it, on the grid."""
+def random_widths(grids: Grids, count: int, *, seed: int | Sequence[int], fine: Grids = ()) -> list[tuple[int, ...]]:
+    """`count` random networks: an overall scale uniform in [0.3, 1], every width within 0.3 of it, on the grid.
+
+    fine: grids of every width there is; every second network is on them, free of a channel multiple.
+    """
     rng = np.random.default_rng(seed)
     result = []
-    for _ in range(count):
+    for index in range(count):
         scale = rng.uniform(0.3, 1.0)
         fractions = np.clip(scale + rng.uniform(-0.3, 0.3, len(grids)), 0.0, 1.0)
-        result.append(tuple(_nearest(grid, fraction) for grid, fraction in zip(grids, fractions, strict=True)))
+        chosen = fine if fine and index % 2 else grids
+        result.append(tuple(_nearest(grid, fraction) for grid, fraction in zip(chosen, fractions, strict=True)))
     return result

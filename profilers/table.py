@@ -14,7 +14,7 @@ import os
 import statistics
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -160,8 +160,8 @@ class LatencyTable:
             here, wanted = getattr(self.identity, part.name), getattr(identity, part.name)
             if here != wanted:
                 raise TableError(
-                    f"{self.path} was measured with {part.name} {here!r}, this device has {wanted!r}: "
-                    "move the file away, or name another device"
+                    f"{self.path} was measured with {part.name} {here!r}, not {wanted!r}: move the file away, or name "
+                    "another device"
                 )
 
     def append(self, rows: list[Measurement]) -> None:
@@ -240,3 +240,16 @@ def _locked(path: Path) -> Iterator[Any]:
     with os.fdopen(descriptor, "r+b", buffering=0) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield file
+
+
+def merged(tables: Sequence[LatencyTable], path: Path) -> LatencyTable:
+    """A new table at `path` of the rows of tables of one identity, each once, in their order; TableError where the
+    identities differ."""
+    first, *others = tables
+    for other in others:
+        other.require_identity(first.identity)
+    sources = [{"file": table.path.name, "rows": len(table.rows), "provenance": table.provenance} for table in tables]
+    result = LatencyTable.open(path, first.identity, {"merged": sources})
+    rows = {json.dumps(row.to_json(), sort_keys=True): row for table in tables for row in table.rows}
+    result.append(list(rows.values()))
+    return result

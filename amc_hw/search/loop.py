@@ -60,10 +60,10 @@ class Timed:
 class Problem:
     """What is searched.
 
-    evaluate: widths -> held-out accuracy after the fast refit. finish: the same after the faithful refit.
+    evaluate: widths -> held-out accuracy after the refit of a search. finish: the same after the final refit.
     time: policies -> their latency, timed together. confirm: one policy as it will be deployed, timed in a process
-    of its own. used: what a timed policy uses of the budget, 1 being all of it; None where the budget is not one of
-    latency.
+    of its own, None where the device is away. used: what a timed policy uses of the budget, 1 being all of it; None
+    where the budget is not one of measured latency.
     """
 
     graph: LayerGraph
@@ -72,7 +72,7 @@ class Problem:
     evaluate: Callable[[Sequence[int]], float]
     finish: Callable[[Sequence[int]], float]
     time: Callable[[Sequence[tuple[int, ...]]], list[Timed]]
-    confirm: Callable[[tuple[int, ...]], tuple[list[float], list[float]]]
+    confirm: Callable[[tuple[int, ...]], tuple[list[float], list[float]]] | None
     used: Callable[[Timed], float] | None = None
     reward: str = "err"
     reward_costs: CostModel | None = None
@@ -93,10 +93,11 @@ class Problem:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The winner, its samples of (pruned, unpruned) in milliseconds, and how many episodes it took."""
+    """The winner, its samples of (pruned, unpruned) in milliseconds, None where the device is away, and how many
+    episodes it took."""
 
     widths: tuple[int, ...]
-    samples_ms: tuple[list[float], list[float]]
+    samples_ms: tuple[list[float], list[float]] | None
     episodes: int
 
 
@@ -255,6 +256,8 @@ class _Rounds:
         failed = []
         reward, costs = REWARDS[problem.reward][1], problem.reward_costs or problem.costs
         for widths in sorted(pool, key=lambda each: -reward(1 - accuracies[each], costs.cost(each))):
+            if problem.confirm is None:
+                return Outcome(widths, None, self.episodes)
             question = {"confirmed": list(widths)}
             pruned, baseline = self.memory.result(question, "samples_ms", partial(problem.confirm, widths))
             timed = Timed(widths, float(np.median(pruned)), float(np.median(baseline)))

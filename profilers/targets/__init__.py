@@ -36,6 +36,7 @@ class Target(Protocol):
     """A place where networks can be timed. It raises DeviceError where it is not there."""
 
     config: DeviceConfig
+    can_time: bool  #: False where the device is away and only its table is here
 
     def identity(self) -> Identity: ...
 
@@ -57,7 +58,11 @@ class Target(Protocol):
 
 
 #: Name in a device's configuration -> module and class.
-TARGETS = {"host": ("profilers.targets.host", "HostTarget"), "fake": ("profilers.targets.fake", "FakeTarget")}
+TARGETS = {
+    "host": ("profilers.targets.host", "HostTarget"),
+    "fake": ("profilers.targets.fake", "FakeTarget"),
+    "archive": ("profilers.targets.archive", "ArchiveTarget"),
+}
 
 
 def open_target(config: DeviceConfig) -> Target:

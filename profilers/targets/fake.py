@@ -35,6 +35,8 @@ def op_latency_ms(op: OpSpec) -> float:
 
 
 class FakeTarget:
+    can_time = True
+
     def __init__(self, config: DeviceConfig) -> None:
         self.config = config
 

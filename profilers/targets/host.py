@@ -25,6 +25,8 @@ from profilers.timing import TimingPlan, time_interleaved
 
 
 class HostTarget:
+    can_time = True
+
     def __init__(self, config: DeviceConfig) -> None:
         self.config = config
         self.runtime = load_runtime(config.runtime)

@@ -144,21 +144,20 @@ def test_activations_are_families_of_their_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("op", "name"),
+    ("op", "expected"),
     [
-        (depthwise(8), "depthwise_conv 8x8x8->8 k3x3 s1"),  # a family that was never measured
-        (pointwise(8, 72), "conv 8x8x8->72"),  # above the measured widths
-        (pointwise(8, 4), "conv 8x8x8->4"),
-        (pointwise(72, 8), "conv 72x8x8->8"),
+        (depthwise(8), f"{PATH} has no measurement for depthwise_conv 8x8x8->8 k3x3 s1: "),  # an unknown family
+        (pointwise(8, 72), f"conv 8x8x8->72 lies outside of the widths that {PATH} holds for it (8 to 64 by 8 to 64)"),
+        (pointwise(8, 4), "conv 8x8x8->4 lies outside"),
+        (pointwise(72, 8), "conv 72x8x8->8 lies outside"),
     ],
 )
-def test_an_unknown_operator_is_an_error_that_names_it(op: OpSpec, name: str) -> None:
+def test_an_unknown_operator_is_an_error_that_names_it(op: OpSpec, expected: str) -> None:
     found = predictor([op_row(pointwise(a, b), 0.1) for a in (8, 64) for b in (8, 64)])
     for ask in (lambda: found.op_ms([pointwise(16, 16), op]), lambda: found.predict(chain([pointwise(8, 8), op]))):
         with pytest.raises(TableError) as refused:
             ask()
-        expected = f"{PATH} has no measurement for {name}: measure it with 'amc-hw profile'"
-        assert str(refused.value) == expected
+        assert str(refused.value).startswith(expected) and "measure it with 'amc-hw profile'" in str(refused.value)
 
 
 def test_an_empty_table_knows_nothing_but_says_so() -> None:
@@ -380,5 +379,5 @@ def test_the_stated_error_is_that_of_networks_the_fit_has_not_seen() -> None:
 
 def test_a_network_of_operators_nobody_measured_does_not_calibrate_silently() -> None:
     stranger = Measurement("calibration", (1.0,), graph=chain([pointwise(8, 128)]))
-    with pytest.raises(TableError, match="no measurement for conv 8x8x8->128"):
+    with pytest.raises(TableError, match="conv 8x8x8->128 lies outside"):
         predictor(alone_rows() + HIDDEN.rows(10) + [stranger])

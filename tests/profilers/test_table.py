@@ -57,7 +57,7 @@ def test_a_bad_line_in_the_middle_is_named(tmp_path: Path, line: str) -> None:
 
 def test_another_identity_is_refused(tmp_path: Path) -> None:
     path = table(tmp_path)
-    with pytest.raises(TableError, match="measured with threads 1, this device has 2"):
+    with pytest.raises(TableError, match="measured with threads 1, not 2"):
         LatencyTable.open(path, Identity("chip", "runtime", "1.0", threads=2))
     assert LatencyTable.read(path).rows == [ROW, ROW]
 

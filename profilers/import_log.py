@@ -1,0 +1,171 @@
+"""Rows of a latency table from a log of `benchmark_model` that someone ran by hand.
+
+A log has no shapes, only the kinds of operators in their order: they are laid beside the network that the log is said
+to be of, and what the table already knows of the same operators is compared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from profilers.benchmark_log import BenchmarkRun, OpRow, Stats, read_log
+from profilers.errors import TableError, UserError
+from profilers.ops import OpGraph, OpNode, OpSpec
+from profilers.predictor import Predictor
+from profilers.profile import digest
+from profilers.table import LatencyTable, Measurement
+
+#: What TFLite calls an operator, and the kinds that it may be here: a dense layer is often a convolution of one pixel.
+KINDS: Mapping[str, tuple[str, ...]] = {
+    "CONV_2D": ("conv", "linear"),
+    "FULLY_CONNECTED": ("linear", "conv"),
+    "DEPTHWISE_CONV_2D": ("depthwise_conv",),
+    "AVERAGE_POOL_2D": ("global_avg_pool", "avg_pool"),
+    "MEAN": ("global_avg_pool",),
+    "MAX_POOL_2D": ("max_pool",),
+    "ADD": ("add",),
+    "MUL": ("mul",),
+    "CONCATENATION": ("concat",),
+    "RELU": ("activation",),
+    "RELU6": ("activation",),
+    "HARD_SWISH": ("activation",),
+    "LOGISTIC": ("activation",),
+}
+#: Operators that move or rescale what the network made: they stand in the log and not in the network.
+ASIDE = ("RESHAPE", "SQUEEZE", "SOFTMAX", "TRANSPOSE", "QUANTIZE", "DEQUANTIZE")
+TOLERANCE = 0.25  #: two runs of one operator on one device differ by less, relative
+FLOOR_MS = 0.05  #: or by less than this
+
+
+@dataclass(frozen=True)
+class Log:
+    path: Path
+    sha256: str
+    run: BenchmarkRun
+
+
+def read(path: Path) -> Log:
+    """A log file; UserError where it cannot be read or is not one whole run."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    return Log(path, hashlib.sha256(data).hexdigest(), read_log(data, name=str(path)))
+
+
+def rows_from(logs: Sequence[Log], graph: OpGraph, table: LatencyTable, predictor: Predictor) -> list[Measurement]:
+    """New rows for `table`: the operators and the whole of `graph`, once per log that it does not hold yet.
+
+    UserError, naming the first operator that does not fit, where a log is not of this network.
+    """
+    known = {row.details.get("log_sha256") for row in table.rows}
+    rows: list[Measurement] = []
+    for log in logs:
+        if log.sha256 in known:
+            continue
+        known.add(log.sha256)
+        _same_set_up(log, graph, table)
+        pairs = list(_laid_beside(log, graph)) if _attributable(log.run) else []
+        _compared(log, pairs, graph, table, predictor)
+        rows += _rows(log, pairs, graph)
+    return rows
+
+
+def _same_set_up(log: Log, graph: OpGraph, table: LatencyTable) -> None:
+    run, batch = log.run, table.identity.batch
+    channels, height, width = graph.input_shape
+    wanted = (batch, height, width, channels)
+    if run.input_shape is not None and run.input_shape != wanted:
+        raise UserError(f"{log.path} ran on an input of {_times(run.input_shape)}, the network takes {_times(wanted)}")
+    if run.threads not in (None, table.identity.threads):
+        raise UserError(f"{log.path} ran with {run.threads} threads, the table is of {table.identity.threads}")
+
+
+def _times(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _attributable(run: BenchmarkRun) -> bool:
+    """Whether every row is one operator: a delegate shows itself as one row, or its kernels added up by type."""
+    return bool(run.ops) and run.delegate is None and all(row.times_called == 1 for row in run.ops)
+
+
+def _laid_beside(log: Log, graph: OpGraph) -> Iterator[tuple[OpNode, OpRow]]:
+    nodes = [node for node in graph.nodes if node.op.kind not in ("flatten",)]
+    rows = [row for row in log.run.ops if row.type not in ASIDE]
+    for place, (node, row) in enumerate(itertools.zip_longest(nodes, rows), start=1):
+        where = f"{log.path} is of another network: its operator {place}"
+        if node is None:
+            raise UserError(f"{where} is {row.type} ({row.name}), the network ends before it")
+        if row is None:
+            raise UserError(f"{where} should be {node.op} ({node.name}), the log ends before it")
+        if node.op.kind not in KINDS.get(row.type, ()):
+            raise UserError(f"{where} is {row.type} ({row.name}), the network has {node.op} ({node.name})")
+        yield node, row
+
+
+def _compared(
+    log: Log, pairs: Sequence[tuple[OpNode, OpRow]], graph: OpGraph, table: LatencyTable, predictor: Predictor
+) -> None:
+    """UserError where the log's times contradict the table, as they do where the widths are not those of the log."""
+    measured: dict[OpSpec | None, list[float]] = {}
+    for known in table.of_type("op"):
+        measured.setdefault(known.op, []).append(known.median_ms)
+    try:
+        whole_ms = predictor.predict(graph)
+        off = abs(log.run.timed.mean_ms / whole_ms - 1) > TOLERANCE
+    except TableError:
+        off = False
+    for node, row in pairs:
+        if off:
+            expected = float(predictor.op_ms([node.op])[0])
+        elif node.op in measured:
+            expected = median(measured[node.op])
+        else:
+            continue
+        if abs(row.mean_ms - expected) > max(TOLERANCE * expected, FLOOR_MS):
+            raise UserError(
+                f"{log.path} does not fit: {node.op} ({node.name}) takes {row.mean_ms:.3g} ms there, {expected:.3g} ms "
+                f"in {table.path}: are these its --widths?"
+            )
+    if off:
+        raise UserError(
+            f"{log.path} does not fit: the network takes {log.run.timed.mean_ms:.4g} ms there, {whole_ms:.4g} ms by "
+            f"{table.path}: are these its --widths?"
+        )
+
+
+def _rows(log: Log, pairs: Sequence[tuple[OpNode, OpRow]], graph: OpGraph) -> list[Measurement]:
+    """The network's own row comes last, and says what the log was."""
+    run, name = log.run, digest(graph)
+    details = {"digest": name, "log_sha256": log.sha256}
+    rows = [
+        Measurement("op", (row.mean_ms,), op=node.op, context="in_context", details=details)
+        for node, row in pairs
+        if row.mean_ms > 0
+    ]
+    aside_ms = sum(row.mean_ms for row in run.ops if row.type in ASIDE)
+    more = {
+        "log": log.path.name,
+        "summary": _summary(run.timed),
+        "aside_ms": round(aside_ms, 6),
+        "delegate": run.delegate,
+        "partial": run.partial,
+    }
+    return [*rows, Measurement("network", (run.timed.mean_ms,), graph=graph, details=details | more)]
+
+
+def _summary(timed: Stats) -> dict[str, float | None]:
+    """A log has no raw samples."""
+    return {
+        "count": timed.count,
+        "mean_ms": timed.mean_ms,
+        "min_ms": timed.min_ms,
+        "max_ms": timed.max_ms,
+        "std_ms": timed.std_ms,
+    }

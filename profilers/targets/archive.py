@@ -1,0 +1,63 @@
+"""A device that is not here: its table was measured elsewhere, or imported from logs, and nothing can be added by
+timing. Predictions work; whatever needs the device says so."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from profilers.device import DeviceConfig
+from profilers.errors import DeviceError, UserError
+from profilers.ops import OpGraph
+from profilers.table import Identity
+from profilers.targets import Network, Probe
+from profilers.timing import TimingPlan
+
+
+class ArchiveTarget:
+    can_time = False
+
+    def __init__(self, config: DeviceConfig) -> None:
+        for key in ("soc", "runtime_version"):
+            if not getattr(config, key):
+                raise UserError(f"device {config.name}: an archive needs {key}: there is no device to ask")
+        self.config = config
+
+    def identity(self) -> Identity:
+        config = self.config
+        return Identity(
+            soc=config.soc,
+            runtime=config.runtime,
+            runtime_version=config.runtime_version,
+            threads=config.threads,
+            dtype=config.dtype,
+            batch=config.batch,
+        )
+
+    def provenance(self) -> dict[str, Any]:
+        return {"description": self.config.description, "source": self.config.source}
+
+    def probes(self) -> list[Probe]:
+        return [Probe("device", False, self._absent)]
+
+    @property
+    def _absent(self) -> str:
+        return (
+            f"{self.config.name} is an archive: the device is not here and cannot be timed; 'predict' and 'search' "
+            "work from its table, 'import-log' adds to it"
+        )
+
+    def _refuse(self) -> NoReturn:
+        raise DeviceError(self._absent)
+
+    def lower(self, graph: OpGraph) -> OpGraph:
+        return graph
+
+    def time_networks(self, networks: Sequence[Network], plan: TimingPlan, *, seed: int) -> list[list[float]]:
+        self._refuse()
+
+    def profile_ops(self, graph: OpGraph, *, time_s: float) -> dict[str, float] | None:
+        self._refuse()
+
+    def time_in_fresh_process(self, networks: Sequence[Network], plan: TimingPlan, *, seed: int) -> list[list[float]]:
+        self._refuse()
