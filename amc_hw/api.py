@@ -29,6 +29,7 @@ from amc_hw.tables import export_csv, list_tables, merge_tables, plot_table, sho
 from profilers import import_log as import_logs
 from profilers.device import device_names, load_device
 from profilers.files import write_whole
+from profilers.multiple import channel_multiple
 from profilers.profile import Anchor, Step, digest, missing_steps, refining_steps, time_network
 from profilers.sampling import random_widths
 from profilers.table import LatencyTable
@@ -178,6 +179,7 @@ def profile(
         "rows_new": len(table.rows) - before,
         "seconds": time.monotonic() - start,
         "error_pct": predictor.error_pct_of(unpruned),
+        "channel_multiple": channel_multiple(table),
     }
 
 

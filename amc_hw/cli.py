@@ -246,7 +246,10 @@ def _profile_lines(r: dict[str, Any]) -> list[str]:
     error = (
         "not calibrated yet" if r["error_pct"] is None else f"90% of networks predicted within {r['error_pct']:.1f}%"
     )
-    return [f"{r['table']}: {r['rows_new']} new rows, {r['rows_total']} in all, {r['seconds']:.0f} s; {error}"]
+    lines = [f"{r['table']}: {r['rows_new']} new rows, {r['rows_total']} in all, {r['seconds']:.0f} s; {error}"]
+    if r["channel_multiple"] is not None:
+        lines.append(f"channel multiple that this device and runtime show: {r['channel_multiple']}")
+    return lines
 
 
 @cli.command()

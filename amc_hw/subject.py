@@ -12,11 +12,14 @@ from amc_hw.graph import LayerGraph, build_graph, width_grid
 from amc_hw.models import LoadedModel, load_model
 from amc_hw.resources import Grids
 from profilers.device import DeviceConfig, load_device, search_folders
+from profilers.multiple import channel_multiple as detect_multiple
 from profilers.ops import OpGraph
 from profilers.predictor import Predictor
 from profilers.profile import ProfileJob
 from profilers.table import Identity, LatencyTable
 from profilers.targets import Target, open_target
+
+USUAL_MULTIPLE = 8  #: where neither a flag nor the device's configuration nor its table says another
 
 
 @dataclass(frozen=True)
@@ -69,9 +72,15 @@ def open_subject(
     if not graph.groups:
         reasons = "; ".join(f"{frozen.name}: {frozen.reason}" for frozen in graph.frozen)
         raise UserError(f"{model} has no prunable layer ({reasons})")
-    multiple = channel_multiple or config.channel_multiple
+    target = open_target(config)
+    multiple = channel_multiple or config.channel_multiple or _detected_multiple(config, target) or USUAL_MULTIPLE
     grids = tuple(width_grid(group.width, multiple=multiple, floor=floor) for group in graph.groups)
-    return Subject(loaded, graph, config, open_target(config), grids, floor)
+    return Subject(loaded, graph, config, target, grids, floor)
+
+
+def _detected_multiple(config: DeviceConfig, target: Target) -> int | None:
+    path = table_path(config, target.identity())
+    return detect_multiple(LatencyTable.read(path)) if path.exists() else None
 
 
 def tables(device: str) -> list[Path]:

@@ -16,7 +16,8 @@ class DeviceConfig:
     """One device.
 
     target: where it runs (a name in `profilers.targets.TARGETS`); runtime: how (in `profilers.runtimes.RUNTIMES`).
-    threads: of the runtime. channel_multiple: widths are searched in multiples of it.
+    threads: of the runtime. channel_multiple: widths are searched in multiples of it;
+    0: of what the table tells, or 8.
     soc, runtime_version, source: of an archive, which cannot be asked; source says where its rows come from.
     extrapolate: whether predictions may leave the widths that were measured, for tables that hold a few networks only.
     min_time_s: how long a network is timed at least; noise_pct: the spread above which a machine is too unstable.
@@ -29,7 +30,7 @@ class DeviceConfig:
     threads: int = 1
     batch: int = 1
     dtype: str = "float32"
-    channel_multiple: int = 8
+    channel_multiple: int = 0
     soc: str = ""
     runtime_version: str = ""
     source: str = ""
@@ -38,9 +39,9 @@ class DeviceConfig:
     noise_pct: float = 25.0
 
     def __post_init__(self) -> None:
-        for name in ("threads", "batch", "channel_multiple"):
-            if getattr(self, name) < 1:
-                raise UserError(f"device {self.name}: {name} must be at least 1, not {getattr(self, name)}")
+        for name, least in (("threads", 1), ("batch", 1), ("channel_multiple", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"device {self.name}: {name} must be at least {least}, not {getattr(self, name)}")
         if not (self.min_time_s > 0 and self.noise_pct > 0):
             raise UserError(f"device {self.name}: min_time_s and noise_pct must be positive")
 

@@ -18,24 +18,25 @@ def channel_multiple(table: LatencyTable) -> int | None:
     holds too little to tell: few widths, or none off a multiple.
 
     Every operator's latency is fitted by non-negative parts in the widths as they are, in the widths padded to the
-    multiple, and in a surcharge for widths off it; what is left, relative, is compared over all operators.
+    multiple, and in a surcharge for widths off it; what is left, relative, is compared over all operators, each by what
+    it takes.
     """
     families: dict[OpSpec, dict[tuple[int, ...], list[float]]] = {}
     for row in table.of_type("op"):
         if row.op is not None and row.op.macs:
             families.setdefault(row.op.family(), {}).setdefault(row.op.axes, []).append(row.median_ms)
-    left = np.zeros(len(MULTIPLES))
-    count = 0
+    left, total = np.zeros(len(MULTIPLES)), 0.0
     for points in families.values():
         axes = np.array(list(points), float)
         if len(axes) < POINTS or (axes % MULTIPLES[2] == 0).all():
             continue
         latency_ms = np.array([np.median(ms) for ms in points.values()])
-        left += [_left(axes, latency_ms, multiple) for multiple in MULTIPLES]
-        count += len(axes)
-    if not count:
+        share = float(latency_ms.mean())
+        left += share * np.array([_left(axes, latency_ms, multiple) for multiple in MULTIPLES])
+        total += share * len(axes)
+    if not total:
         return None
-    error = np.sqrt(left / count)
+    error = np.sqrt(left / total)
     best = int(error.argmin())
     return MULTIPLES[best] if error[best] < (1 - GAIN) * error[0] else 1
 

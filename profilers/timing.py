@@ -6,6 +6,7 @@ absolute times wander.
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -101,6 +102,12 @@ def spread_pct(samples_ms: Sequence[float]) -> float:
     """Interquartile range over the median, in percent."""
     low, middle, high = np.percentile(samples_ms, (25, 50, 75))
     return float((high - low) / middle * 100)
+
+
+def median_half_width(samples: Sequence[float] | np.ndarray) -> float:
+    """Half of the 95% interval of the median, relative to it, by the interquartile range: that of normal samples."""
+    low, middle, high = np.percentile(samples, (25, 50, 75))
+    return float(1.82 * (high - low) / middle / math.sqrt(len(samples)))
 
 
 def refuse_noise(samples_ms: Sequence[float], limit_pct: float) -> None:

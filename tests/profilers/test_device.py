@@ -36,7 +36,7 @@ def test_every_key_is_read(own: Path) -> None:
 def test_what_is_left_out_has_the_documented_default(own: Path) -> None:
     write(own, "board", MINIMAL)
     found = load_device("board")
-    assert (found.threads, found.batch, found.dtype, found.channel_multiple) == (1, 1, "float32", 8)
+    assert (found.threads, found.batch, found.dtype, found.channel_multiple) == (1, 1, "float32", 0)
     assert found.name == "board"
 
 
@@ -126,7 +126,7 @@ def test_a_device_needs_a_target_and_a_runtime(own: Path, key: str) -> None:
     [
         ("threads = 0", "threads must be at least 1, not 0"),
         ("batch = -1", "batch must be at least 1, not -1"),
-        ("channel_multiple = 0", "channel_multiple must be at least 1, not 0"),
+        ("channel_multiple = -1", "channel_multiple must be at least 0, not -1"),
         ("min_time_s = 0", "min_time_s and noise_pct must be positive"),
         ("noise_pct = nan", "min_time_s and noise_pct must be positive"),
     ],

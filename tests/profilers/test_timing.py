@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from profilers.errors import DeviceError
-from profilers.timing import Steady, TimingPlan, ratio_ci95, refuse_noise, spread_pct, time_interleaved
+from profilers.timing import (
+    Steady,
+    TimingPlan,
+    median_half_width,
+    ratio_ci95,
+    refuse_noise,
+    spread_pct,
+    time_interleaved,
+)
 
 PLAN = TimingPlan(rounds=6, burst_s=0.02, min_runs=3, max_runs=8, warmup_runs=2)
 
@@ -239,3 +247,12 @@ def test_the_interval_holds_the_ratio_of_the_medians_and_narrows_with_samples() 
     few_low, few_high = ratio_ci95(list(pruned[:20]), list(baseline[:20]))
     assert high - low < 0.6 * (few_high - few_low)
     assert ratio_ci95(list(pruned), list(baseline)) == (low, high)
+
+
+def test_the_interval_of_a_median_holds_the_true_one_nineteen_times_of_twenty() -> None:
+    rng = np.random.default_rng(0)
+    draws = rng.normal(10.0, 1.0, (2000, 25))
+    inside = [abs(np.median(draw) - 10.0) <= median_half_width(draw) * np.median(draw) for draw in draws]
+    assert np.mean(inside) == pytest.approx(0.95, abs=0.05)
+    assert median_half_width([3.0] * 9) == 0.0
+    assert median_half_width(np.tile(draws[0], 4)) == pytest.approx(median_half_width(draws[0]) / 2, rel=0.1)
