@@ -30,7 +30,7 @@ from profilers import import_log as import_logs
 from profilers.device import device_names, load_device
 from profilers.files import write_whole
 from profilers.multiple import channel_multiple
-from profilers.profile import Anchor, Step, digest, missing_steps, refining_steps, time_network
+from profilers.profile import WAYS, Anchor, Step, digest, missing_steps, refining_steps, time_network
 from profilers.sampling import random_widths
 from profilers.table import LatencyTable
 from profilers.targets import Network, open_target
@@ -42,6 +42,7 @@ __all__ = [
     "DEFAULT_MODEL",
     "FORMATS",
     "SearchConfig",
+    "WAYS",
     "Subject",
     "check_device",
     "checkpoint_for",
@@ -147,15 +148,16 @@ def profile(
     seed: int = 0,
     tolerance: float = TOLERANCE_PCT,
     max_minutes: float = MAX_MINUTES,
+    way: str = "auto",
     progress: Progress,
 ) -> dict[str, Any]:
     """Measure what the device's table lacks for this network, and append it.
 
     Then go on where predictions are least sure, until 90% of the networks that calibrate are predicted within
-    `tolerance` percent by a fit without them, or `max_minutes` are over.
+    `tolerance` percent by a fit without them, or `max_minutes` are over. way: how operators are measured, of WAYS.
     """
     start = time.monotonic()
-    job, target = subject.job(seed=seed), subject.target
+    job, target = subject.job(seed=seed, way=way), subject.target
     table = _open_table(subject)
     before = len(table.rows)
 

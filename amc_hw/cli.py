@@ -222,7 +222,16 @@ def graph(model: str, input_shape: tuple[int, ...] | None, as_json: bool) -> Non
     type=click.FloatRange(0, min_open=True),
     help="Stop then; the next run goes on.",
 )
-def profile(as_json: bool, seed: int, dry_run: bool, tolerance: float, max_minutes: float, **arguments: Any) -> None:
+@click.option(
+    "--way",
+    default="auto",
+    show_default=True,
+    type=click.Choice(api.WAYS),
+    help="Of measuring operators: in context, alone, or whole networks only.",
+)
+def profile(
+    as_json: bool, seed: int, dry_run: bool, tolerance: float, max_minutes: float, way: str, **arguments: Any
+) -> None:
     """Measure what the latency table lacks; resumes where it stopped. Ends when predictions are within --tolerance.
 
     \b
@@ -237,7 +246,9 @@ def profile(as_json: bool, seed: int, dry_run: bool, tolerance: float, max_minut
             lambda r: [f"{r['table']}: {r['steps']} measurements to make, about {r['minutes']:.1f} minutes"],
         )
         return
-    result = api.profile(subject, seed=seed, tolerance=tolerance, max_minutes=max_minutes, progress=_Progress())
+    result = api.profile(
+        subject, seed=seed, tolerance=tolerance, max_minutes=max_minutes, way=way, progress=_Progress()
+    )
     record_settings(chosen)
     _print(result, as_json, _profile_lines)
 

@@ -33,12 +33,12 @@ class Subject:
     grids: Grids
     floor: float
 
-    def job(self, *, seed: int = 0) -> ProfileJob:
-        """What its table should hold: widths on and off the channel multiple."""
+    def job(self, *, seed: int = 0, way: str = "auto") -> ProfileJob:
+        """What its table should hold: widths on and off the channel multiple. way: of `profilers.profile.WAYS`."""
         smallest = [max(1, math.ceil(self.floor * group.width - 1e-9)) for group in self.graph.groups]
         pairs = zip(smallest, self.grids, strict=True)
         fine = tuple(tuple(range(min(low, grid[0]), grid[-1] + 1)) for low, grid in pairs)
-        return ProfileJob(self.network_at, self.grids, fine, seed)
+        return ProfileJob(self.network_at, self.grids, fine, seed, way=way)
 
     def network_at(self, widths: Sequence[int] | None) -> OpGraph:
         return self.graph.op_graph(widths, batch=self.device.batch)

@@ -80,6 +80,15 @@ def _op_features(op: OpSpec) -> tuple[float, ...]:
     return 1.0, float(op.macs), float(read), float(written), float(op.params)
 
 
+def _network_features(op: OpSpec) -> np.ndarray:
+    """As `_op_features`, and what operators off the blocks of channels cost more."""
+    parts = list(_op_features(op))
+    for block in BLOCKS:
+        parts.append(op.macs * (-(-op.out_channels // block) * block / op.out_channels - 1))
+        parts.append(op.out_channels * op.out_height * op.out_width * any(width % block for width in op.axes))
+    return np.array(parts, float)
+
+
 class ClassCost:
     """Latency of all the operators of one class, whatever their sizes; rough, and good for ratios."""
 
@@ -172,6 +181,11 @@ def _rough_ms(cost: ClassCost, family: OpSpec, axes: np.ndarray) -> np.ndarray:
     return cost([family.with_axes(int(width) for width in row) for row in axes])
 
 
+def _summed_ms(coefficients: np.ndarray, family: OpSpec, axes: np.ndarray) -> np.ndarray:
+    features = [_network_features(family.with_axes(int(width) for width in row)) for row in axes]
+    return np.maximum(np.array(features) @ coefficients, 1e-9)
+
+
 def _range(cost: FamilyCost) -> str:
     return " by ".join(f"{low:.0f} to {high:.0f}" for low, high in zip(cost.low, cost.high, strict=True))
 
@@ -209,9 +223,10 @@ class Predictor:
             if "anchor" in row.details:
                 anchors.setdefault(row.details["anchor"], []).append(row.details["anchor_ms"])
         self._references = {name: float(np.median(ms)) for name, ms in anchors.items()}
-        self.families = self._fitted(table.of_type("op"))
         self.calibration = Calibration()
         networks = [row for row in table.rows if row.type in ("network", "calibration") and _whole(row)]
+        ops = table.of_type("op")
+        self.families = self._regressed(networks) if networks and not ops else self._fitted(ops)
         if len(networks) >= self.MIN_NETWORKS:
             self.calibration = self._calibrated(networks)
         elif networks:
@@ -259,6 +274,25 @@ class Predictor:
             few = len(ops) < self.FEW
             alike = partial(_rough_ms, rough[_op_class(family)], family) if few else None
             costs[family] = FamilyCost(axes, latency_ms, each, rough=alike)
+        return costs
+
+    def _regressed(self, rows: Sequence[Measurement]) -> dict[OpSpec, FamilyCost]:
+        """Costs that follow from whole networks alone, where no operator was measured: every class has one set of
+        non-negative coefficients, fitted to sums over networks."""
+        lowered = [self.lower(row.graph).ops for row in rows if row.graph is not None]
+        families: dict[OpSpec, dict[OpSpec, None]] = {}
+        sums = np.zeros((len(rows), len(_CLASSES), len(_network_features(lowered[0][0]))))
+        for index, ops in enumerate(lowered):
+            for op in ops:
+                sums[index, _op_class(op)] += _network_features(op)
+                families.setdefault(op.family(), {})[op] = None
+        measured = np.array([self.measured_ms(row) for row in rows])
+        coefficients = _relative_fit(sums.reshape(len(rows), -1), measured).reshape(sums.shape[1:])
+        costs = {}
+        for family, members in families.items():
+            alike = partial(_summed_ms, coefficients[_op_class(family)], family)
+            axes = np.array([op.axes for op in members], float)
+            costs[family] = FamilyCost(axes, alike(axes), rough=alike)
         return costs
 
     def _left_out_pct(self, table: LatencyTable) -> float | None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from profilers.errors import DeviceError
 from profilers.ops import OpGraph, OpNode, OpSpec
 from profilers.predictor import Predictor
 from profilers.sampling import Grids, corner_widths, random_widths
@@ -27,6 +28,8 @@ OPS_AT_ONCE = 8
 POOL = 60  #: random networks of which the least known are measured
 REFINE_NETWORKS, REFINE_OPS = 6, 24  #: at a time
 MAX_REFINEMENTS = 16
+#: Of measuring operators: in context while random networks run, alone, or not at all (whole networks tell).
+WAYS = ("auto", "context", "alone", "networks")
 READ, ALONE, RANDOM = "reading operators in random networks", "timing operators", "timing random networks"
 
 
@@ -34,7 +37,7 @@ READ, ALONE, RANDOM = "reading operators in random networks", "timing operators"
 class ProfileJob:
     """network_at: the network at some widths; grids: the widths that every group may take, ascending; fine: every
     width from the smallest, where those off the channel multiple are to be predicted, too; networks: whose operators
-    are measured; calibration: networks that are timed as a whole."""
+    are measured; calibration: networks that are timed as a whole. way: of WAYS."""
 
     network_at: Callable[[Sequence[int]], OpGraph]
     grids: Grids
@@ -42,6 +45,7 @@ class ProfileJob:
     seed: int = 0
     networks: int = 40
     calibration: int = 24
+    way: str = "auto"
 
     def random(self, count: int, *seed: int) -> list[OpGraph]:
         widths = random_widths(self.grids, count, seed=seed if len(seed) > 1 else seed[0], fine=self.fine)
@@ -65,7 +69,7 @@ def missing_steps(job: ProfileJob, table: LatencyTable, target: Target) -> list[
     """What remains to be measured, in a fixed order; empty where the table has it all."""
     anchor = Anchor(target, job.network_at([grid[-1] for grid in job.grids]), table)
     sampled = _sampled(job)
-    steps = list(_op_steps(sampled, table, anchor))
+    steps = list(_op_steps(_way(job, anchor), sampled, table, anchor))
     # networks whose operators are read as they run would tell too small an error
     done = {row.details.get("digest") for row in table.of_type("calibration")} | set(sampled)
     for graph in job.random(job.calibration, job.seed + 1):
@@ -91,9 +95,10 @@ def refining_steps(job: ProfileJob, table: LatencyTable, target: Target, predict
     lowered = {name: target.lower(graph).ops for name, graph in fresh.items()}
     unsure = {name: float((predictor.deviation_ms(ops) ** 2).sum()) for name, ops in lowered.items()}
     chosen = sorted(fresh, key=lambda name: -unsure[name])[:REFINE_NETWORKS]
-    if target.profile_ops(anchor.graph, time_s=0.01) is not None:
+    way, steps = _way(job, anchor), []
+    if way == "context":
         steps = [Step(READ, partial(_in_context, fresh[name], anchor)) for name in chosen]
-    else:
+    elif way == "alone":
         measured = {row.op for row in table.of_type("op")}
         asked = dict.fromkeys(each for name in fresh for op in lowered[name] for each in _alike(op))
         ops = [op for op in asked if op not in measured]
@@ -144,10 +149,28 @@ def _calibration(graph: OpGraph, anchor: Anchor) -> list[Measurement]:
     return [time_network(graph, anchor, "calibration")]
 
 
-def _op_steps(graphs: Mapping[str, OpGraph], table: LatencyTable, anchor: Anchor) -> Iterator[Step]:
+def _way(job: ProfileJob, anchor: Anchor) -> str:
+    """How operators are measured: as asked, or read in context where the runtime shows them; DeviceError where it
+    is asked to and does not."""
+    if job.way in ("alone", "networks"):
+        return job.way
+    if anchor.target.profile_ops(anchor.graph, time_s=0.01) is not None:
+        return "context"
+    if job.way == "context":
+        raise DeviceError(f"{anchor.target.config.runtime} shows no operators in context: profile with --way alone")
+    return "alone"
+
+
+def _op_steps(way: str, graphs: Mapping[str, OpGraph], table: LatencyTable, anchor: Anchor) -> Iterator[Step]:
     """graphs: the networks whose operators are measured, by digest."""
     target = anchor.target
-    if target.profile_ops(anchor.graph, time_s=0.01) is not None:
+    if way == "networks":
+        done = {row.details.get("digest") for row in table.of_type("calibration")}
+        for name, graph in graphs.items():
+            if name not in done:
+                yield Step(RANDOM, partial(_calibration, graph, anchor))
+        return
+    if way == "context":
         done = {row.details.get("digest") for row in table.of_type("network")}
         for name, graph in graphs.items():
             if name not in done:

@@ -14,7 +14,7 @@ Where this differs from the paper, or the paper leaves it open:
 6. The replay memory holds the action that was applied after rounding and limiting, as in the paper's text; the
    actor's gradient is taken at its own, continuous action.
 7. No weight decay, no batch-norm, no gradient clipping.
-8. The first episodes of a search keep uniform policies that meet the budget (`demonstrations`): independent uniform
+8. The first episodes of a search keep policies near uniform ones (`demonstrations`): independent uniform
    actions for every layer of a deep network are all poor, and say little of where good policies are.
 
 One update per step is run after the episode, when its reward is known. Every random number comes from generators

@@ -12,6 +12,7 @@ that predictions have to keep.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -31,7 +32,8 @@ from amc_hw.search.uniform import tied_groups, uniform_policies
 METHODS = {"ddpg": DDPGSearch}
 
 PILOTS = 6
-DEMONSTRATIONS = 2  #: of each kind
+SHOWN = 1 / 8  #: of the episodes, near uniform policies
+SPREAD = 0.12  #: of their widths, as a fraction of a group's channels
 ROUNDS = 4  #: at most; the first has all the episodes
 UNIFORM = 4  #: of each kind, timed
 NEAR = 0.03  #: predicted this far above the budget, relative, a uniform policy is timed nevertheless
@@ -187,7 +189,8 @@ class _Rounds:
             budget = replace(budget, limit=max(budget.limit / self.bias, cheapest))
         env = problem.env(lambda widths: self.memory.accuracy(tuple(widths), problem.evaluate), budget)
         total = self.episodes + method.planned(number)
-        shown = _demonstrations(problem, budget) if number == 0 else []
+        count = round(SHOWN * method.episodes)
+        shown = _demonstrations(problem, budget, count, self.seed) if number == 0 else []
         for info in method.round(env, number, shown):
             self.episodes += 1
             one = Episode(tuple(info["widths"]), info["accuracy"], info["reward"], info["cost"])
@@ -271,10 +274,20 @@ class _Rounds:
         return None
 
 
-def _demonstrations(problem: Problem, budget: Budget | None) -> list[tuple[int, ...]]:
-    """The widest uniform policies within the budget: of all groups, and of those only that no addition ties."""
+def _demonstrations(problem: Problem, budget: Budget | None, count: int, seed: int) -> list[tuple[int, ...]]:
+    """About `count` policies near uniform ones: the widest within the budget, of all groups and of those only that no
+    addition ties, then the same with every width moved at random. Independent random widths are all poor in a deep
+    network, and say little of where good ones are."""
+    grids = problem.costs.grids
     kinds = _uniform_within(problem, math.inf if budget is None else budget.limit)
-    return list(dict.fromkeys(widths for kind in kinds for widths in kind[:DEMONSTRATIONS]))
+    first = list(dict.fromkeys(widths for kind in kinds for widths in kind[:1]))
+    rng = np.random.default_rng([seed, 2])
+    moved = []
+    for base in itertools.islice(itertools.cycle(first), max(count - len(first), 0)):
+        fractions = np.array([width / grid[-1] for width, grid in zip(base, grids, strict=True)])
+        fractions = np.clip(fractions + rng.normal(0.0, SPREAD, len(grids)), problem.floor, 1.0)
+        moved.append(tuple(snap(fraction, grid[-1], grid) for grid, fraction in zip(grids, fractions, strict=True)))
+    return first + moved
 
 
 def _uniform_within(problem: Problem, limit: float) -> list[list[tuple[int, ...]]]:

@@ -372,3 +372,31 @@ def test_a_profiled_table_predicts_networks_it_has_not_seen(tmp_path: Path, kind
     assert np.median(errors) < 1.0
     assert errors.max() < 5.0
     assert predictor.error_pct is not None and predictor.error_pct < 3.0
+
+
+# Ways to measure
+
+
+def test_operators_can_be_measured_alone_where_the_runtime_would_show_them(tmp_path: Path) -> None:
+    steps = missing_steps(replace(JOB, way="alone"), in_memory(), Told())
+    assert {step.name for step in steps} == {ALONE, RANDOM}
+    assert steps[0].run()[0].context == "alone"
+
+
+def test_whole_networks_alone_predict_what_adds_up() -> None:
+    job, table, target = replace(JOB, way="networks", networks=30, calibration=12), in_memory(), Told()
+    for step in missing_steps(job, table, target):
+        assert step.name == RANDOM
+        table.rows += step.run()
+    assert {row.type for row in table.rows} == {"calibration"} and not missing_steps(job, table, target)
+    predictor = Predictor(table, target.lower)
+    fresh = [network_at((a, b)) for a in EIGHTHS[1:-1] for b in EIGHTHS[1:-1]]
+    truth = [OVERHEAD_MS + sum(map(op_latency_ms, graph.ops)) for graph in fresh]
+    errors = [abs(predictor.predict(graph) / ms - 1) for graph, ms in zip(fresh, truth, strict=True)]
+    assert np.median(errors) < 0.03 and max(errors) < 0.1
+
+
+def test_a_runtime_that_shows_no_operators_cannot_be_read_in_context() -> None:
+    with pytest.raises(DeviceError, match="shows no operators in context: profile with --way alone") as error:
+        missing_steps(replace(JOB, way="context"), in_memory(), Opaque())
+    assert error.value.exit_code == 3

@@ -17,7 +17,7 @@ from amc_hw.errors import BudgetError, UserError
 from amc_hw.graph import LayerGraph, build_graph
 from amc_hw.resources import CostModel, Term, budget_from, macs_model
 from amc_hw.runs import Journal
-from amc_hw.search.loop import CANDIDATES, OFF, PILOTS, Outcome, Problem, Timed, run_search
+from amc_hw.search.loop import CANDIDATES, OFF, PILOTS, SHOWN, Outcome, Problem, Timed, run_search
 from amc_hw.search.uniform import uniform_policies
 
 Widths = tuple[int, ...]
@@ -371,12 +371,20 @@ def test_a_journal_whose_timings_are_gone_is_refused(tmp_path: Path) -> None:
         search(Target(table()).problem(), tmp_path)
 
 
-def test_the_first_episodes_keep_uniform_policies_within_the_budget(tmp_path: Path) -> None:
+def test_the_first_episodes_keep_uniform_policies_within_the_budget_and_such_near_them(tmp_path: Path) -> None:
     target = Target(table())
-    search(target.problem(), tmp_path, episodes=24)
+    search(target.problem(), tmp_path, episodes=48)
     limit = RATIO * target.costs.full_cost
-    uniform = [widths for widths in uniform_policies(target.costs.grids) if target.costs.cost(widths) <= limit]
-    assert uniform and target.evaluated[: len(uniform[:2])] == uniform[:2]
+    widest = next(widths for widths in uniform_policies(target.costs.grids) if target.costs.cost(widths) <= limit)
+    proposed = [tuple(row["widths"]) for row in rows(tmp_path) if "widths" in row]
+    assert proposed[0] == widest
+
+    def distance(widths: Widths) -> float:
+        return max(abs(a - b) / grid[-1] for a, b, grid in zip(widths, widest, GRIDS, strict=True))
+
+    shown, alone = proposed[1 : round(SHOWN * 48)], proposed[round(SHOWN * 48) : 12]
+    assert len(set(shown)) > 2
+    assert np.mean([distance(widths) for widths in shown]) < np.mean([distance(widths) for widths in alone])
 
 
 def test_a_search_does_not_lose_to_a_uniform_policy(tmp_path: Path) -> None:
