@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -20,6 +21,7 @@ REFIT_BYTES = 4_000_000_000
 REFITS = ("faithful", "fast")
 #: Of the faithful refit inside a search. Fewer images rank policies as 2000 do (docs/algorithm.md).
 SEARCH_IMAGES, SEARCH_ROWS = 100, 3000
+FINAL_IMAGES, FINAL_BYTES = 5000, 1_000_000_000  #: held-out images that candidates are compared on, at most
 
 
 def accuracy(module: nn.Module, images: Tensor, labels: Tensor, *, batch: int = 250) -> float:
@@ -85,6 +87,15 @@ class Evaluator:
 
     def _refit_faithful(self, small: nn.Module, kept: Kept, images: Tensor, rows: int) -> None:
         refit_faithful(small, self.model.module, self.graph, kept, images, rows_per_layer=rows, seed=self.seed)
+
+    def final_accuracy(self, module: nn.Module) -> float:
+        """Held-out accuracy on more images than an episode's: candidates that are close are told apart."""
+        return accuracy(module, *self._final_val)
+
+    @cached_property
+    def _final_val(self) -> tuple[Tensor, Tensor]:
+        each = 4 * math.prod(self.model.input_shape)
+        return self._images(self.splits.val, min(FINAL_IMAGES, max(len(self.val[0]), FINAL_BYTES // each)))
 
     def final(self, widths: Sequence[int]) -> nn.Module:
         """The pruned network after the faithful refit, batch-norm statistics re-estimated where that helps."""

@@ -156,7 +156,7 @@ class _Search:
         return self._refitted[widths]
 
     def finish(self, widths: Sequence[int]) -> float:
-        return accuracy(self.refitted(tuple(widths)), *self.evaluator.val)
+        return self.evaluator.final_accuracy(self.refitted(tuple(widths)))
 
     def confirm(self, widths: tuple[int, ...]) -> tuple[list[float], list[float]]:
         network = self.network(widths, self.refitted(widths))
