@@ -14,7 +14,7 @@ from scipy import stats
 from torch import nn
 
 from amc_hw.data import load_data, load_tensors
-from amc_hw.errors import FailedError, UserError
+from amc_hw.errors import DeviceError, FailedError, UserError
 from amc_hw.export import FORMATS, export_network, folded_weights
 from amc_hw.find import BUDGETS, Progress, SearchConfig, plan_search, search, time_apart
 from amc_hw.graph import LayerGraph
@@ -158,6 +158,8 @@ def profile(
     """
     start = time.monotonic()
     job, target = subject.job(seed=seed, way=way), subject.target
+    if not target.can_time:
+        raise DeviceError(target.probes()[0].text)
     table = _open_table(subject)
     before = len(table.rows)
 

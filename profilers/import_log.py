@@ -7,7 +7,6 @@ to be of, and what the table already knows of the same operators is compared.
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,10 +35,12 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     "HARD_SWISH": ("activation",),
     "LOGISTIC": ("activation",),
 }
+FLATTENS = ("RESHAPE", "SQUEEZE")
 #: Operators that move or rescale what the network made: they stand in the log and not in the network.
-ASIDE = ("RESHAPE", "SQUEEZE", "SOFTMAX", "TRANSPOSE", "QUANTIZE", "DEQUANTIZE")
+ASIDE = (*FLATTENS, "SOFTMAX", "TRANSPOSE", "QUANTIZE", "DEQUANTIZE")
 TOLERANCE = 0.25  #: two runs of one operator on one device differ by less, relative
 FLOOR_MS = 0.05  #: or by less than this
+NOTHING_MS = 1e-6  #: what a log prints as 0.000: below its resolution
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def rows_from(logs: Sequence[Log], graph: OpGraph, table: LatencyTable, predicto
         known.add(log.sha256)
         _same_set_up(log, graph, table)
         pairs = list(_laid_beside(log, graph)) if _attributable(log.run) else []
-        _compared(log, pairs, graph, table, predictor)
+        _compared(log, pairs, graph, [*table.rows, *rows], predictor)
         rows += _rows(log, pairs, graph)
     return rows
 
@@ -96,47 +97,64 @@ def _attributable(run: BenchmarkRun) -> bool:
 
 
 def _laid_beside(log: Log, graph: OpGraph) -> Iterator[tuple[OpNode, OpRow]]:
-    nodes = [node for node in graph.nodes if node.op.kind not in ("flatten",)]
-    rows = [row for row in log.run.ops if row.type not in ASIDE]
-    for place, (node, row) in enumerate(itertools.zip_longest(nodes, rows), start=1):
+    """Every node with its row; a flattening without one moved nothing."""
+    rows = list(log.run.ops)
+    place = 0
+    for node in graph.nodes:
+        while rows and rows[0].type in ASIDE and not (node.op.kind == "flatten" and rows[0].type in FLATTENS):
+            rows.pop(0)
+        if node.op.kind == "flatten":
+            yield node, rows.pop(0) if rows and rows[0].type in FLATTENS else OpRow(FLATTENS[0], node.name, 0.0, 1, 0.0)
+            continue
+        place += 1
         where = f"{log.path} is of another network: its operator {place}"
-        if node is None:
-            raise UserError(f"{where} is {row.type} ({row.name}), the network ends before it")
-        if row is None:
+        if not rows:
             raise UserError(f"{where} should be {node.op} ({node.name}), the log ends before it")
-        if node.op.kind not in KINDS.get(row.type, ()):
-            raise UserError(f"{where} is {row.type} ({row.name}), the network has {node.op} ({node.name})")
-        yield node, row
+        if node.op.kind not in KINDS.get(rows[0].type, ()):
+            raise UserError(f"{where} is {rows[0].type} ({rows[0].name}), the network has {node.op} ({node.name})")
+        yield node, rows.pop(0)
+    for row in rows:
+        if row.type not in ASIDE:
+            where = f"{log.path} is of another network: its operator {place + 1}"
+            raise UserError(f"{where} is {row.type} ({row.name}), the network ends before it")
 
 
 def _compared(
-    log: Log, pairs: Sequence[tuple[OpNode, OpRow]], graph: OpGraph, table: LatencyTable, predictor: Predictor
+    log: Log,
+    pairs: Sequence[tuple[OpNode, OpRow]],
+    graph: OpGraph,
+    known: Sequence[Measurement],
+    predictor: Predictor,
 ) -> None:
-    """UserError where the log's times contradict the table, as they do where the widths are not those of the log."""
+    """UserError where the log's times contradict those known, as they do where the widths are not those of the log."""
+    if log.run.partial:
+        return  # its latency is that of no one runtime
     measured: dict[OpSpec | None, list[float]] = {}
-    for known in table.of_type("op"):
-        measured.setdefault(known.op, []).append(known.median_ms)
+    for row in known:
+        if row.type == "op":
+            measured.setdefault(row.op, []).append(row.median_ms)
+    same = [row.median_ms for row in known if row.type == "network" and row.details.get("digest") == digest(graph)]
     try:
-        whole_ms = predictor.predict(graph)
+        whole_ms = median(same) if same else predictor.predict(graph)
         off = abs(log.run.timed.mean_ms / whole_ms - 1) > TOLERANCE
     except TableError:
         off = False
-    for node, row in pairs:
-        if off:
-            expected = float(predictor.op_ms([node.op])[0])
-        elif node.op in measured:
+    for node, line in pairs:
+        if node.op in measured:
             expected = median(measured[node.op])
+        elif off and node.op.family() in predictor.families:
+            expected = float(predictor.op_ms([node.op])[0])
         else:
             continue
-        if abs(row.mean_ms - expected) > max(TOLERANCE * expected, FLOOR_MS):
+        if abs(line.mean_ms - expected) > max(TOLERANCE * expected, FLOOR_MS):
             raise UserError(
-                f"{log.path} does not fit: {node.op} ({node.name}) takes {row.mean_ms:.3g} ms there, {expected:.3g} ms "
-                f"in {table.path}: are these its --widths?"
+                f"{log.path} does not fit: {node.op} ({node.name}) takes {line.mean_ms:.3g} ms there, {expected:.3g} "
+                "ms by what is known: are these its --widths?"
             )
     if off:
         raise UserError(
             f"{log.path} does not fit: the network takes {log.run.timed.mean_ms:.4g} ms there, {whole_ms:.4g} ms by "
-            f"{table.path}: are these its --widths?"
+            "what is known: are these its --widths?"
         )
 
 
@@ -145,11 +163,11 @@ def _rows(log: Log, pairs: Sequence[tuple[OpNode, OpRow]], graph: OpGraph) -> li
     run, name = log.run, digest(graph)
     details = {"digest": name, "log_sha256": log.sha256}
     rows = [
-        Measurement("op", (row.mean_ms,), op=node.op, context="in_context", details=details)
+        Measurement("op", (max(row.mean_ms, NOTHING_MS),), op=node.op, context="in_context", details=details)
         for node, row in pairs
-        if row.mean_ms > 0
     ]
-    aside_ms = sum(row.mean_ms for row in run.ops if row.type in ASIDE)
+    taken = {id(row) for _, row in pairs}
+    aside_ms = sum(row.mean_ms for row in run.ops if row.type in ASIDE and id(row) not in taken)
     more = {
         "log": log.path.name,
         "summary": _summary(run.timed),
