@@ -70,25 +70,26 @@ class Steady:
     Dividing by the anchor takes out drift that is alike for all; a machine that is disturbed slows small operators
     more than large ones, so ratios shift, too.
 
-    reference_ms: the anchor's latency on the machine at rest; None: the fastest seen so far.
+    reference_ms: the anchor's latency on the machine at rest; None: the median of those seen so far.
     """
 
     LIMIT_PCT = 10.0
     WAITS_S = (2.0, 5.0, 10.0, 20.0, 40.0, 60.0)
 
     def __init__(self, reference_ms: float | None = None, *, sleep: Callable[[float], None] = time.sleep) -> None:
-        self._given, self._reference_ms, self._sleep = reference_ms is not None, reference_ms, sleep
+        self._reference_ms, self._sleep = reference_ms, sleep
+        self._seen: list[float] = []
 
     def __call__(self, measure: Callable[[], list[list[float]]]) -> list[list[float]]:
         """The samples that `measure` returns, the anchor's first; DeviceError where the machine does not settle."""
         for wait_s in (*self.WAITS_S, None):
             samples = measure()
             anchor_ms = float(np.median(samples[0]))
-            if self._reference_ms is None or (not self._given and anchor_ms < self._reference_ms):
-                self._reference_ms = anchor_ms
-            if anchor_ms <= self._reference_ms * (1 + self.LIMIT_PCT / 100):
+            self._seen.append(anchor_ms)
+            reference_ms = self._reference_ms or float(np.median(self._seen))
+            if anchor_ms <= reference_ms * (1 + self.LIMIT_PCT / 100):
                 return samples
-            what = f"the unpruned network takes {anchor_ms:.4g} ms, not {self._reference_ms:.4g}"
+            what = f"the unpruned network takes {anchor_ms:.4g} ms, not {reference_ms:.4g}"
             if wait_s is not None:
                 warnings.warn(f"the machine is disturbed ({what}): measuring again in {wait_s:.0f} s", stacklevel=2)
                 self._sleep(wait_s)
