@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from amc_hw.errors import FailedError, UserError
+from amc_hw.errors import UserError
 from profilers.files import write_whole
 
 
@@ -31,10 +31,7 @@ def _axes(path: Path) -> tuple[Any, Any]:
 def _save(figure: Any, path: Path) -> None:
     data = io.BytesIO()
     figure.savefig(data, format=path.suffix[1:], dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
-    try:
-        write_whole(path, data.getvalue())
-    except OSError as error:
-        raise FailedError(f"cannot write {path}: {error.strerror}") from error
+    write_whole(path, data.getvalue())
 
 
 def save_staircase(

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from amc_hw.errors import FailedError, TableError, UserError
+from amc_hw.errors import TableError, UserError
 from amc_hw.plots import save_staircase
 from amc_hw.subject import tables
 from profilers.device import device_names, load_device, search_folders
@@ -28,22 +28,29 @@ def find_table(name: str) -> Path:
     """The table of that file name or device; UserError where there is none or several."""
     if Path(name).suffix == ".jsonl" or "/" in name:
         return Path(name)
-    found = tables(load_device(name).name)
+    found: dict[str, Path] = {}
+    for path in tables(load_device(name).name):
+        found.setdefault(path.name, path)  # the user's own hides the shipped one that it began as a copy of
     if not found:
         raise TableError(f"no latency table of {name}: measure one with 'amc-hw profile --device {name}'")
     if len(found) > 1:
-        raise UserError(f"{name} has several tables, name one: {', '.join(map(str, found))}")
-    return found[0]
+        raise UserError(f"{name} has several tables, name one: {', '.join(map(str, found.values()))}")
+    return next(iter(found.values()))
 
 
 def list_tables() -> dict[str, Any]:
     """Every table in the user's own folder and among the shipped ones."""
-    found = []
+    files: dict[Path, Path] = {}
     for folder in search_folders("latency_tables"):
         for path in sorted(folder.glob("*.jsonl")):
-            table = LatencyTable.read(path)
-            found.append({"file": str(path), "identity": asdict(table.identity), "rows": dict(_counted(table))})
-    return {"tables": found}
+            files.setdefault(path.resolve(), path)  # in a checkout the two folders are one
+    found = [LatencyTable.read(path) for path in files.values()]
+    return {
+        "tables": [
+            {"file": str(table.path), "identity": asdict(table.identity), "rows": dict(_counted(table))}
+            for table in found
+        ]
+    }
 
 
 def _counted(table: LatencyTable) -> Counter[str]:
@@ -158,8 +165,5 @@ def export_csv(name: str, *, out: Path) -> dict[str, Any]:
         measured = row.op or row.graph
         assert measured is not None
         writer.writerow(line | {"macs": measured.macs, "params": measured.params})
-    try:
-        write_whole(out, text.getvalue().encode())
-    except OSError as error:
-        raise FailedError(f"cannot write {out}: {error.strerror}") from error
+    write_whole(out, text.getvalue().encode())
     return {"file": str(out), "rows": len(table.rows)}

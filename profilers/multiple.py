@@ -10,7 +10,7 @@ from profilers.table import LatencyTable
 
 MULTIPLES = (1, 4, 8, 16, 32)
 POINTS = 12  #: of an operator, at least
-GAIN = 0.05  #: what a multiple must explain, of the root mean square error left without one
+GAIN = 0.1  #: what a multiple must explain, of the root mean square error left without one
 
 
 def channel_multiple(table: LatencyTable) -> int | None:
@@ -42,7 +42,8 @@ def channel_multiple(table: LatencyTable) -> int | None:
 
 
 def _left(axes: np.ndarray, latency_ms: np.ndarray, multiple: int) -> float:
-    """Sum of squared relative errors of the best fit."""
+    """Sum of squared relative errors of the best fit, corrected for its free parts: the more, the better they fit
+    noise."""
     columns = [np.ones(len(axes)), *axes.T, axes.prod(axis=1)]
     if multiple > 1:
         padded = np.ceil(axes / multiple) * multiple
@@ -50,4 +51,5 @@ def _left(axes: np.ndarray, latency_ms: np.ndarray, multiple: int) -> float:
         columns += [*padded.T, padded.prod(axis=1), *off.T, *(off * axes).T, *(off.T * axes.prod(axis=1))]
     features = np.stack([np.asarray(column, float) for column in columns], axis=1) / latency_ms[:, None]
     scale = np.maximum(features.max(axis=0), 1e-12)
-    return float(nnls(features / scale, np.ones(len(axes)))[1] ** 2)
+    solution, error = nnls(features / scale, np.ones(len(axes)))
+    return float(error**2 * len(axes) / max(len(axes) - np.count_nonzero(solution), 1))
