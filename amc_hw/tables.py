@@ -105,7 +105,7 @@ def plot_table(name: str, *, op: str | None, out: Path) -> dict[str, Any]:
     path = find_table(name)
     table, predictor = read_predictions(path)
     named = {_family_name(family): family for family in predictor.families}
-    fitting = [each for each in named if op is None or op in each]
+    fitting = [op] if op in named else [each for each in named if op is None or op in each]
     if not fitting:
         raise UserError(f"no operator {op!r} in {path}; operators: {', '.join(named)}")
     chosen = max(fitting, key=lambda each: float(predictor.families[named[each]](_largest(predictor, named[each]))[0]))
