@@ -12,12 +12,12 @@ from torch.utils.data import Dataset
 
 from amc_hw.data import Splits, load_data
 from amc_hw.errors import UserError
-from amc_hw.evaluate import Evaluator, accuracy, check_expected
+from amc_hw.evaluate import SEARCH_IMAGES, SEARCH_ROWS, Evaluator, accuracy, check_expected
 from amc_hw.graph import LayerGraph, build_graph
 from amc_hw.images import TensorImages
 from amc_hw.models import LoadedModel
 from amc_hw.prune import keep_channels, slice_channels
-from amc_hw.refit import reestimate_batch_norm, refit_faithful
+from amc_hw.refit import reestimate_batch_norm, refit_faithful, refit_fast
 
 SHAPE = (3, 8, 8)
 
@@ -233,3 +233,35 @@ def test_any_data_set_of_image_and_label_will_do(trained: tuple[LoadedModel, Lay
     a, b = (Evaluator(*trained, part, calibration_images=50, val_images=60) for part in (found, slow))
     assert torch.equal(a.val[0], b.val[0]) and torch.equal(a.val[1], b.val[1])
     assert torch.equal(a.calibration, b.calibration)
+
+
+def test_a_search_refits_faithfully_on_few_images(evaluator: Evaluator) -> None:
+    widths = (8, 12)
+    kept = evaluator.kept(widths)
+    small = slice_channels(evaluator.model.module, evaluator.graph, kept)
+    images = evaluator.calibration[:SEARCH_IMAGES]
+    refit_faithful(small, evaluator.model.module, evaluator.graph, kept, images, rows_per_layer=SEARCH_ROWS, seed=0)
+    assert evaluator.val_accuracy(widths) == accuracy(small, *evaluator.val)
+    assert "grams" not in vars(evaluator)  # nobody asked for them
+
+
+def test_the_fast_refit_on_demand(trained: tuple[LoadedModel, LayerGraph], splits: Splits) -> None:
+    evaluator = Evaluator(*trained, splits, calibration_images=200, refit="fast")
+    widths = (8, 12)
+    kept = evaluator.kept(widths)
+    small = slice_channels(evaluator.model.module, evaluator.graph, kept)
+    refit_fast(small, evaluator.model.module, evaluator.graph, kept, evaluator.grams)
+    assert evaluator.val_accuracy(widths) == accuracy(small, *evaluator.val)
+    with pytest.raises(UserError, match="unknown --refit 'slow'; known: faithful, fast") as caught:
+        Evaluator(*trained, splits, refit="slow")
+    assert caught.value.exit_code == 2
+
+
+def test_candidates_are_compared_on_all_held_out_images(
+    trained: tuple[LoadedModel, LayerGraph], splits: Splits
+) -> None:
+    evaluator = Evaluator(*trained, splits, calibration_images=200, val_images=50)
+    val = load_data("digits", input_shape=SHAPE).val
+    module = trained[0].module
+    assert len(evaluator.val[0]) == 50 < len(val.labels)
+    assert evaluator.final_accuracy(module) == accuracy(module, trained[0].normalised(val.images), val.labels)

@@ -15,7 +15,17 @@ from profilers.device import DeviceConfig
 from profilers.errors import DeviceError
 from profilers.ops import OpGraph, OpNode, OpSpec, fuse_adds
 from profilers.predictor import Predictor
-from profilers.profile import NETWORK_PLAN, Anchor, ProfileJob, digest, missing_steps, time_network
+from profilers.profile import (
+    MAX_REFINEMENTS,
+    NETWORK_PLAN,
+    REFINE_NETWORKS,
+    Anchor,
+    ProfileJob,
+    digest,
+    missing_steps,
+    refining_steps,
+    time_network,
+)
 from profilers.sampling import corner_widths, random_widths
 from profilers.table import Identity, LatencyTable, Measurement
 from profilers.targets import Network
@@ -400,3 +410,67 @@ def test_a_runtime_that_shows_no_operators_cannot_be_read_in_context() -> None:
     with pytest.raises(DeviceError, match="shows no operators in context: profile with --way alone") as error:
         missing_steps(replace(JOB, way="context"), in_memory(), Opaque())
     assert error.value.exit_code == 3
+
+
+# Going on where predictions are least sure
+
+
+def filled(job: ProfileJob, target: FakeTarget) -> LatencyTable:
+    table = in_memory()
+    for step in missing_steps(job, table, target):
+        table.rows += step.run()
+    return table
+
+
+FINE = tuple(range(8, 65))
+FINE_JOB = replace(JOB, fine=(FINE, FINE), networks=8, calibration=8)
+
+
+@pytest.mark.parametrize("target", [Told(), Opaque()], ids=["in context", "alone"])
+def test_refining_measures_what_the_table_does_not_hold_and_calibrates_more(target: Told) -> None:
+    table = filled(FINE_JOB, target)
+    predictor = Predictor(table, target.lower)
+    steps = refining_steps(FINE_JOB, table, target, predictor)
+    known = {row.details.get("digest") for row in table.rows} - {None}
+    measured = {row.op for row in table.of_type("op")}
+    kinds = [step.name for step in steps]
+    assert kinds.count(RANDOM) == REFINE_NETWORKS and {*kinds} == {
+        RANDOM,
+        ALONE if type(target) is Opaque else IN_CONTEXT,
+    }
+    found = [row for step in steps for row in step.run()]
+    new = [row.details["digest"] for row in found if row.type != "op"]
+    assert len(new) == len(set(new)) and not known & set(new)
+    if type(target) is Opaque:
+        assert not measured & {row.op for row in found if row.type == "op"}
+    again = [row.to_json() for step in refining_steps(FINE_JOB, table, target, predictor) for row in step.run()]
+    assert [row.to_json() for row in found] == again  # they follow from the rows
+
+
+def test_operators_that_are_least_sure_are_measured_first() -> None:
+    target = Opaque()
+    table = filled(FINE_JOB, target)
+    predictor = Predictor(table, target.lower)
+    steps = [step for step in refining_steps(FINE_JOB, table, target, predictor) if step.name == ALONE]
+    asked = [row.op for step in steps for row in step.run() if row.op]
+    sure = predictor.deviation_ms(asked)
+    assert list(sure) == sorted(sure, reverse=True) and sure[0] > 0
+
+
+def test_refining_ends() -> None:
+    target = Told()
+    table = filled(FINE_JOB, target)
+    rounds = 0
+    while steps := refining_steps(FINE_JOB, table, target, Predictor(table, target.lower)):
+        table.rows += steps[-1].run()  # the calibration alone
+        rounds += 1
+    assert 0 < rounds <= REFINE_NETWORKS * MAX_REFINEMENTS
+
+
+def test_every_second_network_is_free_of_the_multiple() -> None:
+    on, off = (
+        random_widths(FINE_JOB.grids, 20, seed=5)[::2],
+        random_widths(FINE_JOB.grids, 20, seed=5, fine=FINE_JOB.fine),
+    )
+    assert off[::2] == on
+    assert sum(any(width % 8 for width in widths) for widths in off[1::2]) >= 9
