@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from profilers.errors import TableError
 from profilers.ops import OpGraph, OpNode, OpSpec, fuse_adds
-from profilers.predictor import Calibration, FamilyCost, Predictor, anchored_ms
+from profilers.predictor import USUAL_NOISE, Calibration, FamilyCost, Predictor, _repeatability, anchored_ms
 from profilers.table import Identity, LatencyTable, Measurement
 
 PATH = Path("latency_tables/board.jsonl")
@@ -381,3 +381,86 @@ def test_a_network_of_operators_nobody_measured_does_not_calibrate_silently() ->
     stranger = Measurement("calibration", (1.0,), graph=chain([pointwise(8, 128)]))
     with pytest.raises(TableError, match="conv 8x8x8->128 lies outside"):
         predictor(alone_rows() + HIDDEN.rows(10) + [stranger])
+
+
+# How sure it is, and where it leaves what was measured
+
+
+def test_predictions_are_surest_where_they_were_measured() -> None:
+    rng = np.random.default_rng(0)
+    wild = [op_row(depthwise(width), 0.1 * width * (1 + 0.3 * rng.standard_normal())) for width in range(8, 257, 8)]
+    found = predictor(wild)
+    at, between = found.deviation_ms([depthwise(64), depthwise(65)]) / [64, 65]
+    assert 0 < at < between
+    assert np.isinf(found.deviation_ms([depthwise(512), pointwise(8, 8)])).all()
+    smooth = predictor([op_row(depthwise(width), 0.1 * width) for width in range(8, 257, 8)])
+    assert smooth.deviation_ms([depthwise(65)])[0] / 65 < between / 10
+
+
+def few() -> list[Measurement]:
+    """Pointwise convolutions at three sizes, two widths of the last one: microseconds by their products."""
+
+    def cost(op: OpSpec) -> float:
+        return 0.02 + op.macs / 1e6
+
+    sizes = [OpSpec("conv", (a,), size, size, b) for size in (16, 32) for a in (8, 24, 64) for b in (8, 24, 64)]
+    return [op_row(op, cost(op)) for op in (*sizes, pointwise(64, 64), pointwise(32, 32))]
+
+
+def test_a_family_of_few_widths_leans_on_its_class() -> None:
+    found = predictor(few())
+    for op in (pointwise(32, 64), pointwise(48, 40), pointwise(40, 40)):
+        assert found.op_ms([op])[0] == pytest.approx(0.02 + op.macs / 1e6, rel=0.05)
+    with pytest.raises(TableError, match="lies outside"):
+        found.op_ms([pointwise(16, 16)])
+    table = LatencyTable(PATH, Identity("chip", "runtime", "1"), {}, few())
+    far = Predictor(table, lambda graph: graph, extrapolate=True)
+    for op in (pointwise(16, 16), pointwise(128, 96)):
+        assert far.op_ms([op])[0] == pytest.approx(0.02 + op.macs / 1e6, rel=0.1)
+    with pytest.raises(TableError, match="no measurement for depthwise_conv"):
+        far.op_ms([depthwise(8)])  # unknown is never zero
+
+
+def test_few_networks_tell_the_error_of_each_from_the_others() -> None:
+    def read(name: str, ops: Sequence[OpSpec], factor: float) -> list[Measurement]:
+        parts = [op_row(op, factor * (0.02 + op.macs / 1e6), digest=name) for op in ops]
+        whole = sum(row.median_ms for row in parts)
+        return [*parts, Measurement("network", (whole,), graph=chain(ops), details={"digest": name})]
+
+    ops = [pointwise(a, b) for a in (16, 32, 64) for b in (16, 32, 64)]
+    rows = read("a", ops, 1.0) + read("b", ops, 1.0) + read("c", ops, 1.2)
+    assert predictor(rows).error_pct == pytest.approx(100 * (1 - 1 / 1.2), abs=1.0)  # c, from a and b
+    bare = [row for row in rows if row.type == "network"] + [op_row(op, 1.0) for op in ops]
+    assert predictor(bare).error_pct is None  # rows that do not say where they were read
+
+
+def test_a_network_that_was_partly_delegated_calibrates_nothing() -> None:
+    rows = [*alone_rows(), *HIDDEN.rows(12)]
+    off = [Measurement("network", (99.0,), graph=row.graph, details={"partial": True}) for row in rows[-3:]]
+    assert predictor(rows + off).calibration == predictor(rows).calibration
+
+
+def test_the_error_of_one_networks_family_is_not_that_of_another() -> None:
+    rows = HIDDEN.rows(24)
+    named = [
+        Measurement(row.type, row.samples_ms, graph=row.graph, details={"anchor": name, "anchor_ms": 1.0})
+        for row, name in zip(rows, ["steady", "wild"] * 12, strict=True)
+    ]
+    wild = []
+    for index, row in enumerate(named):
+        off = 1.0 if row.details["anchor"] == "steady" else 1.3 if index % 4 == 1 else 0.8
+        wild.append(Measurement(row.type, (row.median_ms * off,), graph=row.graph, details=row.details))
+    found = predictor([*alone_rows(), *wild])
+    steady, other = found.error_pct_of("steady"), found.error_pct_of("wild")
+    assert steady is not None and other is not None and other > steady
+    assert found.error_pct_of("unknown") is None
+
+
+def test_noise_is_read_from_repetitions() -> None:
+    rng = np.random.default_rng(1)
+    for noise in (0.007, 0.015):
+        repeated = [list(ms * (1 + noise * rng.standard_normal(5))) for ms in rng.uniform(0.5, 5.0, 60)]
+        assert _repeatability(repeated) == pytest.approx(noise, rel=0.2)
+    assert _repeatability([[1.0, 1.5]] * 10) == USUAL_NOISE  # too few
+    assert _repeatability([[1.0, 1.5]] * 100) == USUAL_NOISE  # no more than usual
+    assert _repeatability([[1.0, 1.0]] * 100) == 0.005
