@@ -27,7 +27,7 @@ OP_PLAN = TimingPlan(rounds=5, burst_s=0.004)
 OPS_AT_ONCE = 8
 POOL = 60  #: random networks of which the least known are measured
 REFINE_NETWORKS, REFINE_OPS = 6, 24  #: at a time
-MAX_REFINEMENTS = 16
+MAX_REFINEMENTS = 6
 #: Of measuring operators: in context while random networks run, alone, or not at all (whole networks tell).
 WAYS = ("auto", "context", "alone", "networks")
 READ, ALONE, RANDOM = "reading operators in random networks", "timing operators", "timing random networks"

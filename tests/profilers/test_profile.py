@@ -99,8 +99,8 @@ def digests(rows: Sequence[Measurement]) -> list[str]:
 
 def expected_digests(job: ProfileJob) -> tuple[list[str], list[str]]:
     """Of the networks whose operators are read, and of those that calibrate; equal ones are measured once."""
-    read = corner_widths(job.grids) + random_widths(job.grids, job.networks, seed=job.seed)
-    timed = random_widths(job.grids, job.calibration, seed=job.seed + 1)
+    read = corner_widths(job.fine or job.grids) + random_widths(job.grids, job.networks, seed=job.seed, fine=job.fine)
+    timed = random_widths(job.grids, job.calibration, seed=job.seed + 1, fine=job.fine)
     first, second = ([digest(job.network_at(widths)) for widths in sampled] for sampled in (read, timed))
     return list(dict.fromkeys(first)), [name for name in dict.fromkeys(second) if name not in first]
 
@@ -474,3 +474,190 @@ def test_every_second_network_is_free_of_the_multiple() -> None:
     )
     assert off[::2] == on
     assert sum(any(width % 8 for width in widths) for widths in off[1::2]) >= 9
+
+
+# Widths free of the channel multiple
+
+FINE = tuple(range(5, 65))
+FREE = replace(JOB, fine=(FINE, FINE))
+
+
+def test_a_job_with_fine_grids_samples_them_for_every_second_network() -> None:
+    found, coarse = FREE.random(8, 3), JOB.random(8, 3)
+    assert found[::2] == coarse[::2]
+    assert found == [network_at(widths) for widths in random_widths(JOB.grids, 8, seed=3, fine=FREE.fine)]
+    for graph in found[1::2]:
+        stem, down, *_ = graph.ops
+        assert stem.out_channels % 8 or down.out_channels % 8
+
+
+def test_several_seeds_are_one_seed_of_several_parts() -> None:
+    widths = random_widths(JOB.grids, 5, seed=(0, 2, 7))
+    assert JOB.random(5, 0, 2, 7) == [network_at(each) for each in widths] != JOB.random(5, 0)
+
+
+def test_a_job_with_fine_grids_reads_their_corners_and_calibrates_on_and_off_the_multiple() -> None:
+    rows = [step.run()[-1] for step in missing_steps(FREE, in_memory(), Told())]
+    read, timed = expected_digests(FREE)
+    assert digests(rows) == read + timed
+    assert set(read[:4]) == {digest(network_at(widths)) for widths in [(5, 5), (5, 64), (64, 5), (64, 64)]}
+    assert set(read + timed).isdisjoint(set(sum(expected_digests(JOB), [])) - {digest(UNPRUNED)}) is False
+    graphs = [row.graph for row in rows if row.graph is not None and row.type == "calibration"]
+    aligned = [all(node.op.out_channels % 8 == 0 for node in graph.nodes[:2]) for graph in graphs]
+    assert set(aligned) == {True, False}
+
+
+# Refining
+
+
+def filled(job: ProfileJob, target: Told, rows: Sequence[Measurement] = ()) -> LatencyTable:
+    """All of what the job asks for first."""
+    table = in_memory(rows)
+    for step in missing_steps(job, table, target):
+        table.rows += step.run()
+    return table
+
+
+def refining(job: ProfileJob, table: LatencyTable, target: Told) -> list[Step]:
+    return refining_steps(job, table, target, Predictor(table, target.lower))
+
+
+def run(steps: Sequence[Step]) -> list[Measurement]:
+    return [row for step in steps for row in step.run()]
+
+
+def pool_of(job: ProfileJob, table: LatencyTable) -> dict[str, OpGraph]:
+    """The networks that may be asked for next, by digest."""
+    known = {row.details.get("digest") for row in table.rows}
+    widths = random_widths(job.grids, POOL, seed=(job.seed, 2, len(table.of_type("calibration"))), fine=job.fine)
+    return {digest(graph): graph for graph in map(network_at, widths) if digest(graph) not in known}
+
+
+@pytest.mark.parametrize("kind", [Told, Fusing, Opaque])
+def test_refining_measures_operators_first_and_then_calibrates(kind: type[Told]) -> None:
+    target = kind()
+    table = filled(FREE, target)
+    steps = refining(FREE, table, target)
+    measured, count = (ALONE, REFINE_OPS // OPS_AT_ONCE) if kind is Opaque else (IN_CONTEXT, REFINE_NETWORKS)
+    assert [step.name for step in steps] == [measured] * count + [RANDOM] * REFINE_NETWORKS
+    rows = run(steps)
+    assert [row.type for row in rows[-REFINE_NETWORKS:]] == ["calibration"] * REFINE_NETWORKS
+    assert {row.type for row in rows[:-REFINE_NETWORKS]} == ({"op"} if kind is Opaque else {"op", "network"})
+    assert {row.details["anchor"] for row in rows} == {digest(UNPRUNED)}
+    assert len(rows[:-REFINE_NETWORKS]) == REFINE_OPS or kind is not Opaque
+
+
+@pytest.mark.parametrize("kind", [Told, Opaque])
+def test_refining_follows_from_the_rows_of_the_table(tmp_path: Path, kind: type[Told]) -> None:
+    target, table = kind(), new_table(tmp_path)
+    for step in missing_steps(FREE, table, target):
+        table.append(step.run())
+    first = run(refining(FREE, table, target))
+    assert run(refining(FREE, in_memory(table.rows), kind())) == first
+    again = run(refining(FREE, LatencyTable.read(table.path), kind()))
+    assert [(row.type, row.op, row.graph) for row in again] == [(row.type, row.op, row.graph) for row in first]
+    assert [row.median_ms for row in again] == pytest.approx([row.median_ms for row in first])
+    assert run(refining(replace(FREE, seed=1), table, target)) != first
+
+
+@pytest.mark.parametrize("kind", [Told, Opaque])
+def test_refining_never_asks_for_what_the_table_has(kind: type[Told]) -> None:
+    target = kind()
+    table = filled(FREE, target)
+    for _ in range(4):
+        known = {row.details.get("digest") for row in table.rows}
+        ops = {row.op for row in table.of_type("op")}
+        rows = run(refining(FREE, table, target))
+        names = [row.details["digest"] for row in rows if "digest" in row.details]
+        assert len(names) == len(set(names)) and not known & set(names)
+        if kind is Opaque:
+            asked = [row.op for row in rows if row.type == "op"]
+            assert len(asked) == len(set(asked)) and not ops & set(asked)
+        table.rows += rows
+
+
+def test_the_networks_read_next_are_those_whose_operators_are_least_known() -> None:
+    target = Told()
+    table = filled(FREE, target)
+    predictor = Predictor(table, target.lower)
+    rows = run(refining(FREE, table, target))
+    unsure = {
+        name: float((predictor.deviation_ms(graph.ops) ** 2).sum()) for name, graph in pool_of(FREE, table).items()
+    }
+    assert len(set(unsure.values())) > 3 * REFINE_NETWORKS
+    read = digests([row for row in rows if row.type == "network"])
+    assert read == sorted(unsure, key=unsure.__getitem__, reverse=True)[:REFINE_NETWORKS]
+    timed = digests([row for row in rows if row.type == "calibration"])
+    assert timed == [name for name in unsure if name not in read][:REFINE_NETWORKS]
+
+
+def test_the_operators_timed_next_are_those_least_known() -> None:
+    target = Opaque()
+    table = filled(FREE, target)
+    predictor, measured = Predictor(table, target.lower), {row.op for row in table.of_type("op")}
+    asked = [row.op for row in run(refining(FREE, table, target)) if row.op is not None]
+    offered = {op for graph in pool_of(FREE, table).values() for op in graph.ops} - measured
+    assert len(asked) == REFINE_OPS < len(offered) and offered > set(asked)
+    chosen, rest = predictor.deviation_ms(asked), predictor.deviation_ms(sorted(offered - set(asked)))
+    assert chosen.tolist() == sorted(chosen, reverse=True)
+    assert chosen.min() >= rest.max()
+
+
+@pytest.mark.parametrize("kind", [Told, Opaque])
+def test_operators_outside_of_what_was_measured_come_first(kind: type[Told]) -> None:
+    """A table of narrow networks, asked about wide ones; the unpruned one is the same."""
+    target = kind()
+    narrow = filled(replace(JOB, grids=((8, 16, 24, 32, 64), (8, 16, 24, 32))), target)
+    predictor = Predictor(narrow, target.lower)
+    rows = run(refining_steps(JOB, narrow, target, predictor))
+    ops = [row.op for row in rows if row.type == "op" and row.op is not None]
+    assert np.isinf(predictor.deviation_ms(ops[:8])).any()
+    assert max(op.out_channels for op in ops if op.activation == "relu") > 32
+
+
+@pytest.mark.parametrize("kind", [Told, Opaque])
+def test_refining_ends(kind: type[Told]) -> None:
+    target = kind()
+    table = filled(FREE, target)
+    first, rounds = len(table.of_type("calibration")), 0
+    while steps := refining(FREE, table, target):
+        assert sum(step.name == RANDOM for step in steps) == REFINE_NETWORKS
+        # as if everything were known: only what calibrates is measured
+        table.rows += run([step for step in steps if step.name == RANDOM])
+        rounds += 1
+    assert first == FREE.calibration and rounds == MAX_REFINEMENTS
+
+
+def test_what_another_network_was_calibrated_with_does_not_end_refining() -> None:
+    target = Told()
+    table = filled(FREE, target)
+    other = Measurement("calibration", (1.0,), graph=UNPRUNED, details={"anchor": "another", "anchor_ms": 1.0})
+    same = replace(other, details={"anchor": digest(UNPRUNED), "anchor_ms": 1.0})
+    predictor, most = Predictor(table, target.lower), REFINE_NETWORKS * MAX_REFINEMENTS
+    enough = in_memory(table.rows + [other] * most)
+    assert refining_steps(FREE, enough, target, predictor)
+    assert refining_steps(FREE, in_memory(table.rows + [same] * (most - 1)), target, predictor)
+    assert refining_steps(FREE, in_memory(table.rows + [same] * most), target, predictor) == []
+
+
+@pytest.mark.parametrize("kind", [Told, Opaque])
+def test_a_network_of_which_everything_was_measured_refines_nothing(kind: type[Told]) -> None:
+    target = kind()
+    job = replace(JOB, grids=((8, 64), (8, 64)))
+    assert refining(job, filled(job, target), target) == []
+
+
+def test_refining_makes_predictions_better() -> None:
+    target = Told()
+    table = filled(FREE, target)
+    fresh = [network_at(widths) for widths in random_widths([FINE, FINE], 60, seed=99)]
+    truth = np.array([OVERHEAD_MS + sum(map(op_latency_ms, graph.ops)) for graph in fresh])
+
+    def error() -> float:
+        predictor = Predictor(table, target.lower)
+        return float(np.mean(np.abs(np.array([predictor.predict(graph) for graph in fresh]) / truth - 1)))
+
+    before = error()
+    for _ in range(4):
+        table.rows += run(refining(FREE, table, target))
+    assert error() < 0.7 * before

@@ -88,3 +88,31 @@ def test_the_nearest_width_of_an_uneven_grid_is_taken(inner: set[int], seed: int
     for fine, found in zip(asked, random_widths([coarse] * 4, 5, seed=seed), strict=True):
         for wanted, width in zip(fine, found, strict=True):
             assert abs(width - wanted) <= min(abs(other - wanted) for other in coarse) + 1
+
+
+# Widths free of a multiple
+
+FINE = tuple(range(13, 65))
+
+
+@given(grids=GRIDS, count=st.integers(0, 12), seed=st.integers(0, 2**32))
+def test_every_second_network_is_on_the_fine_grid_and_the_others_are_as_without_one(
+    grids: list[list[int]], count: int, seed: int
+) -> None:
+    fine = [range(grid[0], grid[-1] + 1) for grid in grids]
+    found = random_widths(grids, count, seed=seed, fine=fine)
+    assert found[::2] == random_widths(grids, count, seed=seed)[::2]
+    assert found[1::2] == random_widths(fine, count, seed=seed)[1::2]
+    assert random_widths(grids, count, seed=seed, fine=()) == random_widths(grids, count, seed=seed)
+
+
+def test_networks_on_the_fine_grid_leave_the_multiple_and_the_others_keep_it() -> None:
+    found = random_widths([EIGHTHS] * 6, 80, seed=0, fine=[FINE] * 6)
+    assert all(width % 8 == 0 for widths in found[::2] for width in widths)
+    assert all(any(width % 8 for width in widths) for widths in found[1::2])
+    assert {width for widths in found[1::2] for width in widths} > set(range(20, 65))
+
+
+def test_a_fine_grid_goes_below_the_smallest_multiple() -> None:
+    found = random_widths([(16, 24, 32)] * 4, 200, seed=0, fine=[range(10, 33)] * 4)
+    assert min(min(widths) for widths in found[1::2]) == 10 and min(min(widths) for widths in found[::2]) == 16
