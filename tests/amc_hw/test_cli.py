@@ -53,6 +53,7 @@ def test_an_interrupted_profile_goes_on_where_it_stopped(tmp_path: Path) -> None
         (["measure", "--device", "fake", "--widths", "features.0=999"], 2, "999"),
         (["profile", "--device", "broken"], 2, "unknown key 'colour'"),
         (["profile", "--device", "future"], 2, "unknown runtime 'abacus'"),
+        (["search", "--device", "fake", "--refit", "slow"], 2, "unknown --refit 'slow'; known: faithful, fast"),
     ],
 )
 def test_a_mistake_is_one_line(tmp_path: Path, arguments: list[str], code: int, words: str) -> None:
@@ -91,3 +92,22 @@ def test_the_fake_device_is_its_formula() -> None:
     (samples,) = open_target(load_device("fake")).time_networks([Network(graph)], TimingPlan(rounds=31), seed=0)
     expected = OVERHEAD_MS + sum(map(op_latency_ms, graph.ops))
     assert sorted(samples)[15] == pytest.approx(expected, rel=0.01)
+
+
+def test_a_wide_tolerance_measures_what_is_missing_and_nothing_more(tmp_path: Path) -> None:
+    (tmp_path / "nets.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "def tiny():\n    return nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 8, 3), nn.Flatten(),"
+        " nn.Linear(128, 4)), torch.zeros(1, 3, 8, 8)\n"
+    )
+    network = ("profile", "--device", "fake", "--model", "nets.py:tiny", "--json")
+    planned = json.loads(amc_hw(tmp_path, *network, "--dry-run").stdout)
+    first = json.loads(amc_hw(tmp_path, *network, "--tolerance", "50").stdout)
+    lines = [json.loads(line) for line in (tmp_path / first["table"]).read_text().splitlines()[1:]]
+    assert planned["steps"] == sum(line["type"] != "op" for line in lines)  # a network is a step, its operators with it
+    assert first["rows_new"] == first["rows_total"] == len(lines)
+    again = json.loads(amc_hw(tmp_path, *network, "--tolerance", "50").stdout)
+    assert (again["rows_new"], again["rows_total"]) == (0, len(lines))
+    assert again["error_pct"] == pytest.approx(first["error_pct"], rel=1e-3)  # samples are rounded in the file
+    narrow = json.loads(amc_hw(tmp_path, *network, "--tolerance", "0.001").stdout)
+    assert narrow["rows_new"] > 0

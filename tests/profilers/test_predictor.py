@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 
 from profilers.errors import TableError
 from profilers.ops import OpGraph, OpNode, OpSpec, fuse_adds
-from profilers.predictor import USUAL_NOISE, Calibration, FamilyCost, Predictor, _repeatability, anchored_ms
+from profilers.predictor import (
+    MIN_REPEATS,
+    USUAL_NOISE,
+    Calibration,
+    FamilyCost,
+    Predictor,
+    _repeatability,
+    anchored_ms,
+)
 from profilers.table import Identity, LatencyTable, Measurement
 
 PATH = Path("latency_tables/board.jsonl")
@@ -464,3 +472,80 @@ def test_noise_is_read_from_repetitions() -> None:
     assert _repeatability([[1.0, 1.5]] * 10) == USUAL_NOISE  # too few
     assert _repeatability([[1.0, 1.5]] * 100) == USUAL_NOISE  # no more than usual
     assert _repeatability([[1.0, 1.0]] * 100) == 0.005
+
+
+def test_a_measured_point_is_as_sure_as_its_measurement() -> None:
+    """Far from the points of a family that is not smooth, less sure than near them; at them, the noise remains."""
+    widths = [*range(16, 65, 16), *range(192, 257, 16)]
+    latency_ms = [0.01 * width * (1.3 if index % 2 else 0.7) for index, width in enumerate(widths)]
+    cost = FamilyCost(np.array(widths, float)[:, None], np.array(latency_ms), noise=1e-3)
+    at = cost.deviation_ms(np.array(widths, float)[:, None]) / (0.01 * np.array(widths))
+    assert at.max() < 2e-3
+    near, far = cost.deviation_ms(np.array([[200.0], [112.0]])) / np.array([2.0, 1.12])
+    assert 10 * at.max() < near < 0.8 * far
+
+
+def with_anchor(row: Measurement, anchor: str, ms: float) -> Measurement:
+    return Measurement(row.type, (ms,), graph=row.graph, details={"anchor": anchor, "anchor_ms": 1.0})
+
+
+def test_the_error_of_a_network_counts_what_calibrates_beside_it_and_nothing_else() -> None:
+    rows = HIDDEN.rows(40)
+    steady = [with_anchor(row, "steady", row.median_ms) for row in rows[:20]]
+    # every second one 10% slower, every other 10% faster: no fit can follow
+    wild = [with_anchor(row, "wild", row.median_ms * (1.1, 0.9)[index % 2]) for index, row in enumerate(rows[20:])]
+    read = [with_anchor(row, "read", row.median_ms) for row in HIDDEN.rows(1, "network")]
+    found = predictor([*alone_rows(), *steady, *wild, *read])
+    errors = found.calibration.left_out_pct
+    assert {name: len(each) for name, each in errors.items()} == {"steady": 20, "wild": 20}
+    for name, each in errors.items():
+        assert found.error_pct_of(name) == pytest.approx(np.quantile(each, 0.9))
+    assert found.error_pct == pytest.approx(np.quantile([*errors["steady"], *errors["wild"]], 0.9))
+    assert np.quantile(errors["wild"], 0.9) > 8
+    assert found.error_pct_of("read") is None and found.error_pct_of("") is None
+
+
+def test_partly_delegated_networks_alone_leave_the_error_unknown() -> None:
+    def partly(row: Measurement) -> Measurement:
+        return Measurement(row.type, row.samples_ms, graph=row.graph, details={"digest": "a", "partial": True})
+
+    for kind in ("network", "calibration"):
+        assert predictor([*alone_rows(), *map(partly, HIDDEN.rows(12, kind))]).calibration == Calibration()
+
+
+def read_in(name: str, op: OpSpec, op_ms: float, whole_ms: float, **details: object) -> list[Measurement]:
+    network = Measurement("network", (whole_ms,), graph=chain([op]), details={"digest": name, **details})
+    return [op_row(op, op_ms, digest=name), network]
+
+
+def test_each_of_few_networks_is_predicted_by_hand_from_the_operators_of_the_others() -> None:
+    op = pointwise(8, 8)
+    rows = read_in("a", op, 0.9, 2.0) + read_in("b", op, 1.0, 0.8)
+    assert predictor(rows).error_pct == pytest.approx(50, abs=0.5)  # a is 2 ms, and b says 1; b is 0.8 ms, a says 0.9
+    rows = read_in("a", op, 0.9, 1.0) + read_in("b", op, 1.0, 0.8)
+    assert predictor(rows).error_pct == pytest.approx(12.5, abs=0.5)
+    partly = read_in("c", op, 0.9, 9.0, partial=True)  # what it took as a whole is no one's error
+    assert predictor(rows + partly).error_pct == pytest.approx(100 * (0.9 / 0.8 - 1), abs=0.5)
+
+
+def test_few_networks_that_say_nothing_of_each_other_have_no_known_error() -> None:
+    rows = read_in("a", pointwise(8, 8), 1.0, 1.0) + read_in("b", pointwise(16, 16), 2.0, 2.0)
+    assert predictor(rows).error_pct is None  # each lies outside of what the other measured
+    assert predictor(read_in("a", pointwise(8, 8), 1.0, 1.0)).error_pct is None
+    nameless = [Measurement("network", (1.0,), graph=chain([pointwise(8, 8)]))]
+    assert predictor(read_in("a", pointwise(8, 8), 1.0, 1.0) * 2 + nameless).error_pct is None
+
+
+@pytest.mark.parametrize("noise", [0.007, 0.01, 0.015])
+@pytest.mark.parametrize("seed", range(3))
+def test_repetitions_of_short_operators_do_not_hide_the_noise_of_long_ones(noise: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    long = [list(ms * (1 + noise * rng.standard_normal(4))) for ms in rng.uniform(0.5, 5.0, 40)]
+    short = [list(1e-4 * (1 + 0.2 * rng.standard_normal(4))) for _ in range(40)]
+    assert _repeatability(long + short) == pytest.approx(noise, rel=0.3)
+
+
+def test_noise_is_usual_where_repetitions_are_few() -> None:
+    assert _repeatability([]) == _repeatability([[1.0]] * 200) == USUAL_NOISE
+    assert _repeatability([[1.0, 1.01]] * (MIN_REPEATS - 1)) == USUAL_NOISE
+    assert _repeatability([[1.0, 1.01]] * MIN_REPEATS) == pytest.approx(0.01 / 2**0.5 / 1.005)

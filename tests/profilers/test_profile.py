@@ -18,9 +18,12 @@ from profilers.predictor import Predictor
 from profilers.profile import (
     MAX_REFINEMENTS,
     NETWORK_PLAN,
+    POOL,
     REFINE_NETWORKS,
+    REFINE_OPS,
     Anchor,
     ProfileJob,
+    Step,
     digest,
     missing_steps,
     refining_steps,
@@ -476,19 +479,11 @@ def test_every_second_network_is_free_of_the_multiple() -> None:
     assert sum(any(width % 8 for width in widths) for widths in off[1::2]) >= 9
 
 
-# Widths free of the channel multiple
-
-FINE = tuple(range(5, 65))
-FREE = replace(JOB, fine=(FINE, FINE))
-
-
-def test_a_job_with_fine_grids_samples_them_for_every_second_network() -> None:
-    found, coarse = FREE.random(8, 3), JOB.random(8, 3)
+def test_a_job_with_fine_grids_has_them_at_every_second_place() -> None:
+    found, coarse = FINE_JOB.random(8, 3), JOB.random(8, 3)
     assert found[::2] == coarse[::2]
-    assert found == [network_at(widths) for widths in random_widths(JOB.grids, 8, seed=3, fine=FREE.fine)]
-    for graph in found[1::2]:
-        stem, down, *_ = graph.ops
-        assert stem.out_channels % 8 or down.out_channels % 8
+    assert found == [network_at(widths) for widths in random_widths(JOB.grids, 8, seed=3, fine=FINE_JOB.fine)]
+    assert any(op.out_channels % 8 for graph in found[1::2] for op in graph.ops[:2])
 
 
 def test_several_seeds_are_one_seed_of_several_parts() -> None:
@@ -497,151 +492,115 @@ def test_several_seeds_are_one_seed_of_several_parts() -> None:
 
 
 def test_a_job_with_fine_grids_reads_their_corners_and_calibrates_on_and_off_the_multiple() -> None:
-    rows = [step.run()[-1] for step in missing_steps(FREE, in_memory(), Told())]
-    read, timed = expected_digests(FREE)
+    low = replace(FINE_JOB, fine=(range(5, 65),) * 2)
+    rows = [step.run()[-1] for step in missing_steps(low, in_memory(), Told())]
+    read, timed = expected_digests(low)
     assert digests(rows) == read + timed
     assert set(read[:4]) == {digest(network_at(widths)) for widths in [(5, 5), (5, 64), (64, 5), (64, 64)]}
-    assert set(read + timed).isdisjoint(set(sum(expected_digests(JOB), [])) - {digest(UNPRUNED)}) is False
     graphs = [row.graph for row in rows if row.graph is not None and row.type == "calibration"]
-    aligned = [all(node.op.out_channels % 8 == 0 for node in graph.nodes[:2]) for graph in graphs]
-    assert set(aligned) == {True, False}
-
-
-# Refining
-
-
-def filled(job: ProfileJob, target: Told, rows: Sequence[Measurement] = ()) -> LatencyTable:
-    """All of what the job asks for first."""
-    table = in_memory(rows)
-    for step in missing_steps(job, table, target):
-        table.rows += step.run()
-    return table
+    assert {all(op.out_channels % 8 == 0 for op in graph.ops[:2]) for graph in graphs} == {True, False}
 
 
 def refining(job: ProfileJob, table: LatencyTable, target: Told) -> list[Step]:
     return refining_steps(job, table, target, Predictor(table, target.lower))
 
 
-def run(steps: Sequence[Step]) -> list[Measurement]:
+def rows_of(steps: Sequence[Step]) -> list[Measurement]:
     return [row for step in steps for row in step.run()]
 
 
-def pool_of(job: ProfileJob, table: LatencyTable) -> dict[str, OpGraph]:
+def pool(job: ProfileJob, table: LatencyTable) -> dict[str, OpGraph]:
     """The networks that may be asked for next, by digest."""
     known = {row.details.get("digest") for row in table.rows}
     widths = random_widths(job.grids, POOL, seed=(job.seed, 2, len(table.of_type("calibration"))), fine=job.fine)
     return {digest(graph): graph for graph in map(network_at, widths) if digest(graph) not in known}
 
 
-@pytest.mark.parametrize("kind", [Told, Fusing, Opaque])
-def test_refining_measures_operators_first_and_then_calibrates(kind: type[Told]) -> None:
-    target = kind()
-    table = filled(FREE, target)
-    steps = refining(FREE, table, target)
-    measured, count = (ALONE, REFINE_OPS // OPS_AT_ONCE) if kind is Opaque else (IN_CONTEXT, REFINE_NETWORKS)
-    assert [step.name for step in steps] == [measured] * count + [RANDOM] * REFINE_NETWORKS
-    rows = run(steps)
-    assert [row.type for row in rows[-REFINE_NETWORKS:]] == ["calibration"] * REFINE_NETWORKS
-    assert {row.type for row in rows[:-REFINE_NETWORKS]} == ({"op"} if kind is Opaque else {"op", "network"})
-    assert {row.details["anchor"] for row in rows} == {digest(UNPRUNED)}
-    assert len(rows[:-REFINE_NETWORKS]) == REFINE_OPS or kind is not Opaque
-
-
 @pytest.mark.parametrize("kind", [Told, Opaque])
-def test_refining_follows_from_the_rows_of_the_table(tmp_path: Path, kind: type[Told]) -> None:
+def test_refining_is_the_same_after_a_table_was_written_and_read_again(tmp_path: Path, kind: type[Told]) -> None:
     target, table = kind(), new_table(tmp_path)
-    for step in missing_steps(FREE, table, target):
+    for step in missing_steps(FINE_JOB, table, target):
         table.append(step.run())
-    first = run(refining(FREE, table, target))
-    assert run(refining(FREE, in_memory(table.rows), kind())) == first
-    again = run(refining(FREE, LatencyTable.read(table.path), kind()))
+    first = rows_of(refining(FINE_JOB, table, target))
+    again = rows_of(refining(FINE_JOB, LatencyTable.read(table.path), kind()))
     assert [(row.type, row.op, row.graph) for row in again] == [(row.type, row.op, row.graph) for row in first]
-    assert [row.median_ms for row in again] == pytest.approx([row.median_ms for row in first])
-    assert run(refining(replace(FREE, seed=1), table, target)) != first
+    other = rows_of(refining(replace(FINE_JOB, seed=1), table, target))
+    assert [(row.type, row.op, row.graph) for row in other] != [(row.type, row.op, row.graph) for row in first]
 
 
 @pytest.mark.parametrize("kind", [Told, Opaque])
-def test_refining_never_asks_for_what_the_table_has(kind: type[Told]) -> None:
+def test_refining_again_and_again_asks_for_nothing_twice(kind: type[Told]) -> None:
     target = kind()
-    table = filled(FREE, target)
+    table = filled(FINE_JOB, target)
     for _ in range(4):
-        known = {row.details.get("digest") for row in table.rows}
-        ops = {row.op for row in table.of_type("op")}
-        rows = run(refining(FREE, table, target))
-        names = [row.details["digest"] for row in rows if "digest" in row.details]
-        assert len(names) == len(set(names)) and not known & set(names)
-        if kind is Opaque:
-            asked = [row.op for row in rows if row.type == "op"]
-            assert len(asked) == len(set(asked)) and not ops & set(asked)
-        table.rows += rows
+        table.rows += rows_of(refining(FINE_JOB, table, target))
+    networks = [row.details["digest"] for row in table.rows if row.type != "op"]
+    assert len(networks) == len(set(networks))
+    if kind is Opaque:  # in context, an operator comes with its network
+        ops = [row.op for row in table.of_type("op")]
+        assert len(ops) == len(set(ops))
 
 
-def test_the_networks_read_next_are_those_whose_operators_are_least_known() -> None:
+def test_the_networks_read_next_are_those_whose_operators_are_least_sure() -> None:
     target = Told()
-    table = filled(FREE, target)
+    table = filled(FINE_JOB, target)
     predictor = Predictor(table, target.lower)
-    rows = run(refining(FREE, table, target))
-    unsure = {
-        name: float((predictor.deviation_ms(graph.ops) ** 2).sum()) for name, graph in pool_of(FREE, table).items()
-    }
-    assert len(set(unsure.values())) > 3 * REFINE_NETWORKS
-    read = digests([row for row in rows if row.type == "network"])
+    fresh = pool(FINE_JOB, table)
+    unsure = {name: float((predictor.deviation_ms(graph.ops) ** 2).sum()) for name, graph in fresh.items()}
+    found = rows_of(refining(FINE_JOB, table, target))
+    read = digests([row for row in found if row.type == "network"])
     assert read == sorted(unsure, key=unsure.__getitem__, reverse=True)[:REFINE_NETWORKS]
-    timed = digests([row for row in rows if row.type == "calibration"])
+    timed = digests([row for row in found if row.type == "calibration"])
     assert timed == [name for name in unsure if name not in read][:REFINE_NETWORKS]
 
 
-def test_the_operators_timed_next_are_those_least_known() -> None:
+def test_no_operator_that_is_left_for_later_is_less_sure_than_those_measured_next() -> None:
     target = Opaque()
-    table = filled(FREE, target)
+    table = filled(FINE_JOB, target)
     predictor, measured = Predictor(table, target.lower), {row.op for row in table.of_type("op")}
-    asked = [row.op for row in run(refining(FREE, table, target)) if row.op is not None]
-    offered = {op for graph in pool_of(FREE, table).values() for op in graph.ops} - measured
+    asked = [row.op for row in rows_of(refining(FINE_JOB, table, target)) if row.op is not None]
+    offered = {op for graph in pool(FINE_JOB, table).values() for op in graph.ops} - measured
     assert len(asked) == REFINE_OPS < len(offered) and offered > set(asked)
-    chosen, rest = predictor.deviation_ms(asked), predictor.deviation_ms(sorted(offered - set(asked)))
-    assert chosen.tolist() == sorted(chosen, reverse=True)
-    assert chosen.min() >= rest.max()
+    assert predictor.deviation_ms(asked).min() >= predictor.deviation_ms(sorted(offered - set(asked))).max()
 
 
-@pytest.mark.parametrize("kind", [Told, Opaque])
-def test_operators_outside_of_what_was_measured_come_first(kind: type[Told]) -> None:
-    """A table of narrow networks, asked about wide ones; the unpruned one is the same."""
-    target = kind()
-    narrow = filled(replace(JOB, grids=((8, 16, 24, 32, 64), (8, 16, 24, 32))), target)
+def test_operators_outside_of_what_was_measured_come_first() -> None:
+    target = Opaque()
+    narrow = in_memory([row for row in filled(FINE_JOB, target).rows if row.op and max(row.op.axes) <= 32])
     predictor = Predictor(narrow, target.lower)
-    rows = run(refining_steps(JOB, narrow, target, predictor))
-    ops = [row.op for row in rows if row.type == "op" and row.op is not None]
-    assert np.isinf(predictor.deviation_ms(ops[:8])).any()
-    assert max(op.out_channels for op in ops if op.activation == "relu") > 32
+    asked = [row.op for row in rows_of(refining(FINE_JOB, narrow, target)) if row.op is not None]
+    assert len(asked) == REFINE_OPS and np.isinf(predictor.deviation_ms(asked)).all()
 
 
 @pytest.mark.parametrize("kind", [Told, Opaque])
-def test_refining_ends(kind: type[Told]) -> None:
+def test_refining_goes_on_for_so_many_rounds_and_no_longer(kind: type[Told]) -> None:
     target = kind()
-    table = filled(FREE, target)
-    first, rounds = len(table.of_type("calibration")), 0
-    while steps := refining(FREE, table, target):
-        assert sum(step.name == RANDOM for step in steps) == REFINE_NETWORKS
-        # as if everything were known: only what calibrates is measured
-        table.rows += run([step for step in steps if step.name == RANDOM])
+    table = filled(FINE_JOB, target)
+    assert len(table.of_type("calibration")) == FINE_JOB.calibration
+    rounds = 0
+    while steps := refining(FINE_JOB, table, target):
+        calibrating = [step for step in steps if step.name == RANDOM]
+        assert len(calibrating) == REFINE_NETWORKS
+        table.rows += rows_of(calibrating)  # what is measured besides does not count
         rounds += 1
-    assert first == FREE.calibration and rounds == MAX_REFINEMENTS
+    assert rounds == MAX_REFINEMENTS
 
 
 def test_what_another_network_was_calibrated_with_does_not_end_refining() -> None:
     target = Told()
-    table = filled(FREE, target)
-    other = Measurement("calibration", (1.0,), graph=UNPRUNED, details={"anchor": "another", "anchor_ms": 1.0})
-    same = replace(other, details={"anchor": digest(UNPRUNED), "anchor_ms": 1.0})
+    table = filled(FINE_JOB, target)
     predictor, most = Predictor(table, target.lower), REFINE_NETWORKS * MAX_REFINEMENTS
-    enough = in_memory(table.rows + [other] * most)
-    assert refining_steps(FREE, enough, target, predictor)
-    assert refining_steps(FREE, in_memory(table.rows + [same] * (most - 1)), target, predictor)
-    assert refining_steps(FREE, in_memory(table.rows + [same] * most), target, predictor) == []
+
+    def after(count: int, anchor: str) -> list[Step]:
+        row = Measurement("calibration", (1.0,), graph=UNPRUNED, details={"anchor": anchor, "anchor_ms": 1.0})
+        return refining_steps(FINE_JOB, in_memory(table.rows + [row] * count), target, predictor)
+
+    assert after(most, "another") and after(most - 1, digest(UNPRUNED))
+    assert after(most, digest(UNPRUNED)) == []
 
 
 @pytest.mark.parametrize("kind", [Told, Opaque])
-def test_a_network_of_which_everything_was_measured_refines_nothing(kind: type[Told]) -> None:
+def test_a_network_of_which_everything_was_measured_is_not_refined(kind: type[Told]) -> None:
     target = kind()
     job = replace(JOB, grids=((8, 64), (8, 64)))
     assert refining(job, filled(job, target), target) == []
@@ -649,7 +608,7 @@ def test_a_network_of_which_everything_was_measured_refines_nothing(kind: type[T
 
 def test_refining_makes_predictions_better() -> None:
     target = Told()
-    table = filled(FREE, target)
+    table = filled(replace(FINE_JOB, networks=2), target)
     fresh = [network_at(widths) for widths in random_widths([FINE, FINE], 60, seed=99)]
     truth = np.array([OVERHEAD_MS + sum(map(op_latency_ms, graph.ops)) for graph in fresh])
 
@@ -659,5 +618,5 @@ def test_refining_makes_predictions_better() -> None:
 
     before = error()
     for _ in range(4):
-        table.rows += run(refining(FREE, table, target))
+        table.rows += rows_of(refining(FINE_JOB, table, target))
     assert error() < 0.7 * before
