@@ -128,13 +128,13 @@ def _open_table(subject: Subject) -> LatencyTable:
     return LatencyTable.open(own, identity, subject.target.provenance())
 
 
-def plan_profile(subject: Subject, *, seed: int = 0) -> dict[str, Any]:
+def plan_profile(subject: Subject, *, seed: int = 0, way: str = "auto") -> dict[str, Any]:
     """What `profile` would measure: steps and about how many minutes; nothing is written."""
     identity = subject.target.identity()
     path = table_path(subject.device, identity)
     begun = path.exists() and LatencyTable.read_identity(path) is not None
     table = LatencyTable.read(path) if begun else LatencyTable(path, identity, {}, [])
-    steps = missing_steps(subject.job(seed=seed), table, subject.target)
+    steps = missing_steps(subject.job(seed=seed, way=way), table, subject.target)
     start = time.monotonic()
     if steps:
         steps[0].run()

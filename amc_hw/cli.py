@@ -241,7 +241,7 @@ def profile(
     subject = _subject(arguments)
     if dry_run:
         _print(
-            api.plan_profile(subject, seed=seed),
+            api.plan_profile(subject, seed=seed, way=way),
             as_json,
             lambda r: [f"{r['table']}: {r['steps']} measurements to make, about {r['minutes']:.1f} minutes"],
         )

@@ -12,6 +12,8 @@ from profilers.errors import FailedError
 
 def write_whole(path: Path, data: bytes) -> None:
     """`data` at `path`; until it is there, what was there before. FailedError where it cannot be written."""
+    if path.is_dir():
+        raise FailedError(f"cannot write {path}: it is a folder")
     part = path.with_name(path.name + ".part")
     try:
         part.write_bytes(data)

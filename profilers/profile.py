@@ -87,18 +87,21 @@ def refining_steps(job: ProfileJob, table: LatencyTable, target: Target, predict
     """
     anchor = Anchor(target, job.network_at([grid[-1] for grid in job.grids]), table)
     done = {row.details.get("digest") for row in table.rows}
+    way = _way(job, anchor)
     calibrated = sum(row.details.get("anchor") == anchor.name for row in table.of_type("calibration"))
-    if calibrated >= job.calibration + REFINE_NETWORKS * MAX_REFINEMENTS:
+    planned = job.calibration + (len(_sampled(job)) if way == "networks" else 0)
+    if calibrated >= planned + REFINE_NETWORKS * MAX_REFINEMENTS:
         return []
     pool = {digest(graph): graph for graph in job.random(POOL, job.seed, 2, calibrated)}
     fresh = {name: graph for name, graph in pool.items() if name not in done}
     lowered = {name: target.lower(graph).ops for name, graph in fresh.items()}
     unsure = {name: float((predictor.deviation_ms(ops) ** 2).sum()) for name, ops in lowered.items()}
     chosen = sorted(fresh, key=lambda name: -unsure[name])[:REFINE_NETWORKS]
-    way, steps = _way(job, anchor), []
+    if way == "networks":
+        return [Step(RANDOM, partial(_calibration, fresh[name], anchor)) for name in chosen]
     if way == "context":
         steps = [Step(READ, partial(_in_context, fresh[name], anchor)) for name in chosen]
-    elif way == "alone":
+    else:
         measured = {row.op for row in table.of_type("op")}
         asked = dict.fromkeys(each for name in fresh for op in lowered[name] for each in _alike(op))
         ops = [op for op in asked if op not in measured]

@@ -14,6 +14,7 @@ import os
 import statistics
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -243,13 +244,22 @@ def _locked(path: Path) -> Iterator[Any]:
 
 
 def merged(tables: Sequence[LatencyTable], path: Path) -> LatencyTable:
-    """A new table at `path` of the rows of tables of one identity, each once, in their order; TableError where the
-    identities differ."""
+    """A new table at `path` of the rows of tables of one identity, in their order, each as often as the table that has
+    it most often; TableError where the identities differ."""
     first, *others = tables
     for other in others:
         other.require_identity(first.identity)
     sources = [{"file": table.path.name, "rows": len(table.rows), "provenance": table.provenance} for table in tables]
     result = LatencyTable.open(path, first.identity, {"merged": sources})
-    rows = {json.dumps(row.to_json(), sort_keys=True): row for table in tables for row in table.rows}
-    result.append(list(rows.values()))
+    rows: list[Measurement] = []
+    taken: Counter[str] = Counter()
+    for table in tables:
+        seen: Counter[str] = Counter()
+        for row in table.rows:
+            key = json.dumps(row.to_json(), sort_keys=True)
+            seen[key] += 1
+            if seen[key] > taken[key]:
+                taken[key] += 1
+                rows.append(row)
+    result.append(rows)
     return result

@@ -338,3 +338,15 @@ def test_a_csv_that_cannot_be_written_whole_leaves_what_was_there(
         code, _, err = amc_hw("table", "export-csv", "a.jsonl", "--out", "t.csv")
     assert code == 1 and "cannot write t.csv" in err
     assert files() == before
+
+
+def test_rows_that_repeat_in_a_table_stay_that_often(here: Path) -> None:
+    shipped = find_table("pixel1")
+    assert merge_tables([shipped], out=Path("one.jsonl"))["rows"] == 180
+    assert merge_tables([shipped, Path("one.jsonl")], out=Path("two.jsonl"))["rows"] == 180
+    assert LatencyTable.read(Path("two.jsonl")).rows == LatencyTable.read(shipped).rows
+
+
+def test_a_folder_is_no_file_to_write(amc_hw: Run) -> None:
+    code, _, err = amc_hw("table", "export-csv", "pixel1", "--out", ".")
+    assert code == 1 and err == "amc-hw: cannot write .: it is a folder\n"
