@@ -295,16 +295,17 @@ def table() -> None:
     \b
     amc-hw table list
     amc-hw table show pixel1
-    amc-hw table plot host-litert --op "conv 14x14" --out staircase.svg
-    amc-hw table merge mine.jsonl yours.jsonl --out both.jsonl
-    amc-hw table export-csv pixel1 --out pixel1.csv
     """
 
 
 @table.command("list")
 @_options("json")
 def table_list(as_json: bool) -> None:
-    """Every table there is: your own, then the shipped ones."""
+    """Every table there is: your own, then the shipped ones.
+
+    \b
+    amc-hw table list
+    """
     _print(
         api.list_tables(),
         as_json,
@@ -324,7 +325,11 @@ def _counted(rows: dict[str, int]) -> str:
 @click.argument("name")
 @_options("json")
 def table_show(name: str, as_json: bool) -> None:
-    """What a table holds, and how well it predicts. NAME: a device, or a file."""
+    """What a table holds, and how well it predicts. NAME: a device, or a file.
+
+    \b
+    amc-hw table show pixel1
+    """
     _print(api.show_table(name), as_json, _table_lines)
 
 
@@ -350,7 +355,11 @@ def _table_lines(r: dict[str, Any]) -> list[str]:
 @click.option("--out", type=_PATH, required=True, help="A .svg or .png file.")
 @_options("json")
 def table_plot(name: str, op: str | None, out: Path, as_json: bool) -> None:
-    """Latency of one operator against its width: the staircase."""
+    """Latency of one operator against its width: the staircase.
+
+    \b
+    amc-hw table plot host-litert --op "conv 14x14" --out staircase.svg
+    """
     _print(
         api.plot_table(name, op=op, out=out),
         as_json,
@@ -363,7 +372,11 @@ def table_plot(name: str, op: str | None, out: Path, as_json: bool) -> None:
 @click.option("--out", type=_PATH, required=True, help="The new file.")
 @_options("json")
 def table_merge(paths: tuple[Path, ...], out: Path, as_json: bool) -> None:
-    """One table of several of one identity."""
+    """One table of several of one identity.
+
+    \b
+    amc-hw table merge mine.jsonl yours.jsonl --out both.jsonl
+    """
     _print(api.merge_tables(paths, out=out), as_json, lambda r: [f"{r['file']}: {r['rows']} rows"])
 
 
@@ -372,7 +385,11 @@ def table_merge(paths: tuple[Path, ...], out: Path, as_json: bool) -> None:
 @click.option("--out", type=_PATH, required=True)
 @_options("json")
 def table_csv(name: str, out: Path, as_json: bool) -> None:
-    """Every row as comma-separated values."""
+    """Every row as comma-separated values.
+
+    \b
+    amc-hw table export-csv pixel1 --out pixel1.csv
+    """
     _print(api.export_csv(name, out=out), as_json, lambda r: [f"{r['file']}: {r['rows']} rows"])
 
 
