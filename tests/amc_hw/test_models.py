@@ -8,6 +8,7 @@ import sys
 import tarfile
 import types
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -256,7 +257,8 @@ def cifar_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cifar10")
     with tarfile.open(archive, "r|xz") as tar:
         wanted = (member for member in tar if member.name.startswith("test/") and member.name.endswith("0.jpg"))
-        tar.extractall(folder, members=wanted, filter="data")
+        safe: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # since Python 3.11.4
+        tar.extractall(folder, members=wanted, **safe)
     return folder
 
 
