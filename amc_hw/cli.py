@@ -358,7 +358,7 @@ def table_plot(name: str, op: str | None, out: Path, as_json: bool) -> None:
     """Latency of one operator against its width: the staircase.
 
     \b
-    amc-hw table plot host-litert --op "conv 14x14" --out staircase.svg
+    amc-hw table plot pixel1 --op "conv 14x14" --out staircase.svg
     """
     _print(
         api.plot_table(name, op=op, out=out),

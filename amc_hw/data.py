@@ -169,7 +169,8 @@ def _npz(spec: Spec, shape: Shape) -> Splits:
     arrays: dict[str, np.ndarray] = {}
     try:
         with np.load(path, allow_pickle=False) as archive:
-            arrays = {key: archive[key] for key in archive.files if key[:2] in ("x_", "y_")}
+            there = sorted(archive.files)
+            arrays = {key: archive[key] for key in there if key[:2] in ("x_", "y_")}
     except Exception as exc:
         raise UserError(f"{str(path)!r} is not an npz file of plain arrays: {one_line(exc)}") from exc
     has_val = "x_val" in arrays or "y_val" in arrays
@@ -177,7 +178,7 @@ def _npz(spec: Spec, shape: Shape) -> Splits:
     for part in ("train", "val", "test") if has_val else ("train", "test"):
         for key in (f"x_{part}", f"y_{part}"):
             if key not in arrays:
-                raise UserError(f"{str(path)!r} has no array {key!r}: it has {', '.join(sorted(arrays)) or 'none'}")
+                raise UserError(f"{str(path)!r} has no array {key!r}: it has {', '.join(there) or 'none'}")
         parts[part] = _pixels(spec, arrays[f"x_{part}"], arrays[f"y_{part}"], shape, part)
     count = int(parts["train"].labels.max()) + 1 if len(parts["train"]) else 0
     for part, images in parts.items():

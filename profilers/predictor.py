@@ -330,7 +330,7 @@ class Predictor:
                 op = ops[members[int(outside.argmax())]]
                 raise TableError(
                     f"{op} lies outside of the widths that {self.path} holds for it ({_range(cost)}): measure it with "
-                    "'amc-hw profile', with a lower --floor or the --channel-multiple of these widths"
+                    "'amc-hw profile' of this --model, with a lower --floor where it was"
                 )
             result[members] = cost(axes)
         return result
