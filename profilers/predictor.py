@@ -10,7 +10,7 @@ sum over operators.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -313,14 +313,18 @@ class Predictor:
             errors.append(abs(predicted / self.measured_ms(network) - 1))
         return 100 * max(errors) if errors else None
 
-    def _raw_ms(self, ops: Sequence[OpSpec]) -> np.ndarray:
+    def _by_family(self, ops: Sequence[OpSpec]) -> Iterator[tuple[FamilyCost | None, list[int], np.ndarray]]:
+        """Of every family among `ops`: its cost, None where it was never measured; the indices of its members; their
+        widths (N, A)."""
         by_family: dict[OpSpec, list[int]] = {}
         for index, op in enumerate(ops):
             by_family.setdefault(op.family(), []).append(index)
-        result = np.empty(len(ops))
         for family, members in by_family.items():
-            cost = self.families.get(family)
-            axes = np.array([ops[index].axes for index in members], float)
+            yield self.families.get(family), members, np.array([ops[index].axes for index in members], float)
+
+    def _raw_ms(self, ops: Sequence[OpSpec]) -> np.ndarray:
+        result = np.empty(len(ops))
+        for cost, members, axes in self._by_family(ops):
             if cost is None:
                 raise TableError(
                     f"{self.path} has no measurement for {ops[members[0]]}: measure it with 'amc-hw profile'"
@@ -339,13 +343,8 @@ class Predictor:
         """Standard deviation of each lowered operator's milliseconds, (N,), by what was measured around it; infinite
         where it lies outside."""
         result = np.full(len(ops), np.inf)
-        by_family: dict[OpSpec, list[int]] = {}
-        for index, op in enumerate(ops):
-            by_family.setdefault(op.family(), []).append(index)
-        for family, members in by_family.items():
-            cost = self.families.get(family)
+        for cost, members, axes in self._by_family(ops):
             if cost is not None:
-                axes = np.array([ops[index].axes for index in members], float)
                 result[members] = np.where(cost.outside(axes), np.inf, cost.deviation_ms(axes))
         return result
 

@@ -14,10 +14,8 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,22 +36,7 @@ SEARCH = ("search", *TINY, "--data", "npz:images.npz", "--episodes", "6")
 HALF = (*SEARCH, "--latency-ratio", "0.6", "--out", "run")
 
 
-@dataclass(frozen=True)
-class Done:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def mistake(self) -> str:
-        """The one line that says what was wrong; progress may stand before it."""
-        lines = [line for line in self.err.splitlines() if line.startswith("amc-hw: ")]
-        assert len(lines) == 1 and self.err.splitlines()[-1] == lines[0], self.err
-        assert self.out == "" and "Traceback" not in self.err
-        return lines[0]
-
-
-Run = Callable[..., Done]
+Run = Callable[..., Any]  # the fixture of conftest.py
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -63,22 +46,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture
-def amc_hw(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """The command line, in this process and the working directory."""
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # main puts its own there
-
-    def run(*arguments: str) -> Done:
-        monkeypatch.setattr(sys, "argv", ["amc-hw", *arguments])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            command_line.main()
-        code = ended.value.code
-        return Done(code if isinstance(code, int) else 0, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -7,18 +7,16 @@ import itertools
 import json
 import runpy
 import shutil
-import sys
-import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from amc_hw import api
-from amc_hw import cli as command_line
 from amc_hw.resources import Completer, CostModel, latency_model
 from profilers.device import shipped
 from profilers.predictor import Predictor
@@ -36,14 +34,7 @@ TINY = ("--device", "attic", "--model", "nets.py:tiny")
 SEARCH = ("search", *TINY, "--data", "npz:images.npz", "--episodes", "6", "--out", "run", "--json")
 
 
-@dataclass(frozen=True)
-class Done:
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Done]
+Run = Callable[..., Any]  # the fixture of conftest.py
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,21 +46,9 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture
-def amc_hw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """The command line, in this process and a folder of its own."""
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # main puts its own there
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str) -> Done:
-        monkeypatch.setattr(sys, "argv", ["amc-hw", *arguments])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            command_line.main()
-        code = ended.value.code
-        return Done(code if isinstance(code, int) else 0, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +107,7 @@ def test_the_shipped_rows_are_those_of_the_logs(tmp_path: Path, table: LatencyTa
     (tmp_path / "device_configs").mkdir()
     shutil.copy(shipped("device_configs") / "pixel1.toml", tmp_path / "device_configs/again.toml")
 
-    def add(name: str, *widths: str) -> Done:
+    def add(name: str, *widths: str) -> Any:
         logs = [str(REAL_LOGS / f"{name}_run{run}.txt") for run in (1, 2)]
         return amc_hw("import-log", "--device", "again", "--model", "mobilenet_v1", *widths, *logs)
 

@@ -5,42 +5,30 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from amc_hw import api
-from amc_hw import cli as command_line
 from amc_hw.errors import FailedError, TableError, UserError
 from amc_hw.tables import CSV_COLUMNS, export_csv, find_table, list_tables, merge_tables, plot_table, show_table
 from profilers.device import shipped
 from profilers.ops import OpSpec
 from profilers.table import Identity, LatencyTable, Measurement
 
-Run = Callable[..., tuple[int, str, str]]
+Run = Callable[..., Any]  # the fixture of conftest.py
 
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-@pytest.fixture
-def amc_hw(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["amc-hw", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            command_line.main()
-        return (ended.value.code or 0, *capsys.readouterr())
-
-    return run
 
 
 def depthwise(width: int) -> OpSpec:

@@ -1,0 +1,42 @@
+"""The command line in the process of the tests: importing torch takes longer than most commands."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+
+from amc_hw import cli as command_line
+
+
+class Done(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def mistake(self) -> str:
+        """The one line that says what was wrong; progress may stand before it."""
+        lines = [line for line in self.err.splitlines() if line.startswith("amc-hw: ")]
+        assert len(lines) == 1 and self.err.splitlines()[-1] == lines[0], self.err
+        assert self.out == "" and "Traceback" not in self.err
+        return lines[0]
+
+
+@pytest.fixture
+def amc_hw(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
+    """The command line, in this process and the working directory."""
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # main puts its own there
+
+    def run(*arguments: str) -> Done:
+        monkeypatch.setattr(sys, "argv", ["amc-hw", *arguments])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            command_line.main()
+        code = ended.value.code
+        return Done(code if isinstance(code, int) else 0, *capsys.readouterr())
+
+    return run
