@@ -19,7 +19,7 @@ from amc_hw.refit import Grams, gather_grams, reestimate_batch_norm, refit_faith
 
 REFIT_BYTES = 4_000_000_000
 REFITS = ("faithful", "fast")
-#: Of the faithful refit inside a search. Fewer images rank policies as 2000 do (docs/algorithm.md).
+#: Of the faithful refit inside a search; they rank policies nearly as 500 images do (docs/decisions/0005).
 SEARCH_IMAGES, SEARCH_ROWS = 100, 3000
 FINAL_IMAGES, FINAL_BYTES = 5000, 1_000_000_000  #: held-out images that candidates are compared on, at most
 

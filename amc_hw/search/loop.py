@@ -24,7 +24,7 @@ import numpy as np
 from amc_hw.env import REWARDS, PruningEnv
 from amc_hw.errors import BudgetError, UserError
 from amc_hw.graph import LayerGraph
-from amc_hw.resources import Budget, Completer, CostModel, snap
+from amc_hw.resources import Budget, Completer, CostModel, Grids, snap
 from amc_hw.runs import Journal
 from amc_hw.search.ddpg import DDPGSearch
 from amc_hw.search.uniform import tied_groups, uniform_policies
@@ -286,8 +286,13 @@ def _demonstrations(problem: Problem, budget: Budget | None, count: int, seed: i
     for base in itertools.islice(itertools.cycle(first), max(count - len(first), 0)):
         fractions = np.array([width / grid[-1] for width, grid in zip(base, grids, strict=True)])
         fractions = np.clip(fractions + rng.normal(0.0, SPREAD, len(grids)), problem.floor, 1.0)
-        moved.append(tuple(snap(fraction, grid[-1], grid) for grid, fraction in zip(grids, fractions, strict=True)))
+        moved.append(_snapped(fractions, grids))
     return first + moved
+
+
+def _snapped(fractions: np.ndarray, grids: Grids) -> tuple[int, ...]:
+    """The widths of the grids that are nearest to fractions (groups,) of all channels."""
+    return tuple(snap(fraction, grid[-1], grid) for grid, fraction in zip(grids, fractions, strict=True))
 
 
 def _uniform_within(problem: Problem, limit: float) -> list[list[tuple[int, ...]]]:
@@ -310,5 +315,5 @@ def _pilots(problem: Problem, seed: int) -> list[tuple[int, ...]]:
     drawn = set()
     for _ in range(400):
         fractions = rng.uniform(problem.floor, 1.0) + rng.uniform(-0.2, 0.2, len(grids))
-        drawn.add(tuple(snap(fraction, grid[-1], grid) for grid, fraction in zip(grids, fractions, strict=True)))
+        drawn.add(_snapped(fractions, grids))
     return sorted(sorted(drawn), key=lambda widths: abs(problem.costs.cost(widths) / limit - 1))[:PILOTS]
