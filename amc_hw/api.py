@@ -9,27 +9,35 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from scipy import stats
 from torch import nn
 
-from amc_hw.data import load_data, load_tensors
-from amc_hw.errors import DeviceError, FailedError, UserError
-from amc_hw.export import FORMATS, export_network, folded_weights
-from amc_hw.find import BUDGETS, Progress, SearchConfig, plan_search, search, time_apart
+from amc_hw.errors import DeviceError, FailedError, TableError, UserError
+from amc_hw.evaluate import Evaluator, check_expected
+from amc_hw.export import FORMATS, export_int8, export_network, folded_weights
+from amc_hw.find import BUDGETS, Progress, SearchConfig, plan_search, search, search_time, time_apart
+from amc_hw.finetune import PRECISIONS, FinetuneConfig, finetune
 from amc_hw.graph import LayerGraph
-from amc_hw.models import LoadedModel
 from amc_hw.plots import check_picture, save_predictions
 from amc_hw.policy import Policy, load_policy
 from amc_hw.pretrain import DEFAULT_DATA, DEFAULT_MODEL, checkpoint_for
-from amc_hw.prune import slice_channels
-from amc_hw.specs import one_line
-from amc_hw.subject import Subject, load_graph, open_subject, read_predictor, read_table, table_path, tables
+from amc_hw.subject import (
+    Subject,
+    load_graph,
+    open_pruned,
+    open_subject,
+    read_predictor,
+    read_table,
+    table_path,
+    tables,
+)
 from amc_hw.tables import export_csv, list_tables, merge_tables, plot_table, show_table
+from amc_hw.task import load_task
 from profilers import import_log as import_logs
-from profilers.device import device_names, load_device
+from profilers.device import DTYPES, device_names, load_device
 from profilers.files import write_whole
 from profilers.multiple import channel_multiple
+from profilers.predictor import Predictor
 from profilers.profile import WAYS, Anchor, Step, digest, missing_steps, refining_steps, time_network
 from profilers.sampling import random_widths
 from profilers.table import LatencyTable
@@ -38,17 +46,23 @@ from profilers.timing import ratio_ci95
 
 __all__ = [
     "BUDGETS",
+    "DTYPES",
     "DEFAULT_DATA",
     "DEFAULT_MODEL",
     "FORMATS",
+    "FinetuneConfig",
+    "PRECISIONS",
     "SearchConfig",
     "WAYS",
+    "Policy",
     "Subject",
     "check_device",
+    "check_network",
     "checkpoint_for",
     "describe_graph",
     "export",
     "export_csv",
+    "finetune",
     "import_log",
     "list_devices",
     "list_tables",
@@ -72,6 +86,7 @@ __all__ = [
 ]
 
 TOLERANCE_PCT, MAX_MINUTES = 4.0, 10.0  #: of `profile`
+INT8_IMAGES = 200  #: that an int8 export is calibrated on
 CHECK_IMAGES = 32  #: real inputs on which an export is compared with PyTorch
 
 
@@ -98,20 +113,96 @@ def check_device(name: str) -> dict[str, Any]:
     return {"device": name, "ok": all(probe.ok for probe in probes), "probes": [asdict(probe) for probe in probes]}
 
 
-def describe_graph(model: str, *, input_shape: Sequence[int] | None = None) -> dict[str, Any]:
-    """Channel groups in order; what is frozen, and why; MACs and parameters with batch-norms folded."""
-    _, graph = load_graph(model, input_shape=input_shape)
+def describe_graph(
+    model: str, *, input_shape: Sequence[int] | None = None, keep: Sequence[str] = (), device: str | None = None
+) -> dict[str, Any]:
+    """Channel groups in order; what is frozen, why, and what it locks; MACs and parameters with batch-norms folded.
+
+    A frozen group locks a part of every operator that reads or writes it: `macs_share`, and `latency_share` where the
+    `device` has a table that knows the network (null elsewhere).
+    """
+    _, graph = load_graph(model, input_shape=input_shape, keep=keep)
     network = graph.op_graph()
+    latency = None if device is None else _operator_ms(graph, device)
+    frozen = []
+    for group in graph.frozen:
+        touching = [layer for layer in graph.layers if {layer.module, layer.batch_norm} & set(group.modules)]
+        names = {layer.name for layer in touching}
+        frozen.append(
+            {
+                "name": group.name,
+                "width": group.width,
+                "reason": group.reason,
+                "macs_share": sum(layer.op.macs for layer in touching) / max(network.macs, 1),
+                "latency_share": latency
+                and sum(ms for name, ms in latency.items() if name in names) / sum(latency.values()),
+            }
+        )
     return {
         "model": model,
         "groups": [
             {"name": group.name, "width": group.width, "consumers": list(group.modules("consumer"))}
             for group in graph.groups
         ],
-        "frozen": [{"name": f.name, "width": f.width, "reason": f.reason} for f in graph.frozen],
+        "frozen": frozen,
         "macs": network.macs,
         "params": network.params,
     }
+
+
+def check_network(
+    subject: Subject,
+    *,
+    data: str | None,
+    evaluate: str | None = None,
+    calibrate: str | None = None,
+    expect_accuracy: float | None = None,
+    episodes: int = SearchConfig.episodes,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """What to know before a long run: the unpruned accuracy, groups, what the table lacks, and how long profiling and
+    searching would take. One measurement of the table's and one episode are made; nothing is written."""
+    start = time.monotonic()
+    task = load_task(subject.model, data=data, evaluate=evaluate, calibrate=calibrate, seed=seed)
+    score = task.score(subject.model.module)
+    check_expected(score, expect_accuracy)
+    evaluator = Evaluator(subject.model, subject.graph, task, seed=seed)
+    planned = search_time(evaluator, subject.grids, episodes, time.monotonic() - start)
+    table = plan_profile(subject, seed=seed) if subject.target.can_time else None
+    network = subject.graph.op_graph()
+    return {
+        "model": subject.model.spec,
+        "accuracy": score,
+        "groups": len(subject.graph.groups),
+        "frozen": [
+            {"name": group.name, "width": group.width, "reason": group.reason} for group in subject.graph.frozen
+        ],
+        "macs": network.macs,
+        "params": network.params,
+        "smallest_macs": subject.graph.macs([grid[0] for grid in subject.grids]),
+        "table": None if table is None else table["table"],
+        "measurements_missing": None if table is None else table["steps"],
+        "profile_minutes": None if table is None else table["minutes"],
+        "episodes": episodes,
+        "seconds_per_episode": planned["seconds_per_episode"],
+        "search_minutes": planned["minutes"],
+    }
+
+
+def _operator_ms(graph: LayerGraph, device: str) -> dict[str, float] | None:
+    """Predicted milliseconds of the operators that the device's runtime runs; None where its table lacks one."""
+    config = load_device(device)
+    try:
+        target = open_target(config)
+        path = table_path(config, target.identity())
+        if not path.exists():
+            return None
+        predictor = Predictor(LatencyTable.read(path), target.lower, extrapolate=config.extrapolate)
+        nodes = predictor.lower(graph.op_graph(batch=config.batch)).nodes
+        found = predictor.op_ms([node.op for node in nodes])
+    except (TableError, DeviceError):
+        return None
+    return {node.name: float(ms) for node, ms in zip(nodes, found, strict=True)}
 
 
 def _open_table(subject: Subject) -> LatencyTable:
@@ -302,27 +393,28 @@ def measure(
 
 
 def export(
-    policy: str | Path, *, file_format: str, out: Path, batch: int = 1, data: str | None = None
+    policy: str | Path, *, file_format: str, out: Path, batch: int = 1, data: str | None = None, int8: bool = False
 ) -> dict[str, Any]:
-    """Write the pruned network of a policy for deployment, checked against PyTorch on images of its data set.
+    """Write the pruned network of a policy for deployment, checked against PyTorch on inputs of its task.
 
-    data: the data set, where it is not at the place that the policy names.
+    data: the data set, where it is not at the place that the policy names. int8: quantized after training, calibrated
+    on the task's inputs by the runtime's own tool; its held-out accuracy is reported beside the float network's.
     """
-    found = load_policy(Path(policy))
-    model, graph = load_graph(found.model, input_shape=found.input_shape)
-    module = _pruned(Path(policy), found, model, graph)
-    splits = load_data(data or found.data, input_shape=found.input_shape)
-    images, _ = load_tensors(splits.val, limit=CHECK_IMAGES)
-    mean, std = (torch.tensor(values)[:, None, None] for values in (found.mean, found.std))
-    network = graph.op_graph([found.widths[group.name] for group in graph.groups], batch=batch)
-    return export_network(module, graph, network, (images - mean) / std, file_format=file_format, out=out)
+    pruned = open_pruned(Path(policy))
+    found, network = pruned.policy, pruned.graph.op_graph(pruned.widths, batch=batch)
+    task = load_task(pruned.model, data=data or found.data, evaluate=found.evaluate, calibrate=found.calibrate)
+    if not int8:
+        inputs = task.inputs(CHECK_IMAGES)
+        return export_network(pruned.module, pruned.graph, network, inputs, file_format=file_format, out=out)
+    inputs = task.inputs(INT8_IMAGES)
+    found_int8, running = export_int8(pruned.module, pruned.graph, network, inputs, file_format=file_format, out=out)
+    scores = {"accuracy": task.score(running), "float_accuracy": task.score(pruned.module)}
+    return found_int8 | scores | {"accuracy_split": "evaluate" if task.split == "evaluate" else "held-out"}
 
 
 def load_pruned(policy: str | Path) -> nn.Module:
     """The pruned network of a `policy.json`, in eval mode, with the weights that lie beside it."""
-    found = load_policy(Path(policy))
-    model, graph = load_graph(found.model, input_shape=found.input_shape)
-    return _pruned(Path(policy), found, model, graph)
+    return open_pruned(Path(policy)).module
 
 
 def open_policy(
@@ -330,23 +422,13 @@ def open_policy(
 ) -> tuple[Subject, tuple[int, ...], nn.Module]:
     """A policy's unpruned network on a device (that of the policy, where none is named), its widths, and the pruned
     network. options: as of `open_subject`."""
-    found = load_policy(policy)
+    pruned = open_pruned(policy)
+    found = pruned.policy
+    options |= {"dtype": options.get("dtype") or found.dtype, "keep": found.keep}
     subject = open_subject(device=device or found.device, model=found.model, input_shape=found.input_shape, **options)
-    module = _pruned(policy, found, subject.model, subject.graph)
-    return subject, tuple(found.widths[group.name] for group in subject.graph.groups), module
-
-
-def _pruned(path: Path, found: Policy, model: LoadedModel, graph: LayerGraph) -> nn.Module:
-    """The pruned network of the policy `found` at `path`, from its unpruned one."""
-    try:
-        kept = {name: np.array(channels) for name, channels in found.kept.items()}
-        module = slice_channels(model.module, graph, kept)
-        graph.checked([found.widths[group.name] for group in graph.groups])
-    except (ValueError, KeyError, UserError) as error:
-        raise UserError(f"{path} does not fit {found.model}: {error}") from None
-    weights = path.parent / found.weights
-    try:
-        module.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-    except Exception as error:  # unpickling an arbitrary file fails in arbitrary ways
-        raise UserError(f"cannot load the weights {weights}: {one_line(error)}") from None
-    return module.eval()
+    if subject.device.dtype != found.dtype:
+        raise UserError(
+            f"{policy} was searched for {found.dtype}, not for {subject.device.dtype}: leave --dtype out, or search "
+            f"again with --dtype {subject.device.dtype}"
+        )
+    return subject, pruned.widths, pruned.module

@@ -37,8 +37,10 @@ _OPTIONS = {
     ),
     "input": click.option("--input", "input_shape", callback=_shape, help="Input shape, such as 1x3x224x224."),
     "threads": click.option("--threads", type=click.IntRange(1), help="Of the runtime; default: the device's."),
+    "dtype": click.option("--dtype", type=click.Choice(api.DTYPES), help="Of the network on the device."),
     "multiple": click.option("--channel-multiple", type=click.IntRange(1), help="Widths are multiples of it."),
     "floor": click.option("--floor", default=0.2, show_default=True, help="Smallest fraction of channels kept."),
+    "keep": click.option("--keep", multiple=True, help="Modules left at full width, such as 'head.*'; repeatable."),
     "seed": click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1)),
     "widths": click.option("--widths", help="24,48,... one per group, or conv1=24,..."),
     "policy": click.option("--policy", type=_PATH, help="A policy.json of a search, in place of --model and --widths."),
@@ -46,6 +48,8 @@ _OPTIONS = {
     "data": click.option(
         "--data", default=api.DEFAULT_DATA, show_default=True, help="digits, imagefolder:PATH, cifar10:PATH, npz:PATH."
     ),
+    "evaluate": click.option("--evaluate", help="file.py:fn, model -> score (higher is better): your own task."),
+    "calibrate": click.option("--calibrate", help="file.py:fn, yields inputs of the network, to refit with."),
     "dry": click.option("--dry-run", is_flag=True, help="Say what would be done and how long it takes."),
 }
 
@@ -59,7 +63,8 @@ def _options(*names: str) -> Callable[[Any], Any]:
     return add
 
 
-SUBJECT = ("device", "model", "input", "threads", "multiple", "floor")
+SUBJECT = ("device", "model", "input", "threads", "dtype", "multiple", "floor", "keep")
+TASK = ("data", "evaluate", "calibrate")
 
 
 def _print(result: dict[str, Any], as_json: bool, lines: Callable[[dict[str, Any]], list[str]]) -> None:
@@ -89,13 +94,32 @@ class _Progress:
             click.echo(err=True)
 
 
-def _subject(arguments: dict[str, Any], *, checkpoint: Path | None = None) -> api.Subject:
-    names = ("device", "model", "input_shape", "threads", "channel_multiple", "floor")
-    return api.open_subject(**{name: arguments.pop(name) for name in names}, checkpoint=checkpoint)
+def _subject(arguments: dict[str, Any], **options: Any) -> api.Subject:
+    names = ("device", "model", "input_shape", "threads", "dtype", "channel_multiple", "floor", "keep")
+    return api.open_subject(**{name: arguments.pop(name) for name in names}, **options)
 
 
 def _typed(context: click.Context, name: str) -> bool:
     return context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+
+
+def _no_data_of_ours(context: click.Context, arguments: dict[str, Any]) -> None:
+    """The default data set does not stand in for what a user's own functions leave out."""
+    own = arguments["evaluate"] or arguments["calibrate"]
+    untyped = context.get_parameter_source("data") is click.core.ParameterSource.DEFAULT
+    if own and untyped and arguments["data"] == api.DEFAULT_DATA:
+        arguments["data"] = None
+
+
+def _of_policy(context: click.Context, arguments: dict[str, Any], found: api.Policy) -> None:
+    """What a command takes of a policy where no flag says otherwise."""
+    for name in ("model", "input_shape"):
+        if _typed(context, name):
+            raise UserError(f"the policy says what the network is: leave --{name.replace('_shape', '')} out")
+    arguments |= {"model": found.model, "input_shape": found.input_shape}
+    arguments |= {} if _typed(context, "device") else {"device": found.device}
+    if not any(_typed(context, name) for name in TASK):
+        arguments |= {"data": found.data, "evaluate": found.evaluate, "calibrate": found.calibrate}
 
 
 def _subject_and_widths(
@@ -106,10 +130,11 @@ def _subject_and_widths(
     if policy is None:
         subject = _subject(arguments)
         return subject, None if widths is None else subject.graph.parse_widths(widths), None
-    for name in ("model", "widths", "input_shape"):
+    arguments.pop("keep")
+    for name in ("model", "widths", "input_shape", "keep"):
         if _typed(context, name):
             raise UserError(f"--policy says what the network is: leave --{name.replace('_shape', '')} out")
-    options = {name: arguments.pop(name) for name in ("threads", "channel_multiple", "floor")}
+    options = {name: arguments.pop(name) for name in ("threads", "dtype", "channel_multiple", "floor")}
     return api.open_policy(policy, device=arguments["device"] if _typed(context, "device") else None, **options)
 
 
@@ -172,7 +197,7 @@ def devices(context: click.Context, as_json: bool) -> None:
 @click.argument("name")
 @_options("json")
 @click.pass_context
-def check(context: click.Context, name: str, as_json: bool) -> None:
+def check_device(context: click.Context, name: str, as_json: bool) -> None:
     """What is there and what is missing on a device.
 
     \b
@@ -188,22 +213,64 @@ def check(context: click.Context, name: str, as_json: bool) -> None:
 
 
 @cli.command()
-@_options("model", "input", "json")
-def graph(model: str, input_shape: tuple[int, ...] | None, as_json: bool) -> None:
-    """Channel groups, their order and widths; what is frozen, and why.
+@_options("model", "input", "keep", "device", "json")
+def graph(model: str, input_shape: tuple[int, ...] | None, keep: tuple[str, ...], device: str, as_json: bool) -> None:
+    """Channel groups, their order and widths; what is frozen, why, and how much of the latency it locks.
+
+    The latency is predicted from the device's table; without one there is only the share of the MACs.
 
     \b
     amc-hw graph --model torchvision:resnet18
+    amc-hw graph --model torchvision:resnet18 --keep 'layer1.*'
     """
     _print(
-        api.describe_graph(model, input_shape=input_shape),
+        api.describe_graph(model, input_shape=input_shape, keep=keep, device=device),
         as_json,
         lambda r: [
             *(f"{g['width']:>6}  {g['name']} -> {', '.join(g['consumers'])}" for g in r["groups"]),
-            *(f"frozen {f['name']} ({f['width']}): {f['reason']}" for f in r["frozen"]),
+            *(f"frozen {f['name']} ({f['width']}): {f['reason']}{_locked(f)}" for f in r["frozen"]),
             f"{r['macs'] / 1e6:.1f} MMACs, {r['params'] / 1e6:.2f} M parameters (batch-norms folded)",
         ],
     )
+
+
+def _locked(frozen: dict[str, Any]) -> str:
+    text = f"; it is read or written by {frozen['macs_share']:.1%} of the MACs"
+    return text if frozen["latency_share"] is None else f"{text}, {frozen['latency_share']:.1%} of the latency"
+
+
+@cli.command()
+@_options(*SUBJECT, "seed", "checkpoint", *TASK, "json")
+@click.option("--episodes", default=400, show_default=True, type=click.IntRange(1), help="Of the search to come.")
+@click.option("--expect-accuracy", type=float, help="Fail where the unpruned accuracy is not this.")
+@click.pass_context
+def check(context: click.Context, as_json: bool, checkpoint: Path | None, **arguments: Any) -> None:
+    """In a minute what to know before a long run: accuracy, groups, what is frozen, what profile and search will take.
+
+    \b
+    amc-hw check --model resnet56 --checkpoint w.pt --data imagefolder:PATH
+    amc-hw check --model net.py:make --evaluate task.py:score --calibrate task.py:inputs
+    """
+    _no_data_of_ours(context, arguments)
+    task = {name: arguments.pop(name) for name in (*TASK, "episodes", "expect_accuracy", "seed")}
+    checkpoint = api.checkpoint_for(arguments["model"], task["data"], checkpoint)
+    _print(api.check_network(_subject(arguments, checkpoint=checkpoint), **task), as_json, _check_lines)
+
+
+def _check_lines(r: dict[str, Any]) -> list[str]:
+    if r["table"] is None:
+        table = "the device is not here: its table is all there is"
+    elif r["measurements_missing"]:
+        table = f"{r['measurements_missing']} measurements to make, about {r['profile_minutes']:.0f} minutes of profile"
+    else:
+        table = f"{r['table']} has all that a search needs"
+    return [
+        f"accuracy    {r['accuracy']:.4f} unpruned, on held-out data",
+        f"groups      {r['groups']} to prune, {len(r['frozen'])} frozen (amc-hw graph says why)",
+        f"MMACs       {r['macs'] / 1e6:.1f}; {r['smallest_macs'] / 1e6:.1f} with all groups at their smallest",
+        f"table       {table}",
+        f"search      {r['episodes']} episodes of {r['seconds_per_episode']:.1f} s: {r['search_minutes']:.0f} minutes",
+    ]
 
 
 @cli.command()
@@ -466,7 +533,7 @@ def measure(context: click.Context, as_json: bool, seed: int, max_ms: float | No
 
 
 @cli.command()
-@_options(*SUBJECT, "seed", "checkpoint", "data", "dry", "json")
+@_options(*SUBJECT, "seed", "checkpoint", *TASK, "dry", "json")
 @click.option("--latency-ms", type=float, help="Budget: measured milliseconds.")
 @click.option("--latency-ratio", type=float, help="Budget: measured share of the unpruned latency.")
 @click.option("--flops-ratio", type=float, help="Budget: share of the unpruned MACs.")
@@ -477,18 +544,37 @@ def measure(context: click.Context, as_json: bool, seed: int, max_ms: float | No
 @click.option("--episodes", default=400, show_default=True, type=click.IntRange(1))
 @click.option("--slack", default=0.02, show_default=True, help="How far a measurement may exceed the budget.")
 @click.option("--expect-accuracy", type=float, help="Refuse to go on where the unpruned accuracy is not this.")
+@click.option("--from-policy", type=_PATH, help="Go on from a pruned, perhaps fine-tuned network: a policy.json.")
 @click.option("--out", type=_PATH, help="Folder of the run; an interrupted one goes on.")
-def search(as_json: bool, dry_run: bool, out: Path | None, checkpoint: Path | None, **arguments: Any) -> None:
+@click.pass_context
+def search(
+    context: click.Context,
+    as_json: bool,
+    dry_run: bool,
+    out: Path | None,
+    checkpoint: Path | None,
+    from_policy: Path | None,
+    **arguments: Any,
+) -> None:
     """Find a policy under a budget; time the winner.
+
+    With --from-policy the budget is a share of that pruned network's cost, and the policy one of its unpruned network.
 
     \b
     amc-hw search --latency-ratio 0.5
     amc-hw search --device host-litert --model resnet56 --checkpoint w.pt --data imagefolder:PATH --latency-ratio 0.6
     """
+    if from_policy is not None:
+        _of_policy(context, arguments, api.load_policy(from_policy))
+    _no_data_of_ours(context, arguments)
     model, names = arguments["model"], [field.name for field in fields(api.SearchConfig)]
     config = api.SearchConfig(out, **{name: arguments[name] for name in names if name in arguments})
     _ = config.budget, api.load_device(arguments["device"])  # mistakes come before a minute of training
-    subject = _subject(arguments, checkpoint=api.checkpoint_for(model, arguments["data"], checkpoint))
+    if from_policy is None:
+        checkpoint = api.checkpoint_for(model, arguments["data"], checkpoint)
+    elif checkpoint is not None and _typed(context, "checkpoint"):
+        raise UserError("--from-policy has weights of its own: leave --checkpoint out")
+    subject = _subject(arguments, checkpoint=checkpoint, start=from_policy)
     if dry_run:
         _print(
             api.plan_search(subject, config),
@@ -530,6 +616,7 @@ def _search_lines(r: dict[str, Any]) -> list[str]:
 @click.option("--out", type=_PATH, required=True, help="The file to write.")
 @click.option("--data", help="Images to check with; default: those of the search.")
 @click.option("--batch", default=1, show_default=True, type=click.IntRange(1))
+@click.option("--int8", is_flag=True, help="Quantized after training, calibrated on the data.")
 @_options("json")
 @click.pass_context
 def export(context: click.Context, as_json: bool, data: str | None, **arguments: Any) -> None:
@@ -537,13 +624,55 @@ def export(context: click.Context, as_json: bool, data: str | None, **arguments:
 
     \b
     amc-hw export --policy runs/.../policy.json --format onnx --out small.onnx
+    amc-hw export --policy runs/.../policy.json --format tflite --int8 --out small.tflite
     """
     data = data if _typed(context, "data") else None
-    _print(
-        api.export(**arguments, data=data),
-        as_json,
-        lambda r: [f"{r['file']}: {r['bytes']} bytes, outputs within {r['max_abs_diff']:.2g} of PyTorch's"],
-    )
+    _print(api.export(**arguments, data=data), as_json, _export_lines)
+
+
+def _export_lines(r: dict[str, Any]) -> list[str]:
+    line = f"{r['file']}: {r['bytes']} bytes, outputs within {r['max_abs_diff']:.2g} of PyTorch's"
+    if "accuracy" in r:
+        line += f"; accuracy {r['float_accuracy']:.4f} -> {r['accuracy']:.4f} ({r['accuracy_split']})"
+    return [line]
+
+
+@cli.command()
+@click.option("--policy", type=_PATH, required=True, help="A policy.json of a search.")
+@click.option("--data", help="Images with labels; default: those of the search.")
+@click.option(
+    "--checkpoint", type=_PATH, help="Of the unpruned network: reported beside, and the teacher of --distill."
+)
+@click.option("--epochs", default=30, show_default=True, type=click.IntRange(1))
+@click.option("--lr", default=0.05, show_default=True, help="Largest learning rate; a cosine takes it to zero.")
+@click.option("--batch", default=128, show_default=True, type=click.IntRange(2))
+@click.option("--distill", default=0.0, show_default=True, help="Weight of the unpruned network's outputs in the loss.")
+@click.option("--flip/--no-flip", default=False, show_default=True, help="Mirror images at random.")
+@click.option(
+    "--crop", default=0.125, show_default=True, type=click.FloatRange(0, 0.5), help="Shift them by this share."
+)
+@click.option(
+    "--precision", default="no", show_default=True, type=click.Choice(api.PRECISIONS), help="Mixed precision."
+)
+@click.option("--out", type=_PATH, help="Folder of the run; an interrupted one goes on.")
+@_options("seed", "json")
+def finetune(as_json: bool, policy: Path, **arguments: Any) -> None:
+    """Train the pruned network to get accuracy back. Many GPUs: run it under torchrun or `accelerate launch`.
+
+    \b
+    amc-hw finetune --policy runs/.../policy.json --epochs 15
+    amc-hw finetune --policy runs/.../policy.json --flip --distill 0.5 --checkpoint w.pt
+    """
+    result = api.finetune(policy, api.FinetuneConfig(**arguments), progress=_Progress())
+    _print(result, as_json, _finetune_lines)
+
+
+def _finetune_lines(r: dict[str, Any]) -> list[str]:
+    unpruned = "" if r["baseline_accuracy"] is None else f"; unpruned {r['baseline_accuracy']:.4f}"
+    return [
+        f"accuracy    {r['accuracy_before']:.4f} -> {r['accuracy_after']:.4f} ({r['accuracy_split']}{unpruned})",
+        f"policy      {r['policy']}",
+    ]
 
 
 def main() -> None:

@@ -93,11 +93,15 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         info: dict[str, Any] = {"action": self._previous_action, "width": width}
         if step + 1 < len(full):
             return self._observation(), 0.0, False, False, info
-        widths = tuple(self._decided)
+        info |= self.judge(self._decided)
+        return self._observation(), info["reward"], True, False, info
+
+    def judge(self, widths: Sequence[int]) -> dict[str, Any]:
+        """`widths`, on their grids and within the budget or not, with their `cost`, `accuracy` and `reward`."""
+        widths = tuple(widths)
         accuracy = float(self.evaluate(widths))
-        info |= {"widths": widths, "cost": self.model.cost(widths), "accuracy": accuracy}
         reward = self._reward(1.0 - accuracy, self._reward_model.cost(widths))
-        return self._observation(), reward, True, False, info
+        return {"widths": widths, "cost": self.model.cost(widths), "accuracy": accuracy, "reward": reward}
 
     def _observation(self) -> np.ndarray:
         step, full = len(self._decided), self.model.full_widths

@@ -6,18 +6,21 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from amc_hw.errors import FailedError, UserError
 from amc_hw.graph import LayerGraph
 from amc_hw.models.channel_map import ChannelMap
+from amc_hw.refit import Inputs, batches, count_of
 from amc_hw.tracing import batch_norm_affine
 from profilers.files import write_whole
 from profilers.ops import OpGraph
-from profilers.runtimes import load_runtime
+from profilers.runtimes import Runtime, load_runtime
 
 RUNTIME_OF = {"onnx": "onnxruntime", "tflite": "litert"}
 FORMATS = ("torch", *RUNTIME_OF)
@@ -32,12 +35,29 @@ def folded_weights(module: nn.Module, graph: LayerGraph) -> dict[str, dict[str, 
     """
     weights: dict[str, dict[str, np.ndarray]] = {}
     for layer in graph.layers:
-        part = module.get_submodule(layer.module) if layer.module else None
+        if layer.op.kind == "slice":
+            weights[layer.name] = {"start": np.array(layer.start)}
+        elif layer.op.kind == "affine" and layer.parameter:
+            scale = module.get_parameter(str(layer.module)).detach().flatten()
+            weights[layer.name] = {"weight": _float32(scale), "bias": np.zeros(len(scale), np.float32)}
+        part = module.get_submodule(layer.module) if layer.module and not layer.parameter else None
         if isinstance(part, ChannelMap):
             weights[layer.name] = {"index": np.array(part.index, dtype=np.int64)}
-        elif isinstance(part, nn.Conv2d | nn.Linear):
+        elif isinstance(part, nn.BatchNorm2d):
+            scale, shift = batch_norm_affine(part, dtype=torch.float64)
+            weights[layer.name] = {"weight": _float32(scale), "bias": _float32(shift)}
+        elif isinstance(part, nn.LayerNorm):
+            weights[layer.name] = {
+                "weight": _float32(part.weight.detach()),
+                "bias": _float32(part.bias.detach()),
+                "eps": np.array(part.eps, np.float32),
+            }
+        elif isinstance(part, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
             weight = part.weight.detach().double()
-            bias = torch.zeros(len(weight), dtype=torch.float64) if part.bias is None else part.bias.detach().double()
+            if isinstance(part, nn.Linear) and layer.op.kind == "conv":  # on a channels-last image
+                weight = weight[:, :, None, None]
+            count = weight.shape[1 if isinstance(part, nn.ConvTranspose2d) else 0]
+            bias = torch.zeros(count, dtype=torch.float64) if part.bias is None else part.bias.detach().double()
             if layer.batch_norm is not None:
                 scale, offset = batch_norm_affine(module.get_submodule(layer.batch_norm), dtype=torch.float64)
                 bias = bias * scale + offset
@@ -54,11 +74,11 @@ def _float32(tensor: Tensor) -> np.ndarray:
 
 @torch.no_grad()
 def export_network(
-    module: nn.Module, graph: LayerGraph, network: OpGraph, images: Tensor, *, file_format: str, out: Path
-) -> dict[str, object]:
+    module: nn.Module, graph: LayerGraph, network: OpGraph, inputs: Inputs, *, file_format: str, out: Path
+) -> dict[str, Any]:
     """Write `module` to `out` and return `file`, `bytes` and `max_abs_diff` from PyTorch's outputs.
 
-    network: the operators of `graph` at the module's widths and the batch wanted. images: (N, C, H, W), normalised.
+    network: the operators of `graph` at the module's widths and the batch wanted. inputs: (N, C, H, W) or (N, C) each.
     `torch` is a program of torch.export, which loads without this package. Nothing is left at `out` where the
     outputs differ by more than TOLERANCE (FailedError) or the runtime is missing (DeviceError).
     """
@@ -66,10 +86,9 @@ def export_network(
         raise UserError(f"unknown format {file_format!r}; known: {', '.join(FORMATS)}")
     module.eval()
     batch = network.nodes[0].op.batch
-    images = images.repeat(math.ceil(batch / len(images)), 1, 1, 1)
-    chunks = [chunk for chunk in images.split(batch) if len(chunk) == batch]
+    chunks = _whole_batches(inputs, batch)
     data, run = (_as_program if file_format == "torch" else _as_model)(module, graph, network, chunks[0], file_format)
-    expected = [_outputs(module(chunk)) for chunk in chunks]
+    expected = [_outputs(module(*chunk)) for chunk in chunks]
     largest, difference = 1.0, np.float64(0.0)
     for chunk, wanted in zip(chunks, expected, strict=True):
         for found, right in zip(run(chunk), wanted, strict=True):
@@ -77,33 +96,90 @@ def export_network(
             difference = np.maximum(difference, np.abs(found.reshape(right.shape) - right).max())  # keeps a NaN
     if not difference <= TOLERANCE * largest:  # NaN fails this, too
         raise FailedError(f"the {file_format} file's outputs are off by {difference:.3g} (largest {largest:.3g})")
+    return _written(out, data, float(difference))
+
+
+class Running(nn.Module):
+    """A deployed model as a module: what it computes is what its runtime makes of the inputs, `batch` at a time."""
+
+    def __init__(self, runtime: Runtime, model: bytes, batch: int, like: Any) -> None:
+        super().__init__()
+        self.runtime, self.model, self.batch = runtime, model, batch
+        _, self.structure = tree_flatten(like)
+
+    def forward(self, *inputs: Tensor) -> Any:
+        count = len(inputs[0])
+        missing = -count % self.batch
+        padded = [torch.cat([part, part[:1].expand(missing, *part.shape[1:])]) for part in inputs]
+        run = self.runtime.session(self.model)
+        found = [run(*(part.numpy() for part in chunk)) for chunk in batches(padded, self.batch)]
+        outputs = [torch.from_numpy(np.concatenate(parts)[:count]) for parts in zip(*found, strict=True)]
+        return tree_unflatten(outputs, self.structure)
+
+
+@torch.no_grad()
+def export_int8(
+    module: nn.Module, graph: LayerGraph, network: OpGraph, inputs: Inputs, *, file_format: str, out: Path
+) -> tuple[dict[str, Any], Running]:
+    """As `export_network`, quantized to int8 and calibrated on `inputs`; the written model comes back as a module, too.
+
+    `max_abs_diff` from PyTorch's float outputs is reported, and no file is refused for it.
+    """
+    if file_format not in RUNTIME_OF:
+        raise UserError(f"int8 is for {' and '.join(RUNTIME_OF)}, not for {file_format}")
+    module.eval()
+    runtime, batch = load_runtime(RUNTIME_OF[file_format]), network.nodes[0].op.batch
+    chunks = _whole_batches(inputs, batch)
+    model = runtime.build(network, folded_weights(module, graph))
+    data = runtime.quantized(model, [[part.numpy() for part in chunk] for chunk in chunks])
+    running = Running(runtime, data, batch, module(*chunks[0]))
+    pairs = zip(_outputs(running(*chunks[0])), _outputs(module(*chunks[0])), strict=True)
+    difference = max(float(np.abs(found.reshape(right.shape) - right).max()) for found, right in pairs)
+    if not math.isfinite(difference):
+        raise FailedError(f"the int8 {file_format} file's outputs are not finite")
+    return _written(out, data, difference), running
+
+
+def _whole_batches(inputs: Inputs, batch: int) -> list[tuple[Tensor, ...]]:
+    """The inputs, repeated where there are fewer than one batch, in whole batches."""
+    parts, times = (inputs,) if isinstance(inputs, Tensor) else inputs, math.ceil(batch / count_of(inputs))
+    repeated = [part.repeat(times, *[1] * (part.dim() - 1)) for part in parts]
+    return [chunk for chunk in batches(repeated, batch) if len(chunk[0]) == batch]
+
+
+def _written(out: Path, data: bytes, difference: float) -> dict[str, Any]:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FailedError(f"cannot write {out}: {error.strerror}") from error
     write_whole(out, data)
-    return {"file": str(out), "bytes": len(data), "max_abs_diff": float(difference)}
+    return {"file": str(out), "bytes": len(data), "max_abs_diff": difference}
 
 
-_Run = Callable[[Tensor], Sequence[np.ndarray]]
+_Chunk = tuple[Tensor, ...]
+_Run = Callable[[_Chunk], Sequence[np.ndarray]]
 
 
 def _as_model(
-    module: nn.Module, graph: LayerGraph, network: OpGraph, _example: Tensor, file_format: str
+    module: nn.Module, graph: LayerGraph, network: OpGraph, _example: _Chunk, file_format: str
 ) -> tuple[bytes, _Run]:
     runtime = load_runtime(RUNTIME_OF[file_format])
     data = runtime.build(network, folded_weights(module, graph))
-    return data, lambda chunk: runtime.outputs(data, chunk.numpy())
+    run = runtime.session(data)
+    return data, lambda chunk: run(*(value.numpy() for value in chunk))
 
 
 def _as_program(
-    module: nn.Module, _graph: LayerGraph, _network: OpGraph, example: Tensor, _file_format: str
+    module: nn.Module, _graph: LayerGraph, _network: OpGraph, example: _Chunk, _file_format: str
 ) -> tuple[bytes, _Run]:
     buffer = io.BytesIO()
-    torch.export.save(torch.export.export(module, (example,)), buffer)
+    torch.export.save(torch.export.export(module, example), buffer)
     program = torch.export.load(io.BytesIO(buffer.getvalue())).module()
-    return buffer.getvalue(), lambda chunk: _outputs(program(chunk))
+    return buffer.getvalue(), lambda chunk: _outputs(program(*chunk))
 
 
-def _outputs(value: Tensor | Sequence[Tensor]) -> list[np.ndarray]:
-    return [output.numpy() for output in ([value] if isinstance(value, Tensor) else value)]
+def _outputs(value: Any) -> list[np.ndarray]:
+    """The tensors of nested tuples and dictionaries, in order."""
+    if isinstance(value, Tensor):
+        return [value.numpy()]
+    return [array for part in (value.values() if isinstance(value, dict) else value) for array in _outputs(part)]

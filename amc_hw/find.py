@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from amc_hw.data import Splits, load_data
 from amc_hw.env import REWARDS
 from amc_hw.errors import UserError
-from amc_hw.evaluate import REFITS, Evaluator, accuracy, check_expected, check_refit
+from amc_hw.evaluate import REFITS, Evaluator, check_expected, check_refit
 from amc_hw.export import folded_weights
 from amc_hw.policy import Policy
 from amc_hw.pretrain import DEFAULT_DATA
@@ -25,6 +24,7 @@ from amc_hw.resources import (
     Budget,
     Completer,
     CostModel,
+    Grids,
     budget_from,
     check_ratio,
     latency_model,
@@ -33,8 +33,9 @@ from amc_hw.resources import (
     require_feasible,
 )
 from amc_hw.runs import Journal, alone_in, numbered, record_command, save_json, save_weights
-from amc_hw.search.loop import METHODS, Outcome, Problem, Timed, run_search
+from amc_hw.search.loop import CANDIDATES, METHODS, Outcome, Problem, Timed, run_search
 from amc_hw.subject import Subject, read_predictor
+from amc_hw.task import Task, load_task
 from profilers.profile import NETWORK_PLAN, digest
 from profilers.targets import Network
 from profilers.timing import Steady, TimingPlan, ratio_ci95, refuse_noise
@@ -47,10 +48,12 @@ Progress = Callable[[int, int, str], None]  # (done, total, what there is to say
 @dataclass(frozen=True)
 class SearchConfig:
     """One budget, in milliseconds or as a share of the unpruned cost; where the run is kept (None: a folder of its own
-    in `runs`); how long to search."""
+    in `runs`); how long to search. data, evaluate, calibrate: as of `amc_hw.task.load_task`."""
 
     out: Path | None = None
-    data: str = DEFAULT_DATA
+    data: str | None = DEFAULT_DATA
+    evaluate: str | None = None
+    calibrate: str | None = None
     latency_ms: float | None = None
     latency_ratio: float | None = None
     flops_ratio: float | None = None
@@ -91,6 +94,13 @@ def time_apart(subject: Subject, networks: Sequence[Network], *, rounds: int = 2
     for samples in found:
         refuse_noise(samples, subject.device.noise_pct)
     return found
+
+
+def search_time(evaluator: Evaluator, grids: Grids, episodes: int, loading_s: float) -> dict[str, float]:
+    """What a search would take: seconds of an episode, and minutes in all, the candidates' final refits included."""
+    each, candidate = evaluator.seconds([grid[len(grid) // 2] for grid in grids])
+    total = loading_s + each * episodes + candidate * (CANDIDATES + 2)  # two uniform policies take part
+    return {"seconds_per_episode": each, "minutes": total / 60}
 
 
 class _Search:
@@ -156,7 +166,7 @@ class _Search:
         return self._refitted[widths]
 
     def finish(self, widths: Sequence[int]) -> float:
-        return self.evaluator.final_accuracy(self.refitted(tuple(widths)))
+        return self.evaluator.task.final_score(self.refitted(tuple(widths)))
 
     def confirm(self, widths: tuple[int, ...]) -> tuple[list[float], list[float]]:
         network = self.network(widths, self.refitted(widths))
@@ -166,17 +176,23 @@ class _Search:
         return pruned, baseline
 
     def run(self) -> dict[str, Any]:
-        start, config = time.monotonic(), self.config
+        start = time.monotonic()
         costs, budget = self._costs_and_budget()
         if (enough := self._met_already(budget)) is not None:
             return enough | {"seconds": time.monotonic() - start}
         if budget is not None:
             require_feasible(Completer(costs), budget)
-        splits = load_data(config.data, input_shape=self.model.input_shape)
+        task = self._task()
         with alone_in(self.out):
-            return self._run(costs, budget, splits, start)
+            return self._run(costs, budget, task, start)
 
-    def _run(self, costs: CostModel, budget: Budget | None, splits: Splits, start: float) -> dict[str, Any]:
+    def _task(self) -> Task:
+        config = self.config
+        return load_task(
+            self.model, data=config.data, evaluate=config.evaluate, calibrate=config.calibrate, seed=config.seed
+        )
+
+    def _run(self, costs: CostModel, budget: Budget | None, task: Task, start: float) -> dict[str, Any]:
         config = self.config
         journal = Journal(self.out / "metrics.jsonl", self._header())
         record_command(self.out)
@@ -184,11 +200,15 @@ class _Search:
         if all(path.exists() for path in (finished, self.out / POLICY, self.out / Policy.weights)):
             result: dict[str, Any] = json.loads(finished.read_text())
             return result
-        self.evaluator = Evaluator(self.model, self.graph, splits, seed=config.seed, refit=config.refit)
-        unpruned = accuracy(self.model.module, *self.evaluator.val)
-        self.progress(0, config.episodes, f"unpruned accuracy {unpruned:.4f} on held-out training images")
+        self.evaluator = Evaluator(self.model, self.graph, task, seed=config.seed, refit=config.refit)
+        unpruned = task.score(self.model.module)
+        what = "score" if task.split == "evaluate" else "accuracy"
+        where = f"of {config.evaluate}" if config.evaluate else "on held-out training images"
+        self.progress(0, config.episodes, f"unpruned {what} {unpruned:.4f} {where}")
         check_expected(unpruned, config.expect_accuracy)
         unit = REWARDS[config.reward][0]
+        if unit is not None and not 0 <= unpruned <= 1:
+            raise UserError(f"--reward {config.reward} needs scores from 0 to 1, {config.evaluate} gives {unpruned:g}")
         problem = Problem(
             self.graph,
             costs,
@@ -224,16 +244,12 @@ class _Search:
         if budget is not None:
             require_feasible(Completer(costs), budget)
         start = time.monotonic()
-        splits = load_data(self.config.data, input_shape=self.model.input_shape)
-        self.evaluator = Evaluator(self.model, self.graph, splits, seed=self.config.seed, refit=self.config.refit)
-        loaded = time.monotonic()
-        self.evaluator.val_accuracy([grid[len(grid) // 2] for grid in self.subject.grids])
-        each = time.monotonic() - loaded
+        self.evaluator = Evaluator(self.model, self.graph, self._task(), seed=self.config.seed, refit=self.config.refit)
+        loaded = time.monotonic() - start
         return {
             "groups": len(self.graph.groups),
             "episodes": self.config.episodes,
-            "seconds_per_episode": each,
-            "minutes": (loaded - start + each * self.config.episodes) / 60,
+            **search_time(self.evaluator, self.subject.grids, self.config.episodes, loaded),
         }
 
     def _header(self) -> dict[str, Any]:
@@ -243,6 +259,9 @@ class _Search:
             "model": self.model.spec,
             "checkpoint_sha256": self.model.checkpoint_sha256,
             "data": config.data,
+            "evaluate": config.evaluate,
+            "calibrate": config.calibrate,
+            "keep": list(self.subject.keep),
             "device": self.subject.device.name,
             "threads": self.subject.device.threads,
             "budget": None if self.given is None else list(self.given),
@@ -293,15 +312,21 @@ class _Search:
     def _kept(self, outcome: Outcome) -> dict[str, Any]:
         """Write the winner's policy and weights; what is reported of it, the test split read once."""
         module = self.refitted(outcome.widths)
-        test, baseline = self.evaluator.test_accuracy([module, self.model.module])
-        groups, kept = self.graph.groups, self.evaluator.kept(outcome.widths)
+        test, baseline = self.evaluator.task.test_scores([module, self.model.module])
+        kept, keep = self.evaluator.kept(outcome.widths), self.subject.keep
+        if (base := self.subject.base) is not None:  # channels of the network that was unpruned at first
+            kept = {name: np.array(base.kept[name])[channels] for name, channels in kept.items()}
+            kept, keep = {name: np.array(channels) for name, channels in base.kept.items()} | kept, base.keep
         policy = Policy(
             model=self.model.spec,
             input_shape=self.model.input_shape,
             mean=self.model.mean,
             std=self.model.std,
             data=self.config.data,
-            widths={group.name: width for group, width in zip(groups, outcome.widths, strict=True)},
+            evaluate=self.config.evaluate,
+            calibrate=self.config.calibrate,
+            keep=keep,
+            widths={name: len(channels) for name, channels in kept.items()},
             kept={name: [int(channel) for channel in channels] for name, channels in kept.items()},
             checkpoint_sha256=self.model.checkpoint_sha256,
             device=self.subject.device.name,
@@ -316,7 +341,7 @@ class _Search:
             "policy": str(self.out / POLICY),
             "accuracy": test,
             "baseline_accuracy": baseline,
-            "accuracy_split": "test",
+            "accuracy_split": self.evaluator.task.split,
             "predicted_ms": self.predictor.predict(network),
             "error_pct": self.predictor.error_pct,
             "measured_ms": pruned_ms,

@@ -1,27 +1,23 @@
 """A trained network as operators in execution order, and as groups of channels that must stay alike.
 
-Operators come from torch.fx; which tensors share channels comes from Torch-Pruning's `DependencyGraph`.
-Where the two disagree about a coupling, the group is frozen rather than guessed at.
+Operators come from torch.fx; which tensors share channels follows from them, channel by channel (`_Couplings`).
+What cannot be pruned is frozen, with the reason.
 """
 
 from __future__ import annotations
 
-import copy
 import fnmatch
-import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import torch
-import torch_pruning as tp
-from torch import nn
+from torch import Tensor, nn
 
 from amc_hw.errors import UserError
-from amc_hw.models.channel_map import ChannelMap
-from amc_hw.tracing import TracedOp, eval_mode, trace_ops
-from profilers.ops import OpGraph, OpNode, OpSpec
+from amc_hw.tracing import TracedOp, TracedOps, eval_mode, trace_ops
+from profilers.ops import PRODUCER_KINDS, OpGraph, OpNode, OpSpec
 
 
 @dataclass(frozen=True)
@@ -53,7 +49,8 @@ class Layer:
 
     name: the module's dotted name, or a name made from the operation where there is no module.
     module, batch_norm: dotted names of the modules that hold the weights, None where there are none.
-    inputs: names of earlier layers, or OpGraph.INPUT. sources: channels of every input.
+    inputs: names of earlier layers, or of the network's inputs. sources: channels of every input.
+    start: the first channel of a slice. parameter: `module` names a parameter.
     """
 
     name: str
@@ -63,6 +60,8 @@ class Layer:
     out: Channels
     module: str | None = None
     batch_norm: str | None = None
+    start: int = 0
+    parameter: bool = False
 
     @property
     def groups(self) -> tuple[int, ...]:
@@ -126,6 +125,7 @@ class LayerGraph:
     frozen: tuple[FrozenGroup, ...]
     input_shape: tuple[int, int, int]
     outputs: tuple[str, ...]
+    more_inputs: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     @property
     def full_widths(self) -> tuple[int, ...]:
@@ -138,7 +138,7 @@ class LayerGraph:
         """The network's operators at `widths` (default: full), ready to be built and timed."""
         widths = self.full_widths if widths is None else self.checked(widths)
         nodes = tuple(OpNode(layer.name, replace(layer.at(widths), batch=batch), layer.inputs) for layer in self.layers)
-        return OpGraph(nodes, self.input_shape, self.outputs)
+        return OpGraph(nodes, self.input_shape, self.outputs, self.more_inputs)
 
     def macs(self, widths: Sequence[int] | None = None) -> int:
         return self.op_graph(widths).macs
@@ -182,166 +182,198 @@ def width_grid(full: int, *, multiple: int = 8, floor: float = 0.2) -> tuple[int
     return tuple(width for width in range(step, full, step) if width >= floor * full - 1e-9) + (full,)
 
 
-def build_graph(module: nn.Module, input_shape: tuple[int, int, int], *, keep: Sequence[str] = ()) -> LayerGraph:
+def build_graph(
+    module: nn.Module,
+    input_shape: tuple[int, int, int],
+    *,
+    examples: Sequence[Tensor] | None = None,
+    keep: Sequence[str] = (),
+) -> LayerGraph:
     """Trace `module` on one image of `input_shape` (C, H, W) and find its channel groups.
 
+    examples: a tensor with a batch of 1 for every input, where there are several.
     keep: shell patterns of module names whose groups stay at full width.
-    Raises UserError where the network cannot be traced or holds an operator that is not understood.
+    Raises UserError where the network cannot be traced or holds an operator that is not understood, and where a
+    pattern of `keep` fits no module.
     """
-    example = torch.zeros(1, *input_shape)
+    examples = [torch.zeros(1, *input_shape)] if examples is None else examples
     with eval_mode(module):
-        traced = trace_ops(module, example)
-    found = _coupled_groups(module, example, traced)
-    reasons = _freeze_reasons(found, traced, keep)
-    groups = tuple(group for group in found if group.name not in reasons)
-    frozen = tuple(
-        FrozenGroup(group.name, group.width, reasons[group.name], tuple(member.module for member in group.members))
-        for group in found
-        if group.name in reasons
-    )
-    while True:
-        layers, conflict = _layers(traced, groups)
-        if conflict is None:
-            break
-        bad, reason = conflict
-        frozen += tuple(
-            FrozenGroup(group.name, group.width, reason, tuple(member.module for member in group.members))
-            for group in groups
-            if group.name in bad
+        traced = trace_ops(module, *examples)
+    names = [name for name, _ in module.named_modules()]
+    for pattern in keep:
+        if not fnmatch.filter(names, pattern):
+            raise UserError(f"--keep {pattern!r} fits no module; some are {', '.join(names[1:6])}")
+    couplings = _Couplings(traced)
+    groups, frozen = couplings.groups(keep)
+    layers = tuple(
+        Layer(
+            op.name,
+            op.op,
+            op.inputs,
+            tuple(couplings.channels(couplings.labels[source], groups) for source in op.inputs),
+            couplings.channels(couplings.labels[op.name], groups),
+            op.module,
+            op.batch_norm,
+            op.start,
+            op.parameter,
         )
-        groups = tuple(group for group in groups if group.name not in bad)
-    outputs = tuple(traced.outputs)
-    return LayerGraph(layers, groups, frozen, input_shape, outputs)
+        for op in traced.ops
+    )
+    more = tuple((name, shape) for name, shape in traced.input_shapes.items() if name != OpGraph.INPUT)
+    return LayerGraph(layers, groups, frozen, input_shape, traced.outputs, more)
 
 
-def _with_convolutions_for_maps(module: nn.Module) -> nn.Module:
-    """A copy in which every `ChannelMap` is a 1x1 convolution: to the dependency graph it reads one group of
-    channels and makes another, as a convolution does."""
-    copied = copy.deepcopy(module)
-    for name, child in list(copied.named_modules()):
-        if isinstance(child, ChannelMap):
-            parent = copied.get_submodule(name.rpartition(".")[0])
-            convolution = nn.Conv2d(child.in_channels, child.out_channels, 1, stride=child.stride, bias=False)
-            setattr(parent, name.rpartition(".")[2], convolution)
-    return copied
+class _Couplings:
+    """Which channels stay or go together.
 
+    Every channel of every tensor gets a label. A layer with weights gives its outputs new ones, everything else
+    passes on those that it reads; an addition unites the labels of its two sides. A producer's labels, once united,
+    name its group. A label that something ties to what cannot be pruned is fixed, with the reason.
+    """
 
-def _coupled_groups(module: nn.Module, example: torch.Tensor, traced: Any) -> list[ChannelGroup]:
-    """Every channel group of the network, in the order of its first producer."""
-    stand_in = _with_convolutions_for_maps(module).eval()
-    for parameter in stand_in.parameters():
-        parameter.requires_grad_(True)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            dependencies = tp.DependencyGraph().build_dependency(stand_in, example_inputs=example)
-    except Exception as error:  # a tracer can fail in any way; what it says is the best there is to say
-        raise UserError(f"the channels of this network cannot be traced: {type(error).__name__}: {error}") from error
-    names = {child: name for name, child in stand_in.named_modules()}
-    order = {op.module: index for index, op in enumerate(traced.ops) if op.module}
-    seen: set[str] = set()
-    groups: list[ChannelGroup] = []
-    for op in traced.ops:
-        if op.module is None or op.module in seen or op.op.kind not in ("conv", "linear", "channel_map"):
-            continue
-        producer = stand_in.get_submodule(op.module)
-        assert isinstance(producer, nn.Conv2d | nn.Linear)
-        linear = isinstance(producer, nn.Linear)
-        width = int(producer.weight.shape[0])
-        prune = tp.prune_linear_out_channels if linear else tp.prune_conv_out_channels
-        try:
-            coupled = dependencies.get_pruning_group(producer, prune, list(range(width)))
-        except ValueError:  # a layer that leads nowhere is not in the dependency graph
-            groups.append(ChannelGroup(op.module, width, (Member(op.module, "producer", np.arange(width)),)))
-            continue
-        members = _members(dependencies, coupled, names)
-        members.sort(key=lambda member: (order.get(member.module, len(order)), member.role))
-        seen.update(member.module for member in members if member.role == "producer")
-        groups.append(ChannelGroup(op.module, width, tuple(members)))
-    return groups
+    def __init__(self, traced: TracedOps) -> None:
+        self.traced = traced
+        self._parent = np.empty(0, dtype=np.int64)
+        self._fixed: dict[int, str] = {}  # label -> why it cannot be pruned
+        self.labels: dict[str, np.ndarray] = {}  # tensor -> label of every channel
+        self._producers: dict[str, np.ndarray] = {}  # module -> labels of its outputs
+        self._readers: dict[tuple[str, str], np.ndarray] = {}  # (module, "through" or "consumer") -> labels
+        self._group_of: dict[int, int] = {}  # label -> index of its group, once `groups` has found them
+        for name, shape in traced.input_shapes.items():
+            self.labels[name] = self._new(shape[0])
+            self._fix(self.labels[name], "network input")
+        for op in traced.ops:
+            self.labels[op.name] = self._visit(op)
+        for name in traced.outputs:
+            self._fix(self.labels[name], "network output")
 
+    def _new(self, count: int) -> np.ndarray:
+        first = len(self._parent)
+        self._parent = np.concatenate([self._parent, np.arange(first, first + count)])
+        return np.arange(first, first + count)
 
-def _members(dependencies: Any, group: Any, names: Mapping[nn.Module, str]) -> list[Member]:
-    positions: dict[tuple[str, str], list[tuple[int, int]]] = {}
-    sizes: dict[tuple[str, str], int] = {}
-    for item in group:
-        target = item.dep.target.module
-        if target not in names:
-            continue  # an element-wise operation: no weights of its own
-        out = dependencies.is_out_channel_pruning_fn(item.dep.handler)
-        if isinstance(target, nn.Conv2d) and target.groups > 1 and target.groups == target.in_channels:
-            role, size = "through", target.out_channels
-        elif isinstance(target, nn.Conv2d):
-            role, size = ("producer", target.out_channels) if out else ("consumer", target.in_channels)
-        elif isinstance(target, nn.Linear):
-            role, size = ("producer", target.out_features) if out else ("consumer", target.in_features)
+    def _fix(self, labels: np.ndarray, reason: str) -> None:
+        for label in labels.tolist():
+            self._fixed.setdefault(label, reason)
+
+    def _find(self, labels: np.ndarray) -> np.ndarray:
+        """The label that stands for each."""
+        found = self._parent[labels]
+        while (further := self._parent[found]).tolist() != found.tolist():
+            found = further
+        self._parent[labels] = found
+        return found
+
+    def _unite(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        """Tie channels pairwise; one pair may already be tied through another."""
+        for one, other in zip(first.tolist(), second.tolist(), strict=True):
+            a, b = sorted(int(self._find(np.array([label]))[0]) for label in (one, other))
+            self._parent[b] = a
+        return first
+
+    def _visit(self, op: TracedOp) -> np.ndarray:
+        """Labels of the operator's output."""
+        kind, first = op.op.kind, self.labels[op.inputs[0]]
+        if kind in PRODUCER_KINDS:
+            assert op.module is not None
+            out = self._producers.get(op.module)
+            if out is None:
+                out = self._producers[op.module] = self._new(op.op.out_channels)
+            self._reads(op.module, "consumer", first)
+            if op.op.groups > 1:
+                for labels in (first, out):
+                    self._fix(labels, f"grouped convolution {op.module}")
+        elif kind == "concat":
+            out = np.concatenate([self.labels[source] for source in op.inputs])
+        elif kind == "flatten":
+            out = np.repeat(first, op.op.height * op.op.width)
+        elif kind in ("slice", "shuffle"):
+            out = first[op.start : op.start + op.op.out_channels] if kind == "slice" else first
+            self._fix(first, f"split or shuffled at {op.name}")
         else:
-            role, size = "through", getattr(target, "num_features", 0)
-        key = (names[target], role)
-        sizes[key] = size
-        positions.setdefault(key, []).extend(zip(item.idxs, item.root_idxs, strict=True))
-    members = []
-    for (module, role), pairs in positions.items():
-        channel_of = np.full(max(sizes[module, role], max(index for index, _ in pairs) + 1), -1)
-        for index, root in pairs:
-            channel_of[index] = root
-        members.append(Member(module, role, channel_of))
-    return members
+            out = first
+            for source in op.inputs[1:]:
+                out = self._unite(out, self.labels[source])
+            if kind == "layer_norm":
+                self._fix(out, f"normalised together at {op.name}")
+            elif kind == "affine" and op.parameter:
+                self._fix(out, f"scaled by the parameter {op.module}")
+        for module in (op.module if kind not in PRODUCER_KINDS else None, op.batch_norm):
+            if module is not None:
+                self._reads(module, "through", out)
+        return out
 
+    def _reads(self, module: str, role: str, labels: np.ndarray) -> None:
+        """A module reads these channels; where it is called twice, both calls read the same."""
+        before = self._readers.setdefault((module, role), labels)
+        if before is not labels:
+            self._unite(before, labels)
 
-def _freeze_reasons(groups: Sequence[ChannelGroup], traced: Any, keep: Sequence[str]) -> dict[str, str]:
-    """Group name -> why it cannot be pruned."""
-    by_module = {op.module: op for op in traced.ops if op.module}
-    reasons: dict[str, str] = {}
-    for group in groups:
-        modules = {member.module for member in group.members}
-        if not traced.output_modules.isdisjoint(group.modules("producer")):
-            reasons[group.name] = "network output"
-        elif not group.modules("consumer"):
-            reasons[group.name] = "nothing reads these channels through a weight"
-        elif any(fnmatch.fnmatch(module, pattern) for module in modules for pattern in keep):
-            reasons[group.name] = "kept by request"
-        else:
-            for member in group.members:
-                op = by_module.get(member.module)
-                if op is not None and op.op.kind == "conv" and op.op.groups > 1:
-                    reasons[group.name] = f"grouped convolution {member.module}"
-                elif member.role != "consumer" and (member.channel_of < 0).any():
-                    reasons[group.name] = f"only part of {member.module}'s channels belong to it"
-    return reasons
+    def groups(self, keep: Sequence[str]) -> tuple[tuple[ChannelGroup, ...], tuple[FrozenGroup, ...]]:
+        """The groups that can be pruned, and the others."""
+        order = {op.module: index for index, op in reversed(list(enumerate(self.traced.ops))) if op.module}
+        fixed: dict[int, str] = {}
+        for label, reason in self._fixed.items():
+            root = int(self._find(np.array([label]))[0])
+            if reason == "network output" or root not in fixed:
+                fixed[root] = reason
+        found: list[ChannelGroup] = []
+        frozen: list[FrozenGroup] = []
+        for producers in self._tied():
+            name, roots = producers[0], self._find(self._producers[producers[0]])
+            index = {root: channel for channel, root in enumerate(roots.tolist())}
+            members = [Member(module, "producer", np.arange(len(roots))) for module in producers]
+            for (module, role), labels in self._readers.items():
+                of = np.array([index.get(root, -1) for root in self._find(labels).tolist()])
+                if (of >= 0).any():
+                    members.append(Member(module, role, of))
+            members.sort(key=lambda member: (order.get(member.module, len(order)), member.role))
+            why = self._reason(producers, members, fixed, keep)
+            if why is None:
+                self._group_of |= dict.fromkeys(index, len(found))
+                found.append(ChannelGroup(name, len(roots), tuple(members)))
+            else:
+                frozen.append(FrozenGroup(name, len(roots), why, tuple(member.module for member in members)))
+        return tuple(found), tuple(frozen)
 
+    def _reason(
+        self, producers: Sequence[str], members: Sequence[Member], fixed: Mapping[int, str], keep: Sequence[str]
+    ) -> str | None:
+        """Why a group cannot be pruned; None where it can."""
+        roots = [self._find(self._producers[module]).tolist() for module in producers]
+        for root in (root for each in roots for root in each):
+            if root in fixed:
+                return "added to the network's input" if fixed[root] == "network input" else fixed[root]
+        if not any(member.role == "consumer" for member in members):
+            return "nothing reads these channels through a weight"
+        if any(fnmatch.fnmatch(member.module, pattern) for member in members for pattern in keep):
+            return "kept by request"
+        if any(each != roots[0] for each in roots) or len(set(roots[0])) < len(roots[0]):
+            return f"tied only in part to {producers[-1]}"
+        return None
 
-def _layers(traced: Any, groups: Sequence[ChannelGroup]) -> tuple[tuple[Layer, ...], tuple[set[str], str] | None]:
-    """Layers with the channels of every tensor, or the names of groups whose coupling is not understood, and why."""
-    index_of = {module: i for i, group in enumerate(groups) for module in group.modules("producer")}
-    channels: dict[str, Channels] = {OpGraph.INPUT: Channels(traced.input_channels)}
-    from_input = {OpGraph.INPUT}  # tensors whose channels are the input's: the dependency graph overlooks them
-    layers = []
-    for op in traced.ops:
-        sources = tuple(channels[name] for name in op.inputs)
-        touched = {groups[group].name for part in sources for group, _ in part.terms}
-        if op.op.kind in ("conv", "linear", "channel_map"):
-            group = index_of.get(op.module)
-            out = Channels(op.op.out_channels) if group is None else Channels(0, ((group, 1),))
-            readers = {i for i, g in enumerate(groups) if op.module in g.modules("consumer")}
-            if readers != {group for group, _ in sources[0].terms}:
-                names = touched | {groups[i].name for i in readers}
-                return (), (names, f"unsupported coupling at {op.name}")
-        elif op.op.kind == "concat":
-            if touched and not from_input.isdisjoint(op.inputs):
-                return (), (touched, f"concatenated with the network's input at {op.name}")
-            out = Channels.joined(sources)
-        elif op.op.kind == "flatten":
-            out = sources[0].times(op.op.height * op.op.width)
-        elif op.op.kind in ("add", "mul") and len(set(sources)) > 1:
-            return (), (touched, f"unsupported coupling at {op.name}")
-        else:
-            out = sources[0]
-        if op.op.kind not in ("conv", "linear", "channel_map") and from_input.issuperset(op.inputs):
-            from_input.add(op.name)
-        channels[op.name] = out
-        layers.append(Layer(op.name, op.op, op.inputs, sources, out, op.module, op.batch_norm))
-    return tuple(layers), None
+    def _tied(self) -> list[list[str]]:
+        """Producers that share a channel, in network order."""
+        sets: list[tuple[list[str], set[int]]] = []
+        for module, labels in self._producers.items():
+            roots = set(self._find(labels).tolist())
+            touching = [one for one in sets if one[1] & roots]
+            for one in touching[1:]:
+                touching[0][0].extend(one[0])
+                touching[0][1].update(one[1])
+                sets.remove(one)
+            if touching:
+                touching[0][0].append(module)
+                touching[0][1].update(roots)
+            else:
+                sets.append(([module], roots))
+        return [producers for producers, _ in sets]
+
+    def channels(self, labels: np.ndarray, groups: Sequence[ChannelGroup]) -> Channels:
+        """How many channels a tensor with these labels has."""
+        counts = Counter(self._group_of.get(root, -1) for root in self._find(labels).tolist())
+        terms = tuple((group, counts[group] // groups[group].width) for group in sorted(counts) if group >= 0)
+        return Channels(counts[-1], terms)
 
 
 __all__ = [

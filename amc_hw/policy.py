@@ -17,20 +17,24 @@ SCHEMA_VERSION = 1
 class Policy:
     """widths and kept: by group name; kept are channel indices, ascending. weights: file beside the policy.
 
-    mean, std: what images in [0, 1] are normalised by. data: where the network's images come from.
+    mean, std: what images in [0, 1] are normalised by. data: where the network's images come from, None where
+    evaluate and calibrate, functions of the user's own, do without. keep: patterns of modules left at full width.
     """
 
     model: str
     input_shape: tuple[int, int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    data: str
+    data: str | None
     widths: dict[str, int]
     kept: dict[str, list[int]]
     checkpoint_sha256: str | None
     device: str
     dtype: str
     weights: str = "pruned.pt"
+    evaluate: str | None = None
+    calibrate: str | None = None
+    keep: tuple[str, ...] = ()
 
     def save(self, path: Path) -> None:
         save_json(path, {"schema_version": SCHEMA_VERSION, **asdict(self)})
@@ -43,10 +47,12 @@ def load_policy(path: Path) -> Policy:
             raise ValueError("it holds no object")
         if data.pop("schema_version") != SCHEMA_VERSION:
             raise UserError(f"{path}: not of schema version {SCHEMA_VERSION}")
-        found = Policy(**data | {name: tuple(data[name]) for name in ("input_shape", "mean", "std")})
-        texts = (found.model, found.data, found.device, found.dtype, found.weights)
-        if not all(isinstance(text, str) for text in texts):
-            raise ValueError("model, data, device, dtype and weights must be strings")
+        tuples = {name: tuple(data[name]) for name in ("input_shape", "mean", "std")}
+        found = Policy(**data | tuples | {"keep": tuple(data.get("keep", ()))})
+        if not all(isinstance(text, str) for text in (found.model, found.device, found.dtype, found.weights)):
+            raise ValueError("model, device, dtype and weights must be strings")
+        if not all(isinstance(text, str | None) for text in (found.data, found.evaluate, found.calibrate)):
+            raise ValueError("data, evaluate and calibrate must be strings or null")
         if {name: len(channels) for name, channels in found.kept.items()} != found.widths:
             raise ValueError("widths are not the numbers of channels kept")
         return found

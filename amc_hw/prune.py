@@ -40,7 +40,7 @@ def channel_magnitudes(module: nn.Module, graph: LayerGraph) -> dict[str, np.nda
             reader = module.get_submodule(member.module)
             if member.role != "consumer" or isinstance(reader, ChannelMap):
                 continue
-            weight = plain_weight(reader, member.module)  # (out, in) or (out, in, kh, kw)
+            weight = oriented_weight(reader, member.module)  # (out, in) or (out, in, kh, kw)
             per_position = weight.abs().transpose(0, 1).flatten(1).sum(1, dtype=torch.float64).cpu().numpy()
             mine = member.channel_of >= 0
             np.add.at(total, member.channel_of[mine], per_position[mine])
@@ -112,7 +112,7 @@ def mask_channels(module: nn.Module, graph: LayerGraph, kept: Kept) -> nn.Module
             index = [i if i in stays else -1 for i in reader.index]
             masked.set_submodule(name, _map_like(reader, index, reader.in_channels))
         else:
-            weight = plain_weight(reader, name)
+            weight = oriented_weight(reader, name)
             removed = torch.ones(weight.shape[1], dtype=torch.bool)
             removed[torch.from_numpy(axes.into)] = False
             weight[:, removed.to(weight.device)] = 0
@@ -142,10 +142,11 @@ def slice_channels(module: nn.Module, graph: LayerGraph, kept: Kept) -> nn.Modul
             if owners[id(tensor)] > 1:
                 raise UserError(f"{name}.{key} is shared with another layer: such a network cannot be pruned")
             sliced = tensor.detach()
+            turned = key == "weight" and isinstance(part, nn.ConvTranspose2d)
             if axes.into is not None and key == "weight":
-                sliced = sliced.index_select(1, _index(axes.into, tensor))
+                sliced = sliced.index_select(0 if turned else 1, _index(axes.into, tensor))
             if axes.out is not None:
-                sliced = sliced.index_select(0, _index(axes.out, tensor))
+                sliced = sliced.index_select(1 if turned else 0, _index(axes.out, tensor))
             elif axes.into is None or key != "weight":
                 continue
             parameter = isinstance(tensor, nn.Parameter)
@@ -171,7 +172,7 @@ def _sliced_attributes(part: nn.Module, name: str, axes: KeptAxes) -> dict[str, 
         sizes = {"num_features": out}
     elif isinstance(part, nn.Linear):
         sizes = {"in_features": into, "out_features": out}
-    elif isinstance(part, nn.Conv2d) and part.groups == 1:
+    elif isinstance(part, nn.Conv2d | nn.ConvTranspose2d) and part.groups == 1:
         sizes = {"in_channels": into, "out_channels": out}
     elif isinstance(part, nn.Conv2d) and part.groups == part.in_channels == part.out_channels:
         sizes = {"in_channels": out, "out_channels": out, "groups": out}
@@ -200,6 +201,12 @@ def plain_weight(part: nn.Module, name: str) -> Tensor:
     if weight is None:
         raise UserError(f"{name}: its weight is not a plain parameter; remove the parametrization before pruning")
     return weight.detach()
+
+
+def oriented_weight(part: nn.Module, name: str) -> Tensor:
+    """As `plain_weight`, outputs first: a transposed convolution's is turned round."""
+    weight = plain_weight(part, name)
+    return weight.transpose(0, 1) if isinstance(part, nn.ConvTranspose2d) else weight
 
 
 def _index(positions: np.ndarray, like: Tensor) -> Tensor:

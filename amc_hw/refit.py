@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import operator
 import warnings
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,8 @@ class Gram:
 
 
 Grams = dict[str, Gram]
+#: What a network reads: one tensor (N, ...), or one for every input.
+Inputs = Tensor | Sequence[Tensor]
 
 #: A layer with more inputs than this, kernel included, has a covariance too large to gather and to solve.
 MAX_GRAM = 8192
@@ -40,11 +43,11 @@ UNBOUNDED = (-math.inf, math.inf)
 
 @torch.no_grad()
 def gather_grams(
-    module: nn.Module, graph: LayerGraph, images: Tensor, *, rows: int = 30_000, seed: int = 0, batch: int = 250
+    module: nn.Module, graph: LayerGraph, images: Inputs, *, rows: int = 30_000, seed: int = 0, batch: int = 250
 ) -> Grams:
     """Mean and covariance of the input patches of every consumer layer of the unpruned network.
 
-    images: (N, C, H, W), normalised. About `rows` patches per layer, at random positions of every image. Layers with
+    images: normalised. About `rows` patches per layer, at random positions of every image. Layers with
     more than MAX_GRAM inputs are left out, with a warning: only the faithful refit reaches them.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -53,7 +56,7 @@ def gather_grams(
     def read(name: str) -> Callable[..., None]:
         def hook(layer: nn.Module, args: tuple[Tensor]) -> None:
             (x,) = args
-            patches = _patches(layer, x, _sample(layer, x, math.ceil(rows / len(images)), generator))
+            patches = _patches(layer, x, _sample(layer, x, math.ceil(rows / count_of(images)), generator))
             if name not in sums:
                 zero = torch.zeros(patches.shape[1], dtype=torch.float64)
                 sums[name] = [patches.mean(0), zero, torch.outer(zero, zero), 0]
@@ -72,8 +75,8 @@ def gather_grams(
         warnings.warn(f"too many inputs for the fast refit, which leaves out {', '.join(large)}", stacklevel=2)
     handles = [layer.register_forward_pre_hook(read(name)) for name, layer in readers.items() if name not in large]
     with eval_mode(module):
-        for chunk in images.split(batch):
-            module(chunk)
+        for chunk in batches(images, batch):
+            module(*chunk)
     for handle in handles:
         handle.remove()
     return {
@@ -118,7 +121,7 @@ def refit_faithful(
     module: nn.Module,
     graph: LayerGraph,
     kept: Kept,
-    images: Tensor,
+    images: Inputs,
     *,
     rows_per_layer: int = 30_000,
     ridge: float = 1e-4,
@@ -126,18 +129,21 @@ def refit_faithful(
 ) -> None:
     """Refit layer by layer, in network order, on the sliced network's own inputs; writes into `sliced`.
 
-    Both networks run in lock-step over `images` (N, C, H, W). A layer's target is what the unpruned network has at
+    Both networks run in lock-step over `images`. A layer's target is what the unpruned network has at
     the same positions after the batch-norm, the shortcut's error included, so that the sum matches (He et al., ICCV
     2017, section 3.2). Where a rectifier follows, an output only has to lie on the right side of its bend (Zhang et
     al., TPAMI 2016, section 2.2): solved by a few rounds in which such targets follow the prediction.
+    A layer that is called at several places keeps its weights: a refit for one would spoil the others.
     """
     axes = kept_axes(graph, kept)
     generator = torch.Generator().manual_seed(seed)
     with eval_mode(module), eval_mode(sliced):
         run = _Lockstep(module, sliced, images)
+        calls = Counter(node.target for node in run.nodes if node.op == "call_module")
         for node in run.nodes:
             run.unpruned(node)
-            layer = sliced.get_submodule(str(node.target)) if node.op == "call_module" else None
+            once = node.op == "call_module" and calls[node.target] == 1
+            layer = sliced.get_submodule(str(node.target)) if once else None
             if layer is not None and _refittable(layer) and run.differs(node.all_input_nodes[0]):
                 out = axes.get(str(node.target), KeptAxes()).out
                 channels = None if out is None else torch.from_numpy(out)
@@ -154,17 +160,16 @@ class _Lockstep:
 
     CHUNK = 250  # images: few enough that the allocator reuses the memory of a layer's values
 
-    def __init__(self, module: nn.Module, sliced: nn.Module, images: Tensor) -> None:
+    def __init__(self, module: nn.Module, sliced: nn.Module, images: Inputs) -> None:
         self.module, self.sliced = module, sliced
         self._first, self._second = fx.Interpreter(trace_fx(module)), fx.Interpreter(trace_fx(sliced))
         nodes = list(self._first.graph.nodes)
         self._twin = dict(zip(nodes, self._second.graph.nodes, strict=True))
         self._last_reader = {source: node for node in nodes for source in node.all_input_nodes}
         self.nodes = [node for node in nodes if node.op not in ("placeholder", "output")]
-        (source,) = (node for node in nodes if node.op == "placeholder")
-        self.chunks: list[tuple[dict[fx.Node, Any], dict[fx.Node, Any]]] = [
-            ({source: chunk}, {source: chunk}) for chunk in images.split(self.CHUNK)
-        ]
+        sources = [node for node in nodes if node.op == "placeholder"]
+        chunks = [dict(zip(sources, chunk, strict=True)) for chunk in batches(images, self.CHUNK)]
+        self.chunks: list[tuple[dict[fx.Node, Any], dict[fx.Node, Any]]] = [(chunk, chunk.copy()) for chunk in chunks]
 
     def differs(self, node: fx.Node) -> bool:
         return any(a[node].shape != b[node].shape or not torch.equal(a[node], b[node]) for a, b in self.chunks)
@@ -221,12 +226,13 @@ def _fit(
     for chunk in run.chunks:
         positions = _sample(layer, chunk[1][source], per_image, generator)
         patches = _patches(layer, chunk[1][source], positions)
-        goal = _rows(chunk[0][node], positions, out) * scale + offset
+        goal = _rows(chunk[0][node], positions, out, last=isinstance(layer, nn.Linear)) * scale + offset
         now = F.linear(patches, weight, layer.bias if isinstance(layer.bias, Tensor) else None) * scale + offset
         if follow.shortcut is not None:
             wanted, present = run.both(follow.shortcut, chunk)
-            goal += _rows(wanted, positions, out)
-            now += _rows(present, positions, None)
+            last = isinstance(layer, nn.Linear)
+            goal += _rows(wanted, positions, out, last=last)
+            now += _rows(present, positions, None, last=last)
         parts.append((patches, goal, now))
     patches, goal, now = (torch.cat(values) for values in zip(*parts, strict=True))  # (R, K), (R, O), (R, O)
     del parts
@@ -276,6 +282,11 @@ def _follow(node: fx.Node, run: _Lockstep) -> _Follow:
         part = run.module.get_submodule(str(user.target)) if user.op == "call_module" else None
         if isinstance(part, nn.BatchNorm2d) and batch_norm is None and shortcut is None:
             batch_norm = str(user.target)
+            act = getattr(part, "act", None)  # of a class that has its activation inside
+            if isinstance(act, nn.ReLU | nn.ReLU6):
+                return _Follow(batch_norm, shortcut, (0.0, 6.0 if isinstance(act, nn.ReLU6) else math.inf))
+            if act is not None and not isinstance(act, nn.Identity):
+                break
         elif user.target in (operator.add, operator.iadd, torch.add) and shortcut is None:
             others = [source for source in user.all_input_nodes if source is not current]
             if len(others) != 1 or not run.can_be_read(others[0]):
@@ -342,9 +353,9 @@ def _out_size(layer: Any, x: Tensor) -> tuple[int, int]:
 
 def _sample(layer: nn.Module, x: Tensor, per_image: int, generator: torch.Generator) -> Tensor | None:
     """Output positions to look at, (N, P) flat indices; None for a layer without positions."""
-    if isinstance(layer, nn.Linear):
+    if isinstance(layer, nn.Linear) and x.dim() == 2:
         return None
-    height, width = _out_size(layer, x)
+    height, width = x.shape[1:3] if isinstance(layer, nn.Linear) else _out_size(layer, x)
     if per_image >= height * width:
         return torch.arange(height * width).expand(len(x), -1)
     return torch.randint(height * width, (len(x), per_image), generator=generator)
@@ -353,7 +364,9 @@ def _sample(layer: nn.Module, x: Tensor, per_image: int, generator: torch.Genera
 def _patches(layer: Any, x: Tensor, positions: Tensor | None) -> Tensor:
     """Input patches at output positions: (N * P, C * kh * kw), in the order of the flattened weight."""
     if positions is None:
-        return x.flatten(0, -2)
+        return x
+    if isinstance(layer, nn.Linear):
+        return _at(x.flatten(1, 2), positions)
     _, width = _out_size(layer, x)
     (kh, kw), (sh, sw), (dh, dw), (ph, pw) = layer.kernel_size, layer.stride, layer.dilation, layer.padding
     x = F.pad(x, (pw, pw, ph, ph))
@@ -365,20 +378,34 @@ def _patches(layer: Any, x: Tensor, positions: Tensor | None) -> Tensor:
     return pixels.view(-1, kh * kw, c).transpose(1, 2).reshape(-1, c * kh * kw)
 
 
-def _rows(value: Tensor, positions: Tensor | None, channels: Tensor | None) -> Tensor:
-    """Outputs at positions, (N * P, O), of the given channels."""
+def _rows(value: Tensor, positions: Tensor | None, channels: Tensor | None, *, last: bool = False) -> Tensor:
+    """Outputs at positions, (N * P, O), of the given channels; last: those are the last axis of an image."""
     if channels is not None:
-        value = value.index_select(1, channels)
+        value = value.index_select(-1 if last else 1, channels)
     if positions is None:
-        return value.flatten(0, -2)
-    n, c, h, w = value.shape
-    index = (torch.arange(n) * h * w)[:, None] + positions
-    return value.permute(0, 2, 3, 1).reshape(-1, c).index_select(0, index.flatten())
+        return value
+    return _at((value if last else value.permute(0, 2, 3, 1)).flatten(1, 2), positions)
+
+
+def _at(value: Tensor, positions: Tensor) -> Tensor:
+    """Rows of `value` (N, H * W, C) at `positions` (N, P): (N * P, C)."""
+    index = (torch.arange(len(value)) * value.shape[1])[:, None] + positions
+    return value.reshape(-1, value.shape[-1]).index_select(0, index.flatten())
+
+
+def batches(inputs: Inputs, size: int) -> Iterator[tuple[Tensor, ...]]:
+    """`size` images at a time, a tensor for every input of the network."""
+    parts = (inputs,) if isinstance(inputs, Tensor) else inputs
+    return zip(*(part.split(size) for part in parts), strict=True)
+
+
+def count_of(inputs: Inputs) -> int:
+    return len(inputs if isinstance(inputs, Tensor) else inputs[0])
 
 
 @torch.no_grad()
-def reestimate_batch_norm(module: nn.Module, images: Tensor, *, batch: int = 128) -> None:
-    """Batch-norm statistics as the plain average over `images` (N, C, H, W); everything else stays in eval mode."""
+def reestimate_batch_norm(module: nn.Module, images: Inputs, *, batch: int = 128) -> None:
+    """Batch-norm statistics as the plain average over `images`; everything else stays in eval mode."""
     norms = [part for part in module.modules() if isinstance(part, nn.BatchNorm2d) and part.track_running_stats]
     momenta = [norm.momentum for norm in norms]
     with eval_mode(module):
@@ -386,7 +413,7 @@ def reestimate_batch_norm(module: nn.Module, images: Tensor, *, batch: int = 128
             norm.reset_running_stats()
             norm.momentum = None
             norm.train()
-        for chunk in images.split(batch):
-            module(chunk)
+        for chunk in batches(images, batch):
+            module(*chunk)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

@@ -11,6 +11,7 @@ Nothing is escaped: a path holds no `?`, an option's value no `&`.
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -173,6 +174,16 @@ def call_factory(spec: Spec, *, kind: str, known: Iterable[str]) -> Any:
         raise
     except Exception as exc:
         raise UserError(f"{spec.name}:{spec.path} raised {one_line(exc)}") from exc
+
+
+def load_function(spec: Spec, *, kind: str) -> Callable[..., Any]:
+    """The function that a `file.py:function` or `package.module:function` spec names, its options filled in.
+
+    Raises UserError as `call_factory` does where it is missing.
+    """
+    found = _resolve(spec, kind=kind, known=())
+    options = guess_options(spec)
+    return functools.partial(found, **options) if options else found
 
 
 def _resolve(spec: Spec, *, kind: str, known: Iterable[str]) -> Callable[..., Any]:

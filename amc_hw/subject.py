@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+import torch
+from torch import nn
+
 from amc_hw.errors import TableError, UserError
 from amc_hw.graph import LayerGraph, build_graph, width_grid
 from amc_hw.models import LoadedModel, load_model
+from amc_hw.policy import Policy, load_policy
+from amc_hw.prune import slice_channels
 from amc_hw.resources import Grids
+from amc_hw.specs import one_line
 from profilers.device import DeviceConfig, load_device, search_folders
 from profilers.multiple import channel_multiple as detect_multiple
 from profilers.ops import OpGraph
@@ -24,7 +32,8 @@ USUAL_MULTIPLE = 8  #: where neither a flag nor the device's configuration nor i
 
 @dataclass(frozen=True)
 class Subject:
-    """A network on a device. grids: the widths that every group may take, ascending; floor: the smallest fraction."""
+    """A network on a device. grids: the widths that every group may take, ascending; floor: the smallest fraction;
+    keep: patterns of the modules that stay at full width; base: the policy that the network was pruned by before."""
 
     model: LoadedModel
     graph: LayerGraph
@@ -32,6 +41,8 @@ class Subject:
     target: Target
     grids: Grids
     floor: float
+    keep: tuple[str, ...] = ()
+    base: Policy | None = None
 
     def job(self, *, seed: int = 0, way: str = "auto") -> ProfileJob:
         """What its table should hold: widths on and off the channel multiple. way: of `profilers.profile.WAYS`."""
@@ -45,11 +56,47 @@ class Subject:
 
 
 def load_graph(
-    model: str, *, input_shape: Sequence[int] | None = None, checkpoint: Path | None = None
+    model: str,
+    *,
+    input_shape: Sequence[int] | None = None,
+    checkpoint: Path | None = None,
+    keep: Sequence[str] = (),
 ) -> tuple[LoadedModel, LayerGraph]:
     """A model given by its spec, and its channel groups and operators."""
     loaded = load_model(model, input_shape=input_shape, checkpoint=checkpoint)
-    return loaded, build_graph(loaded.module, loaded.input_shape)
+    return loaded, build_graph(loaded.module, loaded.input_shape, examples=loaded.example_inputs, keep=keep)
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """The network of a policy: the unpruned one, its graph, and the pruned module with its weights, in eval mode."""
+
+    policy: Policy
+    model: LoadedModel
+    graph: LayerGraph
+    module: nn.Module
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return tuple(self.policy.widths[group.name] for group in self.graph.groups)
+
+
+def open_pruned(path: Path) -> Pruned:
+    """The network of a `policy.json` and the weights beside it; UserError where they do not fit each other."""
+    found = load_policy(path)
+    model, graph = load_graph(found.model, input_shape=found.input_shape, keep=found.keep)
+    try:
+        kept = {name: np.array(channels) for name, channels in found.kept.items()}
+        module = slice_channels(model.module, graph, kept)
+        graph.checked([found.widths[group.name] for group in graph.groups])
+    except (ValueError, KeyError, UserError) as error:
+        raise UserError(f"{path} does not fit {found.model}: {error}") from None
+    weights = path.parent / found.weights
+    try:
+        module.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    except Exception as error:  # unpickling an arbitrary file fails in arbitrary ways
+        raise UserError(f"cannot load the weights {weights}: {one_line(error)}") from None
+    return Pruned(found, model, graph, module.eval())
 
 
 def open_subject(
@@ -61,21 +108,37 @@ def open_subject(
     channel_multiple: int | None = None,
     floor: float = 0.2,
     threads: int | None = None,
+    keep: Sequence[str] = (),
+    dtype: str | None = None,
+    start: Path | None = None,
 ) -> Subject:
-    """A network with at least one group to prune, on a device; UserError or DeviceError where there is none."""
+    """A network with at least one group to prune, on a device; UserError or DeviceError where there is none.
+
+    start: a policy whose pruned network takes the place of the model's.
+    """
     config = load_device(device)
     if threads is not None:
         config = replace(config, threads=threads)
+    if dtype is not None:
+        config = replace(config, dtype=dtype)
     if not 0 < floor <= 1:
         raise UserError(f"--floor {floor} must be above 0 and at most 1")
-    loaded, graph = load_graph(model, input_shape=input_shape, checkpoint=checkpoint)
+    if start is None:
+        base: Pruned | None = None
+        loaded, graph = load_graph(model, input_shape=input_shape, checkpoint=checkpoint, keep=keep)
+    else:
+        base = open_pruned(start)
+        keep = (*base.policy.keep, *keep)
+        digest = hashlib.sha256((start.parent / base.policy.weights).read_bytes()).hexdigest()
+        loaded = replace(base.model, module=base.module, checkpoint_sha256=digest)
+        graph = build_graph(base.module, loaded.input_shape, examples=loaded.example_inputs, keep=keep)
     if not graph.groups:
         reasons = "; ".join(f"{frozen.name}: {frozen.reason}" for frozen in graph.frozen)
         raise UserError(f"{model} has no prunable layer ({reasons})")
     target = open_target(config)
     multiple = channel_multiple or config.channel_multiple or _detected_multiple(config, target) or USUAL_MULTIPLE
     grids = tuple(width_grid(group.width, multiple=multiple, floor=floor) for group in graph.groups)
-    return Subject(loaded, graph, config, target, grids, floor)
+    return Subject(loaded, graph, config, target, grids, floor, tuple(keep), base.policy if base else None)
 
 
 def _detected_multiple(config: DeviceConfig, target: Target) -> int | None:

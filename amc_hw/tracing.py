@@ -1,9 +1,16 @@
-"""torch.fx -> operators in execution order: batch-norms folded into the layer before, activations fused."""
+"""torch.fx -> operators in execution order: batch-norms folded into the layer before, activations fused.
+
+A tensor may be channels-first (N, C, H, W), a vector (N, C), or, between two permutations, channels-last (N, H, W, C):
+there a linear layer is a convolution of one pixel.
+"""
 
 from __future__ import annotations
 
+import inspect
+import itertools
+import math
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,9 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
+from torchvision.ops import Permute, stochastic_depth
 
 from amc_hw.errors import UnsupportedOperatorError, UserError
 from amc_hw.models.channel_map import ChannelMap
+from amc_hw.specs import one_line
 from profilers.ops import OpGraph, OpSpec
 
 ACTIVATION_MODULES: dict[type[nn.Module], str] = {
@@ -24,6 +33,7 @@ ACTIVATION_MODULES: dict[type[nn.Module], str] = {
     nn.Hardsigmoid: "hardsigmoid",
     nn.Sigmoid: "sigmoid",
     nn.SiLU: "silu",
+    nn.GELU: "gelu",
 }
 ACTIVATION_FUNCTIONS: dict[Any, str] = {
     F.relu: "relu",
@@ -34,51 +44,85 @@ ACTIVATION_FUNCTIONS: dict[Any, str] = {
     torch.sigmoid: "sigmoid",
     F.sigmoid: "sigmoid",
     F.silu: "silu",
+    F.gelu: "gelu",
     "relu": "relu",
     "relu_": "relu",
     "sigmoid": "sigmoid",
 }
 IDENTITY_MODULES = (nn.Identity, nn.Dropout, nn.Dropout2d)
-IDENTITY_FUNCTIONS: tuple[Any, ...] = (F.dropout, F.dropout2d, "contiguous", "clone")
-SHAPE_CALLS: tuple[Any, ...] = ("size", getattr, operator.getitem)
+IDENTITY_FUNCTIONS: tuple[Any, ...] = (F.dropout, F.dropout2d, stochastic_depth, "contiguous", "clone", "detach")
+#: What is computed of sizes alone makes no tensor.
+SHAPE_CALLS: tuple[Any, ...] = ("size", "dim", getattr, operator.getitem)
+ARITHMETIC: tuple[Any, ...] = (operator.add, operator.sub, operator.mul, operator.floordiv, operator.truediv)
 FLATTEN_CALLS: tuple[Any, ...] = (torch.flatten, "flatten", "view", "reshape", torch.reshape)
 POOL_FUNCTIONS: dict[Any, str] = {F.max_pool2d: "max_pool", F.avg_pool2d: "avg_pool"}
+CHANNELS_LAST, CHANNELS_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
 
 
 @dataclass(frozen=True)
 class TracedOp:
-    """An operator with the modules it came from; `inputs` are names of earlier ones or OpGraph.INPUT."""
+    """An operator with the modules it came from; `inputs` are names of earlier ones or of the network's inputs.
+
+    module: dotted name of the module that holds the weights, or of a `parameter` that no module of its own holds.
+    start: a slice's first channel.
+    """
 
     name: str
     op: OpSpec
     inputs: tuple[str, ...]
     module: str | None = None
     batch_norm: str | None = None
+    start: int = 0
+    parameter: bool = False
 
 
 @dataclass(frozen=True)
 class TracedOps:
+    """input_shapes: (C, H, W) or (C,) by name, `OpGraph.INPUT` first."""
+
     ops: tuple[TracedOp, ...]
     outputs: tuple[str, ...]
-    output_modules: frozenset[str]
-    input_channels: int
+    input_shapes: dict[str, tuple[int, ...]]
 
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        return isinstance(module, ChannelMap) or super().is_leaf_module(module, qualified_name)
+        leaves = ChannelMap | nn.BatchNorm2d | nn.LayerNorm | nn.Linear | Permute  # classes derived of them, too
+        return isinstance(module, leaves) or super().is_leaf_module(module, qualified_name)
 
 
 def trace_fx(module: nn.Module) -> fx.GraphModule:
-    """The fx graph of a module in eval mode, `ChannelMap`s as leaves; UserError where torch.fx cannot trace it."""
+    """The fx graph of a module in eval mode; UserError where torch.fx cannot trace it.
+
+    Arguments of forward() that have a default keep it.
+    """
+    parameters = inspect.signature(module.forward).parameters.values()
+    if needed := [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]:
+        name = type(module).__name__
+        raise UserError(f"forward() of {name} needs the keyword argument {needed[0]!r}: give a factory that wraps it")
+    constants = {p.name: p.default for p in parameters if p.default is not p.empty}
     try:
-        return fx.GraphModule(module, _Tracer().trace(module))
+        graph = _Tracer().trace(module, constants or None)
+        _drop_constants(graph, constants)
+        return fx.GraphModule(module, graph)
     except Exception as error:  # tracing runs the user's forward: anything can be raised
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = one_line(error)
         raise UserError(
-            f"{type(module).__name__} cannot be traced by torch.fx ({reason}): "
-            "move data-dependent control flow out of forward()"
+            f"{type(module).__name__} cannot be traced by torch.fx ({reason}): give a factory that returns a module "
+            "whose forward() takes tensors only, by position, and does not branch on their values"
         ) from error
+
+
+def _drop_constants(graph: fx.Graph, constants: Mapping[str, Any]) -> None:
+    """Without the inputs that are constants, and what torch.fx adds to check that they are."""
+    names = {node: str(node.target) for node in graph.nodes if node.op == "placeholder"}
+    doomed = {node for node, name in names.items() if name in constants or name.rpartition("_")[0] in constants}
+    for node in graph.nodes:
+        if node.all_input_nodes and doomed.issuperset(node.all_input_nodes):
+            doomed.add(node)
+    for node in reversed(list(graph.nodes)):
+        if node in doomed:
+            graph.erase_node(node)
 
 
 @contextmanager
@@ -102,17 +146,16 @@ def batch_norm_affine(norm: nn.Module, *, dtype: torch.dtype = torch.float32) ->
     return scale, shift - scale * norm.running_mean
 
 
-def trace_ops(module: nn.Module, example: torch.Tensor) -> TracedOps:
-    """The operators of `module` for an `example` input (N, C, H, W), in execution order."""
+def trace_ops(module: nn.Module, *examples: torch.Tensor) -> TracedOps:
+    """The operators of `module` for example inputs, (N, C, H, W) or (N, C) each, in execution order."""
     graph_module = trace_fx(module)
     try:
         with torch.no_grad():
-            ShapeProp(graph_module).propagate(example)
+            ShapeProp(graph_module).propagate(*examples)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        name, shape = type(module).__name__, tuple(example.shape)
-        raise UserError(f"{name} fails on an input of shape {shape}: {reason}") from error
-    return _Lowering(graph_module).run()
+        name, shapes = type(module).__name__, " and ".join(str(tuple(example.shape)) for example in examples)
+        raise UserError(f"{name} fails on an input of shape {shapes}: {one_line(error)}") from error
+    return _Lowering(graph_module, len(examples)).run()
 
 
 def _shape(node: fx.Node) -> tuple[int, ...] | None:
@@ -128,130 +171,148 @@ def _pair(value: Any) -> tuple[int, int]:
 class _Lowering:
     """Walks the fx graph once, emitting fused operators."""
 
-    def __init__(self, graph_module: fx.GraphModule) -> None:
+    def __init__(self, graph_module: fx.GraphModule, examples: int) -> None:
+        self.root = graph_module
         self.modules = dict(graph_module.named_modules())
-        self.graph = graph_module.graph
+        self.graph, self.examples = graph_module.graph, examples
         self.ops: dict[str, TracedOp] = {}
         self.value: dict[fx.Node, str] = {}  # fx node -> name of the operator whose output it is
-        self.sole_reader: dict[str, bool] = {}
+        self.last: set[fx.Node] = set()  # nodes whose tensors are channels-last
+        self.apart: dict[fx.Node, tuple[fx.Node, int, bool]] = {}  # (N, G, C/G, H, W): source, G, whether swapped
+        self.parameters: dict[fx.Node, str] = {}
         self.outputs: list[str] = []
-        self.input_channels = 0
+        self.input_shapes: dict[str, tuple[int, ...]] = {}
 
     def run(self) -> TracedOps:
         for node in self.graph.nodes:
             self._visit(node)
-        producing = frozenset(op.module for op in self._ancestors_without_weights(self.outputs) if op.module)
-        return TracedOps(tuple(self.ops.values()), tuple(self.outputs), producing, self.input_channels)
-
-    def _ancestors_without_weights(self, names: list[str]) -> list[TracedOp]:
-        """Operators whose channels reach an output with no weight in between."""
-        found, queue = [], list(names)
-        while queue:
-            op = self.ops.get(queue.pop())
-            if op is None:
-                continue
-            found.append(op)
-            if op.op.kind not in ("conv", "linear", "channel_map"):
-                queue.extend(op.inputs)
-        return found
+        return TracedOps(tuple(self.ops.values()), tuple(self.outputs), self.input_shapes)
 
     def _visit(self, node: fx.Node) -> None:
         if node.op == "placeholder":
-            shape = _shape(node)
-            if self.input_channels or shape is None or len(shape) != 4:
-                raise UserError(f"the network's input {node.name!r} is not one (N, C, H, W) tensor")
-            self.input_channels = shape[1]
-            self.value[node] = OpGraph.INPUT
+            self._input(node)
         elif node.op == "output":
             self._outputs(node.args[0])
         elif node.op == "call_module":
             self._module(node, self.modules[str(node.target)])
         elif node.op in ("call_function", "call_method"):
             self._function(node)
+        elif node.op == "get_attr":
+            self.parameters[node] = str(node.target)
         else:
             raise self._unsupported(node)
 
+    def _input(self, node: fx.Node) -> None:
+        shape = _shape(node)
+        if shape is None and len(self.input_shapes) >= self.examples:
+            return  # an argument that keeps its default
+        first = not self.input_shapes
+        if shape is None or len(shape) not in ((4,) if first else (2, 4)):
+            kind = "one (N, C, H, W) tensor" if first else "an (N, C, H, W) or (N, C) tensor"
+            raise UserError(f"the network's input {node.name!r} is not {kind}")
+        name = OpGraph.INPUT if first else node.name
+        self.input_shapes[name] = shape[1:]
+        self.value[node] = name
+
     def _outputs(self, value: Any) -> None:
-        if not isinstance(value, fx.Node):
-            raise UnsupportedOperatorError("the network returns something other than one tensor")
-        self.outputs.append(self.value[value])
+        if isinstance(value, tuple | list):
+            for part in value:
+                self._outputs(part)
+        elif isinstance(value, dict):
+            self._outputs(list(value.values()))
+        elif not isinstance(value, fx.Node):
+            raise UnsupportedOperatorError(f"the network returns {value!r}: only tensors, also in tuples or dicts")
+        elif value not in self.value or value in self.last:
+            raise UnsupportedOperatorError(f"the network's output {value.name} is not an image or a vector of channels")
+        elif self.value[value] in (*self.outputs, *self.input_shapes):
+            raise UnsupportedOperatorError(f"the network returns {self.value[value]} twice, or an input of its own")
+        else:
+            self.outputs.append(self.value[value])
 
     def _module(self, node: fx.Node, module: nn.Module) -> None:
         name = str(node.target)
-        if name in self.ops:
-            raise UnsupportedOperatorError(f"module {name} is called twice: give every call a module of its own")
-        if isinstance(module, nn.Conv2d):
-            if module.padding_mode != "zeros" or isinstance(module.padding, str):
-                raise UnsupportedOperatorError(f"{name}: only numeric zero padding is supported")
-            depthwise = module.groups > 1 and module.groups == module.in_channels == module.out_channels
-            self._emit(
-                node,
-                "depthwise_conv" if depthwise else "conv",
-                out_channels=module.out_channels,
-                kernel=_pair(module.kernel_size),
-                stride=_pair(module.stride),
-                padding=_pair(module.padding),
-                dilation=_pair(module.dilation),
-                groups=module.groups,
-                name=name,
-                module=name,
-            )
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            self._convolution(node, module, name)
         elif isinstance(module, nn.Linear):
-            self._emit(node, "linear", out_channels=module.out_features, name=name, module=name)
+            self._emit(node, "linear", out_channels=module.out_features, module=name)
         elif isinstance(module, ChannelMap):
-            stride = _pair(module.stride)
-            self._emit(node, "channel_map", out_channels=module.out_channels, stride=stride, name=name, module=name)
+            self._emit(node, "channel_map", out_channels=module.out_channels, stride=_pair(module.stride), module=name)
         elif isinstance(module, nn.BatchNorm2d):
-            if module.running_mean is None:
-                raise UnsupportedOperatorError(f"{name}: a batch-norm without running statistics cannot be folded")
-            self._batch_norm(node, name)
+            self._batch_norm(node, module, name)
+        elif isinstance(module, nn.LayerNorm):
+            self._layer_norm(node, module, name)
         elif type(module) in ACTIVATION_MODULES:
+            if isinstance(module, nn.GELU) and module.approximate != "none":
+                raise self._unsupported(node)
             self._activation(node, ACTIVATION_MODULES[type(module)])
         elif isinstance(module, IDENTITY_MODULES):
-            self.value[node] = self.value[node.all_input_nodes[0]]
+            self._same(node)
         elif isinstance(module, nn.MaxPool2d | nn.AvgPool2d):
             kind = "max_pool" if isinstance(module, nn.MaxPool2d) else "avg_pool"
-            if module.ceil_mode:
-                raise UnsupportedOperatorError(f"{name}: pooling with ceil_mode is not supported")
-            self._pool(node, kind, module.kernel_size, module.stride, module.padding)
+            if getattr(module, "dilation", 1) not in (1, (1, 1)) or getattr(module, "divisor_override", None):
+                raise self._unsupported(node)
+            if isinstance(module, nn.AvgPool2d) and module.padding and not module.count_include_pad:
+                raise UnsupportedOperatorError(f"{name}: pooling that leaves its padding out is not supported")
+            self._pool(node, kind, module.kernel_size, module.stride, module.padding, ceil=module.ceil_mode)
         elif isinstance(module, nn.AdaptiveAvgPool2d):
             self._adaptive_pool(node)
         elif isinstance(module, nn.Flatten):
             self._flatten(node)
+        elif isinstance(module, nn.Upsample):
+            self._upsample(node, module.mode, module.align_corners)
+        elif isinstance(module, nn.ChannelShuffle):
+            self._emit(node, "shuffle", groups=module.groups)
+        elif isinstance(module, Permute):
+            self._permute(node, tuple(module.dims))
         else:
             raise self._unsupported(node)
 
     def _function(self, node: fx.Node) -> None:
         target = node.target
-        if target in SHAPE_CALLS and _shape(node) is None:
-            return  # sizes, read by a view below
-        if target in ACTIVATION_FUNCTIONS:
+        if self._of_sizes(node):
+            return
+        if node.all_input_nodes and node.all_input_nodes[0] in self.apart:
+            self._shuffled(node)
+        elif target in ACTIVATION_FUNCTIONS:
+            if target is F.gelu and node.kwargs.get("approximate", "none") != "none":
+                raise self._unsupported(node)
             self._activation(node, ACTIVATION_FUNCTIONS[target])
         elif target in IDENTITY_FUNCTIONS:
-            self.value[node] = self.value[node.all_input_nodes[0]]
+            self._same(node)
         elif target in (operator.add, operator.iadd, torch.add, "add", "add_"):
             self._binary(node, "add")
         elif target in (operator.mul, operator.imul, torch.mul, "mul", "mul_"):
             self._binary(node, "mul")
         elif target in (torch.cat, torch.concat):
             self._concat(node)
+        elif target in (torch.chunk, "chunk", torch.split, "split"):
+            if node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0) not in (1, -3):
+                raise self._unsupported(node)
+            self.value[node] = self.value[node.all_input_nodes[0]]  # a tuple: its parts are taken by getitem
+        elif target is operator.getitem:
+            self._getitem(node)
         elif target in (F.adaptive_avg_pool2d,):
             self._adaptive_pool(node)
         elif target in (torch.mean, "mean"):
             before, after = _shape(node.all_input_nodes[0]), _shape(node)
-            if before is None or after is None or len(before) != 4 or after != before[:2]:
+            if before is None or after is None or len(before) != 4 or after not in (before[:2], (*before[:2], 1, 1)):
                 raise self._unsupported(node)
             self._emit(node, "global_avg_pool")
         elif target in FLATTEN_CALLS:
             self._flatten(node)
+        elif target in (torch.permute, "permute"):
+            dims = node.args[1:] if len(node.args) > 2 else node.args[1]
+            self._permute(node, tuple(dims))  # type: ignore[arg-type]
+        elif target is F.interpolate:
+            self._upsample(node, node.kwargs.get("mode", "nearest"), node.kwargs.get("align_corners"))
         elif target in POOL_FUNCTIONS:
-            arguments = dict(zip(("input", "kernel_size", "stride", "padding"), node.args, strict=False), **node.kwargs)
-            if arguments.get("ceil_mode"):
-                raise UnsupportedOperatorError(f"{node.name}: pooling with ceil_mode is not supported")
-            kernel, padding = arguments["kernel_size"], arguments.get("padding", 0)
-            self._pool(node, POOL_FUNCTIONS[target], kernel, arguments.get("stride") or kernel, padding)
+            self._pool_function(node)
         else:
             raise self._unsupported(node)
+
+    def _of_sizes(self, node: fx.Node) -> bool:
+        """Whether a call computes sizes, or something of sizes, and no tensor of channels."""
+        return node.target in (*SHAPE_CALLS, *ARITHMETIC) and _shape(node) is None
 
     def _unsupported(self, node: fx.Node) -> UnsupportedOperatorError:
         what: Any = node.target
@@ -261,80 +322,270 @@ class _Lowering:
             what = getattr(what, "__name__", what)
         return UnsupportedOperatorError(f"operator {what} is not supported: it has no operator kind to be timed as")
 
-    def _emit(self, node: fx.Node, kind: str, *, name: str = "", **sizes: Any) -> None:
-        module = sizes.pop("module", None)
-        sources = [source for source in node.all_input_nodes if source in self.value]
-        shapes = [_shape(source) for source in sources]
-        first = shapes[0]
-        assert first is not None
-        height, width = (first[2], first[3]) if len(first) == 4 else (1, 1)
-        channels = tuple(shape[1] for shape in shapes if shape is not None)
-        out = sizes.pop("out_channels", channels[0])
-        op = OpSpec(kind, channels, height, width, out, **sizes)
-        name = name or node.name
-        self.ops[name] = TracedOp(name, op, tuple(self.value[source] for source in sources), module)
+    def _emit(self, node: fx.Node, kind: str, *, sources: Sequence[fx.Node] | None = None, **sizes: Any) -> None:
+        """One operator that reads `sources` (default: all that the node reads), named after its module or its node."""
+        module, start, parameter = sizes.pop("module", None), sizes.pop("start", 0), sizes.pop("parameter", False)
+        if sources is None:
+            sources = [source for source in node.all_input_nodes if source in self.value]
+        channels, height, width = self._image(sources[0])
+        if sources[0] in self.last:
+            self.last.add(node)
+            kind = "conv" if kind == "linear" else kind
+        all_channels = tuple(self._image(source)[0] for source in sources)
+        out = sizes.pop("out_channels", channels)
+        op = OpSpec(kind, all_channels, height, width, out, **sizes)
+        name = module if module is not None and module not in self.ops else node.name
+        if name in self.ops or name in self.input_shapes:  # a module called twice, or a node named like a module
+            name = next(f"{name}.{n}" for n in itertools.count(2) if f"{name}.{n}" not in self.ops)
+        inputs = tuple(self.value[source] for source in sources)
+        self.ops[name] = TracedOp(name, op, inputs, module, start=start, parameter=parameter)
         self.value[node] = name
+
+    def _image(self, node: fx.Node) -> tuple[int, int, int]:
+        """(C, H, W) of a node's tensor; H = W = 1 for a vector."""
+        shape = _shape(node)
+        if shape is None or len(shape) not in (2, 4):
+            raise UnsupportedOperatorError(f"{node.name} is not an image or a vector of channels, but {shape}")
+        if len(shape) == 2:
+            return shape[1], 1, 1
+        return (shape[3], shape[1], shape[2]) if node in self.last else (shape[1], shape[2], shape[3])
+
+    def _same(self, node: fx.Node) -> None:
+        """The node's value is that of what it reads."""
+        source = node.all_input_nodes[0]
+        self.value[node] = self.value[source]
+        if source in self.last:
+            self.last.add(node)
 
     def _only_reader(self, node: fx.Node) -> str | None:
         """The operator before `node`, if nothing else reads its output."""
         source = node.all_input_nodes[0]
         name = self.value[source]
-        return name if name in self.ops and len(source.users) == 1 else None
+        while name in self.ops and len(source.users) == 1:
+            if not self._passes(source):
+                return name
+            source = source.all_input_nodes[0]
+        return None
 
-    def _batch_norm(self, node: fx.Node, name: str) -> None:
+    def _passes(self, node: fx.Node) -> bool:
+        """Whether a node has no operator of its own: its value is that of what it reads."""
+        sources = [source for source in node.all_input_nodes if source in self.value]
+        return len(sources) == 1 and self.value.get(sources[0]) == self.value[node]
+
+    def _convolution(self, node: fx.Node, module: nn.Conv2d | nn.ConvTranspose2d, name: str) -> None:
+        if module.padding_mode != "zeros" or isinstance(module.padding, str):
+            raise UnsupportedOperatorError(f"{name}: only numeric zero padding is supported")
+        kind, groups = "conv", module.groups
+        if isinstance(module, nn.ConvTranspose2d):
+            kind = "conv_transpose"
+            if groups > 1 or any(module.output_padding):
+                raise UnsupportedOperatorError(f"{name}: a transposed convolution with groups or output padding")
+        elif groups > 1 and groups == module.in_channels == module.out_channels:
+            kind = "depthwise_conv"
+        self._emit(
+            node,
+            kind,
+            out_channels=module.out_channels,
+            kernel=_pair(module.kernel_size),
+            stride=_pair(module.stride),
+            padding=_pair(module.padding),
+            dilation=_pair(module.dilation),
+            groups=groups,
+            module=name,
+        )
+
+    def _batch_norm(self, node: fx.Node, module: nn.BatchNorm2d, name: str) -> None:
+        if module.running_mean is None:
+            raise UnsupportedOperatorError(f"{name}: a batch-norm without running statistics cannot be folded")
         before = self._only_reader(node)
-        foldable = before is not None and self.ops[before].op.kind in ("conv", "depthwise_conv")
-        if not foldable or self.ops[before].batch_norm or self.ops[before].op.activation != "none":  # type: ignore[index]
-            raise UnsupportedOperatorError(f"batch-norm {name} does not directly follow a convolution of its own")
-        assert before is not None
-        self.ops[before] = replace(self.ops[before], batch_norm=name)
-        self.value[node] = before
+        op = None if before is None else self.ops[before]
+        plain = op is not None and op.op.kind in ("conv", "depthwise_conv") and op.op.activation == "none"
+        if op is not None and plain and not op.batch_norm and not self._called_again(op.module, name):
+            self.ops[op.name] = replace(op, batch_norm=name)
+            self._same(node)
+        else:
+            self._emit(node, "affine", module=name)
+        self._of_class(node, module)
+
+    def _called_again(self, *modules: str | None) -> bool:
+        """Whether one of the modules is called at several places."""
+        calls = [str(node.target) for node in self.graph.nodes if node.op == "call_module"]
+        return any(calls.count(module) > 1 for module in modules if module)
+
+    def _of_class(self, node: fx.Node, module: nn.BatchNorm2d) -> None:
+        """What a class derived of BatchNorm2d does after it: an activation in `act` (timm's BatchNormAct2d)."""
+        if type(module) is nn.BatchNorm2d:
+            return
+        act = getattr(module, "act", None)
+        if not isinstance(act, nn.Module) or not isinstance(getattr(module, "drop", nn.Identity()), IDENTITY_MODULES):
+            raise self._unsupported(node)
+        if type(act) in ACTIVATION_MODULES:
+            self._activate(node, ACTIVATION_MODULES[type(act)])
+        elif not isinstance(act, IDENTITY_MODULES):
+            raise UnsupportedOperatorError(f"operator {type(act).__name__} in {node.target} is not supported")
+
+    def _layer_norm(self, node: fx.Node, module: nn.LayerNorm, name: str) -> None:
+        source = node.all_input_nodes[0]
+        if tuple(module.normalized_shape) != (self._image(source)[0],) or module.weight is None or module.bias is None:
+            raise UnsupportedOperatorError(f"{name}: only a layer-norm over the channels, with weights, is supported")
+        if type(module) is nn.LayerNorm and source not in self.last and len(_shape(source) or ()) == 4:
+            raise UnsupportedOperatorError(f"{name}: a layer-norm over the last axis of a channels-first image")
+        self._emit(node, "layer_norm", module=name)
 
     def _activation(self, node: fx.Node, activation: str) -> None:
         before = self._only_reader(node)
-        fusable = ("conv", "depthwise_conv", "linear", "add")
+        fusable = ("conv", "conv_transpose", "depthwise_conv", "linear", "add", "affine")
         if before is not None and self.ops[before].op.activation == "none" and self.ops[before].op.kind in fusable:
-            self.ops[before] = replace(self.ops[before], op=replace(self.ops[before].op, activation=activation))
-            self.value[node] = before
+            self._same(node)
+            self._activate(node, activation)
         else:
             self._emit(node, "activation", activation=activation)
 
+    def _activate(self, node: fx.Node, activation: str) -> None:
+        """The operator whose value the node has also computes `activation`."""
+        traced = self.ops[self.value[node]]
+        self.ops[traced.name] = replace(traced, op=replace(traced.op, activation=activation))
+
     def _binary(self, node: fx.Node, kind: str) -> None:
-        shapes = [_shape(source) for source in node.all_input_nodes]
-        if len(shapes) != 2 or shapes[0] != shapes[1]:
+        sources = node.all_input_nodes
+        if len(sources) == 2 and kind == "mul" and any(source in self.parameters for source in sources):
+            self._scaled_by_parameter(node)
+            return
+        tensors = [source for source in sources if source in self.value]
+        shapes = [_shape(source) for source in tensors]
+        if len(tensors) != 2 or len(sources) != 2 or len({source in self.last for source in tensors}) > 1:
             raise self._unsupported(node)
-        self._emit(node, kind)
+        if shapes[0] == shapes[1]:
+            self._emit(node, kind)
+            return
+        tensors.sort(key=lambda source: -math.prod(_shape(source) or ()))  # the image, then its gate
+        if kind != "mul" or (_shape(tensors[1]) or ())[1:] != (self._image(tensors[0])[0], 1, 1):
+            raise self._unsupported(node)
+        self._emit(node, "scale", sources=tensors)
+
+    def _scaled_by_parameter(self, node: fx.Node) -> None:
+        """A product with a parameter of one number per channel."""
+        (parameter,) = (source for source in node.all_input_nodes if source in self.parameters)
+        (source,) = (source for source in node.all_input_nodes if source is not parameter)
+        shape, channels = _shape(parameter), self._image(source)[0]
+        wanted = ((channels,),) if source in self.last else ((channels, 1, 1), (1, channels, 1, 1))
+        if shape not in wanted:
+            raise self._unsupported(node)
+        self._emit(node, "affine", sources=[source], module=self.parameters[parameter], parameter=True)
 
     def _concat(self, node: fx.Node) -> None:
         dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
-        out = _shape(node)
-        if dim not in (1, -3) or out is None:
+        out, parts = _shape(node), node.args[0] if node.args else node.kwargs["tensors"]
+        if dim not in (1, -3) or out is None or any(source in self.last for source in node.all_input_nodes):
             raise self._unsupported(node)
-        self._emit(node, "concat", out_channels=out[1])
+        if not isinstance(parts, tuple | list):
+            raise self._unsupported(node)
+        if len(parts) == 1:
+            self._same(node)
+            return
+        self._emit(node, "concat", sources=list(parts), out_channels=out[1])
 
-    def _pool(self, node: fx.Node, kind: str, kernel: Any, stride: Any, padding: Any) -> None:
-        self._emit(node, kind, kernel=_pair(kernel), stride=_pair(stride), padding=_pair(padding))
+    def _getitem(self, node: fx.Node) -> None:
+        """A part of a split tensor, or a run of channels."""
+        (source, key), out = node.args, _shape(node)
+        assert isinstance(source, fx.Node)
+        if out is None or source not in self.value:
+            raise self._unsupported(node)
+        if isinstance(key, int) and source.target in (torch.chunk, "chunk", torch.split, "split"):
+            tensor, sizes = source.all_input_nodes[0], [meta.shape[1] for meta in source.meta["tensor_meta"]]
+            self._emit(node, "slice", sources=[tensor], out_channels=out[1], start=sum(sizes[:key]))
+            return
+        whole = slice(None, None, None)
+        keys = key if isinstance(key, tuple) else (key,)
+        if len(keys) < 2 or any(k != whole for i, k in enumerate(keys) if i != 1) or not isinstance(keys[1], slice):
+            raise self._unsupported(node)
+        first, _, step = keys[1].indices(self._image(source)[0])
+        if step != 1 or source in self.last:
+            raise self._unsupported(node)
+        self._emit(node, "slice", sources=[source], out_channels=out[1], start=first)
+
+    def _shuffled(self, node: fx.Node) -> None:
+        """The rest of a channel shuffle that began with a view as (N, G, C / G, H, W)."""
+        before = node.all_input_nodes[0]
+        source, groups, swapped = self.apart[before]
+        if node.target in IDENTITY_FUNCTIONS:
+            self.apart[node] = self.apart[before]
+        elif node.target in (torch.transpose, "transpose") and sorted(node.args[1:]) == [1, 2] and not swapped:  # type: ignore[type-var]
+            self.apart[node] = (source, groups, True)
+        elif swapped and node.target in FLATTEN_CALLS and _shape(node) == _shape(source):
+            self._emit(node, "shuffle", sources=[source], groups=groups)
+        else:
+            raise self._unsupported(node)
+
+    def _pool_function(self, node: fx.Node) -> None:
+        names = ("input", "kernel_size", "stride", "padding")
+        arguments = dict(zip(names, node.args, strict=False), **node.kwargs)
+        known = {*names, "ceil_mode", "count_include_pad"}
+        odd = arguments.get("dilation", 1) not in (1, (1, 1)) or arguments.get("return_indices")
+        if (set(arguments) - known - {"dilation", "return_indices"}) or odd or len(node.args) > len(names):
+            raise self._unsupported(node)
+        kernel, padding = arguments["kernel_size"], arguments.get("padding", 0)
+        kind, ceil = POOL_FUNCTIONS[node.target], bool(arguments.get("ceil_mode"))
+        if kind == "avg_pool" and padding and not arguments.get("count_include_pad", True):
+            raise UnsupportedOperatorError(f"{node.name}: pooling that leaves its padding out is not supported")
+        self._pool(node, kind, kernel, arguments.get("stride") or kernel, padding, ceil=ceil)
+
+    def _pool(self, node: fx.Node, kind: str, kernel: Any, stride: Any, padding: Any, *, ceil: bool = False) -> None:
+        window: dict[str, Any] = {"kernel": _pair(kernel), "stride": _pair(stride), "padding": _pair(padding)}
+        channels, height, width = self._image(node.all_input_nodes[0])
+        plain = OpSpec(kind, (channels,), height, width, channels, **window)
+        ceil = ceil and (plain.out_height, plain.out_width) != self._image(node)[1:]
+        if ceil and kind == "avg_pool":
+            raise UnsupportedOperatorError(f"{node.name}: average pooling with ceil_mode is not supported here")
+        self._emit(node, kind, **window, ceil=ceil)
 
     def _adaptive_pool(self, node: fx.Node) -> None:
         before, after = _shape(node.all_input_nodes[0]), _shape(node)
         assert before is not None and after is not None
-        if after[2:] == (1, 1):
+        if after == before:
+            self._same(node)
+        elif after[2:] == (1, 1):
             self._emit(node, "global_avg_pool")
-        elif after == before:
-            self.value[node] = self.value[node.all_input_nodes[0]]
         elif before[2] % after[2] == 0 and before[3] % after[3] == 0:
             window = (before[2] // after[2], before[3] // after[3])
             self._pool(node, "avg_pool", window, window, 0)
         else:
             raise self._unsupported(node)
 
+    def _upsample(self, node: fx.Node, mode: Any, align_corners: Any) -> None:
+        _, height, width = self._image(node.all_input_nodes[0])
+        _, out_height, out_width = self._image(node)
+        factors = (out_height // height, out_width // width)
+        if (height * factors[0], width * factors[1]) != (out_height, out_width) or mode not in ("nearest", "bilinear"):
+            raise UnsupportedOperatorError(f"{node.name}: only upsampling by whole factors, nearest or bilinear")
+        if factors == (1, 1):
+            self._same(node)
+        elif align_corners:
+            raise UnsupportedOperatorError(f"{node.name}: upsampling with align_corners is not supported")
+        else:
+            self._emit(node, f"upsample_{mode}", stride=factors)
+
+    def _permute(self, node: fx.Node, dims: tuple[int, ...]) -> None:
+        source = node.all_input_nodes[0]
+        dims = tuple(dim % 4 for dim in dims) if len(dims) == 4 else dims
+        if dims != (CHANNELS_FIRST if source in self.last else CHANNELS_LAST):
+            raise self._unsupported(node)
+        self.value[node] = self.value[source]
+        if source not in self.last:
+            self.last.add(node)
+
     def _flatten(self, node: fx.Node) -> None:
         source = node.all_input_nodes[0]
         before, after = _shape(source), _shape(node)
-        if before is None or after is None or len(after) != 2 or before[0] != after[0]:
+        if before is None or after is None or source in self.last or before[0] != after[0]:
             raise self._unsupported(node)
         name = self.value[source]
-        if len(before) == 2 or (name in self.ops and self.ops[name].op.kind == "global_avg_pool"):
-            self.value[node] = name
-        else:
+        pooled = name in self.ops and self.ops[name].op.kind == "global_avg_pool"
+        if after == before or (len(after) == 2 and pooled):
+            self._same(node)
+        elif len(after) == 5 and len(before) == 4 and (after[1] * after[2], *after[3:]) == before[1:]:
+            self.apart[node] = (source, after[1], False)
+        elif len(after) == 2:
             self._emit(node, "flatten", out_channels=after[1])
+        else:
+            raise self._unsupported(node)

@@ -10,6 +10,8 @@ from typing import Any
 
 from profilers.errors import UserError
 
+DTYPES = ("float32", "int8")
+
 
 @dataclass(frozen=True)
 class DeviceConfig:
@@ -42,6 +44,8 @@ class DeviceConfig:
         for name, least in (("threads", 1), ("batch", 1), ("channel_multiple", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"device {self.name}: {name} must be at least {least}, not {getattr(self, name)}")
+        if self.dtype not in DTYPES:
+            raise UserError(f"device {self.name}: unknown dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
         if not (self.min_time_s > 0 and self.noise_pct > 0):
             raise UserError(f"device {self.name}: min_time_s and noise_pct must be positive")
 

@@ -11,12 +11,33 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 #: Operators whose output width is free of their input width: (c_in, c_out) are two axes.
-TWO_AXIS_KINDS = ("conv", "linear", "channel_map")
+#: `slice` gives a run of its input's channels.
+TWO_AXIS_KINDS = ("conv", "conv_transpose", "linear", "channel_map", "slice")
 #: Operators whose output has the channels of their first input: one axis.
-ONE_AXIS_KINDS = ("depthwise_conv", "add", "mul", "activation", "max_pool", "avg_pool", "global_avg_pool", "flatten")
+#: `scale` multiplies an image by one number per channel, its second input (N, C); `affine` multiplies and adds weights
+#: of its own (a batch-norm that nothing folds); `layer_norm` normalises over the channels at every position;
+#: `shuffle` interleaves `groups` groups of channels; `upsample_*` enlarge by `stride`.
+ONE_AXIS_KINDS = (
+    "depthwise_conv",
+    "add",
+    "mul",
+    "scale",
+    "affine",
+    "layer_norm",
+    "activation",
+    "max_pool",
+    "avg_pool",
+    "global_avg_pool",
+    "upsample_nearest",
+    "upsample_bilinear",
+    "shuffle",
+    "flatten",
+)
 #: `concat` has the sum of its inputs' channels: one axis, the sum.
 KINDS = (*TWO_AXIS_KINDS, *ONE_AXIS_KINDS, "concat")
-ACTIVATIONS = ("none", "relu", "relu6", "hardswish", "hardsigmoid", "sigmoid", "silu")
+#: Operators with weights whose output channels are their own.
+PRODUCER_KINDS = ("conv", "conv_transpose", "linear", "channel_map")
+ACTIVATIONS = ("none", "relu", "relu6", "hardswish", "hardsigmoid", "sigmoid", "silu", "gelu")
 
 
 @dataclass(frozen=True, order=True)
@@ -28,6 +49,7 @@ class OpSpec:
     out_channels: channels of the output; for `flatten` it is in_channels * height * width.
     kernel, stride, padding, dilation: (vertical, horizontal), in pixels; padding is symmetric.
     groups: 1, or in_channels for `depthwise_conv`.
+    ceil: the output size of a pooling is rounded up: a last window may reach beyond the padding.
     activation: fused into the operator, one of ACTIVATIONS.
     fused_add: the runtime adds a second tensor of the output's shape inside this kernel, before the activation.
     """
@@ -44,6 +66,7 @@ class OpSpec:
     groups: int = 1
     activation: str = "none"
     fused_add: bool = False
+    ceil: bool = False
     dtype: str = "float32"
     batch: int = 1
 
@@ -57,8 +80,8 @@ class OpSpec:
             raise ValueError(f"operator sizes must be positive integers: {self}")
         if self.groups < 1 or min(self.padding) < 0 or min(*self.dilation, self.out_height, self.out_width) < 1:
             raise ValueError(f"impossible groups, padding, dilation or output size: {self}")
-        if self.kind == "add" and len(set(self.in_channels)) > 1:
-            raise ValueError(f"an addition needs inputs of equal channels: {self}")
+        if self.kind in ("add", "mul", "scale") and len(set(self.in_channels)) > 1:
+            raise ValueError(f"{self.kind} needs inputs of equal channels: {self}")
         if self.kind == "activation" and self.activation == "none":
             raise ValueError("an activation operator needs an activation")
         if self.kind == "depthwise_conv" and not self.in_channels[0] == self.out_channels == self.groups:
@@ -77,14 +100,23 @@ class OpSpec:
             return 1
         if self.kind == "channel_map":
             return -(-size // self.stride[axis])
+        reach = self.dilation[axis] * (self.kernel[axis] - 1) + 1
+        if self.kind == "conv_transpose":
+            return (size - 1) * self.stride[axis] - 2 * self.padding[axis] + reach
+        if self.kind in ("upsample_nearest", "upsample_bilinear"):
+            return size * self.stride[axis]
         if self.kind not in ("conv", "depthwise_conv", "max_pool", "avg_pool"):
             return size
-        reach = self.dilation[axis] * (self.kernel[axis] - 1) + 1
-        return (size + 2 * self.padding[axis] - reach) // self.stride[axis] + 1
+        steps, rest = divmod(size + 2 * self.padding[axis] - reach, self.stride[axis])
+        # a window that would start in the padding behind the image is left out (PyTorch, ceil_mode)
+        one_more = self.ceil and rest > 0 and (steps + 1) * self.stride[axis] < size + self.padding[axis]
+        return steps + one_more + 1
 
     @property
     def macs(self) -> int:
         """Multiply-accumulates of the convolution or matrix product for one image; 0 for the others."""
+        if self.kind == "conv_transpose":
+            return self.in_channels[0] * self.out_channels * self.kernel[0] * self.kernel[1] * self.height * self.width
         if self.kind not in ("conv", "depthwise_conv", "linear"):
             return 0
         per_output = self.in_channels[0] // self.groups * self.kernel[0] * self.kernel[1]
@@ -93,7 +125,9 @@ class OpSpec:
     @property
     def params(self) -> int:
         """Weights and one bias per output (what is left of a batch-norm once folded)."""
-        if self.kind not in ("conv", "depthwise_conv", "linear"):
+        if self.kind in ("affine", "layer_norm"):
+            return 2 * self.out_channels
+        if self.kind not in ("conv", "conv_transpose", "depthwise_conv", "linear"):
             return 0
         return (self.in_channels[0] // self.groups * self.kernel[0] * self.kernel[1] + 1) * self.out_channels
 
@@ -106,7 +140,7 @@ class OpSpec:
 
     def family(self) -> OpSpec:
         """The same operator with its widths taken out: operators of one family interpolate."""
-        if self.groups > 1 and self.kind == "conv":  # a grouped convolution keeps its widths: a family of one
+        if self.groups > 1 and self.kind != "depthwise_conv":  # channels in groups keep their widths: a family of one
             return self
         ones = (1,) * len(self.in_channels)
         return replace(self, in_channels=ones, out_channels=1, groups=1)
@@ -121,12 +155,15 @@ class OpSpec:
             share, count = divmod(channels, len(self.in_channels))
             parts = tuple(share + (index < count) for index in range(len(self.in_channels)))
             return replace(self, in_channels=parts, out_channels=channels)
-        groups = channels if self.kind == "depthwise_conv" else 1
+        groups = channels if self.kind == "depthwise_conv" else self.groups
         out = channels * self.height * self.width if self.kind == "flatten" else channels
         return replace(self, in_channels=(channels,) * len(self.in_channels), out_channels=out, groups=groups)
 
     def to_json(self) -> dict[str, Any]:
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        values = asdict(self)
+        if not self.ceil:  # younger than the first tables, whose rows must stay what they are
+            del values["ceil"]
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> OpSpec:
@@ -164,14 +201,20 @@ class OpGraph:
     """A network as operators in execution order.
 
     nodes: topologically ordered. input_shape: (C, H, W) of one image. outputs: names of the nodes that
-    leave the network.
+    leave the network. more_inputs: names and shapes, (C, H, W) or (C,), of the inputs after the first.
     """
 
     nodes: tuple[OpNode, ...]
     input_shape: tuple[int, int, int]
     outputs: tuple[str, ...]
+    more_inputs: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     INPUT = "input"
+
+    @property
+    def inputs(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of one image or vector, in order."""
+        return {self.INPUT: self.input_shape, **dict(self.more_inputs)}
 
     @property
     def macs(self) -> int:
@@ -187,13 +230,15 @@ class OpGraph:
 
     def to_json(self) -> dict[str, Any]:
         nodes = [{"name": n.name, "op": n.op.to_json(), "inputs": list(n.inputs)} for n in self.nodes]
-        return {"nodes": nodes, "input_shape": list(self.input_shape), "outputs": list(self.outputs)}
+        more = {"more_inputs": [[name, list(shape)] for name, shape in self.more_inputs]} if self.more_inputs else {}
+        return {"nodes": nodes, "input_shape": list(self.input_shape), "outputs": list(self.outputs)} | more
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> OpGraph:
         nodes = tuple(OpNode(n["name"], OpSpec.from_json(n["op"]), tuple(n["inputs"])) for n in data["nodes"])
         channels, height, width = data["input_shape"]
-        return cls(nodes, (channels, height, width), tuple(data["outputs"]))
+        more = tuple((name, tuple(shape)) for name, shape in data.get("more_inputs", ()))
+        return cls(nodes, (channels, height, width), tuple(data["outputs"]), more)
 
 
 def fuse_adds(graph: OpGraph) -> OpGraph:
@@ -233,4 +278,4 @@ def fuse_adds(graph: OpGraph) -> OpGraph:
         other = tuple(source for source in inputs if source != conv.name)
         op = replace(conv.op, activation=node.op.activation, fused_add=True)
         nodes.append(OpNode(conv.name, op, own + other))
-    return OpGraph(tuple(nodes), graph.input_shape, tuple(renamed.get(name, name) for name in graph.outputs))
+    return replace(graph, nodes=tuple(nodes), outputs=tuple(renamed.get(name, name) for name in graph.outputs))

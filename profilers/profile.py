@@ -157,6 +157,8 @@ def _way(job: ProfileJob, anchor: Anchor) -> str:
     is asked to and does not."""
     if job.way in ("alone", "networks"):
         return job.way
+    if job.way == "auto" and anchor.target.config.dtype != "float32":
+        return "networks"
     if anchor.target.profile_ops(anchor.graph, time_s=0.01) is not None:
         return "context"
     if job.way == "context":
@@ -220,9 +222,10 @@ def _in_context(graph: OpGraph, anchor: Anchor) -> list[Measurement]:
 def _copies(op: OpSpec, count: int) -> OpGraph:
     """`count` copies of an operator side by side on one input."""
     names = [f"copy{index}" for index in range(count)]
-    inputs = (OpGraph.INPUT,) * len(op.in_channels)
+    gates = (("gate", (op.in_channels[1],)),) if op.kind == "scale" else ()
+    inputs = (OpGraph.INPUT, "gate") if gates else (OpGraph.INPUT,) * len(op.in_channels)
     nodes = tuple(OpNode(name, op, inputs) for name in names)
-    return OpGraph(nodes, (op.in_channels[0], op.height, op.width), tuple(names))
+    return OpGraph(nodes, (op.in_channels[0], op.height, op.width), tuple(names), gates)
 
 
 def _alone(ops: Sequence[OpSpec], anchor: Anchor) -> list[Measurement]:

@@ -161,7 +161,7 @@ def _from_timm(spec: Spec) -> _Built:
     except ImportError as exc:
         raise UserError(f"{str(spec)!r} needs timm: pip install timm") from exc
     try:
-        module = timm.create_model(spec.path, **{**guess_options(spec), "pretrained": False})
+        module: Any = timm.create_model(spec.path or "", **{**guess_options(spec), "pretrained": False})
     except Exception as exc:
         raise UserError(f"{str(spec)!r} cannot be built: {one_line(exc)}") from exc
     config = module.pretrained_cfg

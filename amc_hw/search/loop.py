@@ -27,9 +27,26 @@ from amc_hw.graph import LayerGraph
 from amc_hw.resources import Budget, Completer, CostModel, Grids, snap
 from amc_hw.runs import Journal
 from amc_hw.search.ddpg import DDPGSearch
+from amc_hw.search.evolution import EvolutionSearch
+from amc_hw.search.greedy import GreedySearch
+from amc_hw.search.handmade import DeepSearch, ShallowSearch, UniformSearch
+from amc_hw.search.knapsack import KnapsackSearch
+from amc_hw.search.method import Method
+from amc_hw.search.random import RandomSearch
+from amc_hw.search.sensitivity import SensitivitySearch
 from amc_hw.search.uniform import tied_groups, uniform_policies
 
-METHODS = {"ddpg": DDPGSearch}
+METHODS: dict[str, type[Method]] = {
+    "ddpg": DDPGSearch,
+    "knapsack": KnapsackSearch,
+    "greedy": GreedySearch,
+    "sensitivity": SensitivitySearch,
+    "evolution": EvolutionSearch,
+    "random": RandomSearch,
+    "uniform": UniformSearch,
+    "shallow": ShallowSearch,
+    "deep": DeepSearch,
+}
 
 PILOTS = 6
 SHOWN = 1 / 8  #: of the episodes, near uniform policies
@@ -158,7 +175,7 @@ class _Rounds:
         self.bias = 1.0  # what measured policies use of the budget over what they were predicted to use
         self.episodes = 0
 
-    def run(self, method: DDPGSearch) -> Outcome:
+    def run(self, method: Method) -> Outcome:
         by_latency = self.problem.used is not None
         if by_latency:
             self._learn(self._time(_pilots(self.problem, self.seed)))
@@ -180,7 +197,7 @@ class _Rounds:
             f"{budget.given * closest:.4g} instead of {budget.given:g}: ask for that, lower --floor, or profile again"
         )
 
-    def _round(self, method: DDPGSearch, number: int) -> float | None:
+    def _round(self, method: Method, number: int) -> float | None:
         """Run the episodes of a round; the cost that they had to keep."""
         problem, budget = self.problem, self.problem.budget
         if budget is not None:

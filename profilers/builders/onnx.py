@@ -16,6 +16,7 @@ OPSET = 17
 #: Read by every ONNX Runtime since 1.14; newer IR versions are refused by the older runtimes that phones have.
 IR_VERSION = 8
 _ACTIVATION_OPS = {"relu": "Relu", "sigmoid": "Sigmoid", "hardswish": "HardSwish"}
+_AFFINE = ("weight", "bias")
 
 
 class _Writer:
@@ -37,14 +38,26 @@ class _Writer:
         self.add("Unsqueeze", f"{reader}/{source}/image", [source, axes], f"{reader}/{source}")
         return f"{reader}/{source}"
 
+    def vector(self, name: str, array: np.ndarray, *, image: bool) -> str:
+        """A constant per channel, (C,) or for images (C, 1, 1)."""
+        return self.constant(name, array.reshape(-1, 1, 1) if image else array)
+
     def activation(self, op: OpSpec, name: str, source: str, output: str) -> None:
         if op.activation == "relu6":
             low = self.constant(f"{name}/min", np.array(0.0, np.float32))
             high = self.constant(f"{name}/max", np.array(6.0, np.float32))
             self.add("Clip", f"{name}/relu6", [source, low, high], output)
         elif op.activation == "silu":
-            self.add("Sigmoid", f"{name}/sigmoid", [source], f"{name}/gate")
-            self.add("Mul", f"{name}/silu", [source, f"{name}/gate"], output)
+            self.add("Sigmoid", f"{name}/sigmoid", [source], f"{name}/sigmoid")
+            self.add("Mul", f"{name}/silu", [source, f"{name}/sigmoid"], output)
+        elif op.activation == "gelu":  # x / 2 (1 + erf(x / sqrt 2)): opset 17 has no operator for it
+            parts = [("root", np.sqrt(2.0)), ("one", 1.0), ("half", 0.5)]
+            root, one, half = (self.constant(f"{name}/{key}", np.array(value, np.float32)) for key, value in parts)
+            self.add("Div", f"{name}/div", [source, root], f"{name}/div")
+            self.add("Erf", f"{name}/erf", [f"{name}/div"], f"{name}/erf")
+            self.add("Add", f"{name}/plus", [f"{name}/erf", one], f"{name}/plus")
+            self.add("Mul", f"{name}/times", [source, f"{name}/plus"], f"{name}/times")
+            self.add("Mul", f"{name}/gelu", [f"{name}/times", half], output)
         elif op.activation == "hardsigmoid":
             self.add("HardSigmoid", f"{name}/hardsigmoid", [source], output, alpha=1.0 / 6.0, beta=0.5)
         else:
@@ -52,13 +65,17 @@ class _Writer:
 
 
 def build(graph: OpGraph, weights: Weights) -> bytes:
-    """The serialized ONNX model of `graph`; input `input` (N, C, H, W) and outputs named after their nodes."""
+    """The serialized ONNX model of `graph`; its inputs, `input` (N, C, H, W) first, and outputs named after their
+    nodes."""
     checked_weights(graph, weights)
     batch = graph.nodes[0].op.batch
     writer = _Writer()
+    writer.vectors |= {name for name, shape in graph.inputs.items() if len(shape) == 1}
     for node in graph.nodes:
         _emit(writer, node, weights, leaves=node.name in graph.outputs)
-    inputs = [helper.make_tensor_value_info(OpGraph.INPUT, TensorProto.FLOAT, [batch, *graph.input_shape])]
+    inputs = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, [batch, *shape]) for name, shape in graph.inputs.items()
+    ]
     by_name = {node.name: node.op for node in graph.nodes}
     outputs = []
     for name in graph.outputs:
@@ -77,10 +94,11 @@ def build(graph: OpGraph, weights: Weights) -> bytes:
 def _emit(writer: _Writer, node: OpNode, weights: Weights, *, leaves: bool) -> None:
     """Write one node. A pooled image stays (N, C, 1, 1) until a matrix product reads it or it `leaves` the network."""
     op, name, inputs = node.op, node.name, list(node.inputs)
-    if op.fused_add or op.dtype != "float32" or (op.kind == "max_pool" and op.dilation != (1, 1)):
+    unknown = (op.kind == "max_pool" and op.dilation != (1, 1)) or (op.kind == "avg_pool" and op.ceil)
+    if op.fused_add or op.dtype != "float32" or unknown:
         raise UnsupportedOperatorError(f"{name}: {op} ({op.dtype}, dilation {op.dilation}) cannot be written as ONNX")
     pooled_output = op.kind == "global_avg_pool" and leaves
-    elementwise = op.kind in ("add", "mul", "concat", "activation")
+    elementwise = op.kind in ("add", "mul", "scale", "concat", "activation", "affine", "layer_norm", "slice")
     if op.kind in ("linear", "flatten") or pooled_output or (elementwise and writer.vectors.issuperset(inputs)):
         writer.vectors.add(name)
     else:
@@ -91,6 +109,9 @@ def _emit(writer: _Writer, node: OpNode, weights: Weights, *, leaves: bool) -> N
     if op.kind in ("conv", "depthwise_conv"):
         parts = [writer.constant(f"{name}.{part}", arrays[part]) for part in ("weight", "bias")]
         writer.add("Conv", name, inputs + parts, result, **window, dilations=list(op.dilation), group=op.groups)
+    elif op.kind == "conv_transpose":
+        parts = [writer.constant(f"{name}.{part}", arrays[part]) for part in ("weight", "bias")]
+        writer.add("ConvTranspose", name, inputs + parts, result, **window, dilations=list(op.dilation))
     elif op.kind == "channel_map":
         weight = writer.constant(f"{name}.weight", map_as_convolution(arrays["index"], op.in_channels[0]))
         writer.add("Conv", name, [*inputs, weight], result, **window)
@@ -100,12 +121,37 @@ def _emit(writer: _Writer, node: OpNode, weights: Weights, *, leaves: bool) -> N
             writer.add("Flatten", f"{name}/flatten", inputs, f"{name}/vector")
             inputs = [f"{name}/vector"]
         writer.add("Gemm", name, inputs + parts, result, transB=1)
-    elif op.kind in ("add", "mul"):
-        writer.add(op.kind.capitalize(), name, inputs, result)
+    elif op.kind in ("add", "mul", "scale"):
+        writer.add("Add" if op.kind == "add" else "Mul", name, inputs, result)
+    elif op.kind == "affine":
+        weight, bias = (writer.vector(f"{name}.{p}", arrays[p], image=name not in writer.vectors) for p in _AFFINE)
+        writer.add("Mul", f"{name}/scaled", [*inputs, weight], f"{name}/scaled")
+        writer.add("Add", name, [f"{name}/scaled", bias], result)
+    elif op.kind == "layer_norm":
+        _layer_norm(writer, name, inputs[0], result, arrays)
+    elif op.kind == "slice":
+        first = int(arrays["start"])
+        ends = [("starts", first), ("ends", first + op.out_channels), ("axes", 1)]
+        where = [writer.constant(f"{name}/{key}", np.array([value], np.int64)) for key, value in ends]
+        writer.add("Slice", name, inputs + where, result)
+    elif op.kind == "shuffle":
+        each = op.out_channels // op.groups
+        apart = [op.batch, op.groups, each, op.height, op.width]
+        shapes = [("apart", apart), ("together", [op.batch, op.out_channels, op.height, op.width])]
+        split, joined = (writer.constant(f"{name}/{key}/shape", np.array(shape, np.int64)) for key, shape in shapes)
+        writer.add("Reshape", f"{name}/apart", [*inputs, split], f"{name}/apart")
+        writer.add("Transpose", name, [f"{name}/apart"], f"{name}/swapped", perm=[0, 2, 1, 3, 4])
+        writer.add("Reshape", f"{name}/together", [f"{name}/swapped", joined], result)
+    elif op.kind in ("upsample_nearest", "upsample_bilinear"):
+        scales = writer.constant(f"{name}/scales", np.array([1, 1, *op.stride], np.float32))
+        nearest = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+        bilinear = {"mode": "linear", "coordinate_transformation_mode": "half_pixel"}
+        mode = nearest if op.kind == "upsample_nearest" else bilinear
+        writer.add("Resize", name, [*inputs, "", scales], result, **mode)
     elif op.kind == "concat":
         writer.add("Concat", name, inputs, result, axis=1)
     elif op.kind == "max_pool":
-        writer.add("MaxPool", name, inputs, result, **window)
+        writer.add("MaxPool", name, inputs, result, **window, ceil_mode=int(op.ceil))
     elif op.kind == "avg_pool":
         writer.add("AveragePool", name, inputs, result, **window, count_include_pad=1)
     elif op.kind == "global_avg_pool":
@@ -122,3 +168,16 @@ def _emit(writer: _Writer, node: OpNode, weights: Weights, *, leaves: bool) -> N
         raise AssertionError(op.kind)
     if op.activation != "none":
         writer.activation(op, name, result, name)
+
+
+def _layer_norm(writer: _Writer, name: str, source: str, result: str, arrays: Any) -> None:
+    """LayerNormalization works on the last axis: an image is turned channels-last and back."""
+    image = name not in writer.vectors
+    if image:
+        writer.add("Transpose", f"{name}/channels_last", [source], f"{name}/channels_last", perm=[0, 2, 3, 1])
+        source = f"{name}/channels_last"
+    parts = [writer.constant(f"{name}.{part}", arrays[part]) for part in _AFFINE]
+    normed = f"{name}/normed" if image else result
+    writer.add("LayerNormalization", name, [source, *parts], normed, axis=-1, epsilon=float(arrays["eps"]))
+    if image:
+        writer.add("Transpose", f"{name}/channels_first", [normed], result, perm=[0, 3, 1, 2])

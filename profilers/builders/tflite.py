@@ -5,7 +5,7 @@ The flatbuffer is written directly with LiteRT's schema classes: milliseconds pe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,17 +15,21 @@ from profilers.errors import DeviceError, UnsupportedOperatorError
 from profilers.ops import OpGraph, OpNode, OpSpec
 
 SCHEMA_VERSION = 3
+SIGNATURE = "serving_default"  #: under which inputs and outputs go by name
 #: Kernels read constants in place, with vector loads; the generated classes alone align them to 4 bytes.
 CONSTANT_ALIGNMENT = 16
 _FUSED = {"none": "NONE", "relu": "RELU", "relu6": "RELU6"}
 _ACTIVATION_OPS = {"relu": "RELU", "relu6": "RELU6", "hardswish": "HARD_SWISH", "sigmoid": "LOGISTIC"}
 #: Kinds whose TFLite operator fuses no activation. (CONCATENATION has the field; XNNPACK ignores what it says.)
-_UNFUSED_KINDS = ("concat", "global_avg_pool", "flatten")
+_UNFUSED_KINDS = (
+    *("concat", "global_avg_pool", "flatten", "slice", "shuffle"),
+    *("upsample_nearest", "upsample_bilinear"),
+)
 _NEVER_NEGATIVE = ("relu", "relu6", "sigmoid", "hardsigmoid")
 
 
 def build(graph: OpGraph, weights: Weights) -> bytes:
-    """The serialized TFLite model of `graph`; input `input` (N, H, W, C) and outputs named after their nodes.
+    """The serialized TFLite model of `graph`; inputs (N, H, W, C), `input` first, and outputs named after their nodes.
 
     Vectors are (N, C): outputs that descend from a vector operator, and a 1x1 input that only `linear` reads.
     Raises ValueError where weights do not fit, UnsupportedOperatorError where TFLite has no such operator, and
@@ -42,7 +46,7 @@ def build(graph: OpGraph, weights: Weights) -> bytes:
     for node in graph.nodes:
         _emit(network, node)
     builder = flatbuffers.Builder(writer.size_bytes)
-    builder.Finish(writer.model([OpGraph.INPUT], graph.outputs).Pack(builder), file_identifier=b"TFL3")
+    builder.Finish(writer.model(list(graph.inputs), graph.outputs).Pack(builder), file_identifier=b"TFL3")
     return bytes(memoryview(builder.Bytes)[builder.Head() :])
 
 
@@ -122,6 +126,8 @@ class _Writer:
     def activation(self, activation: str, source: str, output: str) -> str:
         """An activation as operators of its own."""
         shape = self.shapes[source]
+        if activation == "gelu":
+            return self.operator("GELU", [source], output, shape, options=("GeluOptions", {"approximate": False}))
         if activation in _ACTIVATION_OPS:
             return self.operator(_ACTIVATION_OPS[activation], [source], output, shape)
         if activation == "silu":
@@ -146,7 +152,10 @@ class _Writer:
         codes = [schema.OperatorCodeT(min(code, 127), None, version, code) for code, version in self.codes]
         ends = [[self.index[name] for name in names] for names in (inputs, outputs)]
         subgraph = schema.SubGraphT(self.tensors, *ends, self.operators, "network")
-        return schema.ModelT(SCHEMA_VERSION, codes, [subgraph], "amc-hw", self.buffers)
+        maps = [[schema.TensorMapT(name, self.index[name]) for name in names] for names in (inputs, outputs)]
+        signature = schema.SignatureDefT(*maps, SIGNATURE, 0)
+        model = schema.ModelT(SCHEMA_VERSION, codes, [subgraph], "amc-hw", self.buffers, signatureDefs=[signature])
+        return model
 
 
 class _Network:
@@ -162,9 +171,9 @@ class _Network:
         for node in graph.nodes:
             for source in node.inputs:
                 self.readers.setdefault(source, []).append(node.op.kind)
-        channels, height, width = graph.input_shape
-        vector = (height, width) == (1, 1) and self.only_linear_reads(OpGraph.INPUT)
-        writer.tensor(OpGraph.INPUT, (self.batch, channels) if vector else (self.batch, height, width, channels))
+        for name, (channels, *size) in graph.inputs.items():
+            vector = not size or (size == [1, 1] and self.only_linear_reads(name))
+            writer.tensor(name, (self.batch, channels) if vector else (self.batch, *size, channels))
 
     def only_linear_reads(self, name: str) -> bool:
         readers = self.readers.get(name, [])
@@ -308,9 +317,92 @@ def _linear(network: _Network, node: OpNode, output: str, activation: str) -> No
 def _elementwise(network: _Network, node: OpNode, output: str, activation: str) -> None:
     writer, operands = network.writer, network.operands(node.inputs)
     shape = np.broadcast_shapes(*(writer.shapes[name] for name in operands))
-    code = node.op.kind.upper()
-    options = writer.fusing(f"{node.op.kind.capitalize()}Options", activation)
-    writer.operator(code, operands, output, shape, options=options)
+    code = "ADD" if node.op.kind == "add" else "MUL"
+    writer.operator(code, operands, output, shape, options=writer.fusing(f"{code.capitalize()}Options", activation))
+
+
+def _affine(network: _Network, node: OpNode, output: str, activation: str) -> None:
+    writer, arrays, (source,) = network.writer, network.weights[node.name], node.inputs
+    _scaled(writer, node.name, source, output, arrays, activation)
+
+
+def _scaled(
+    writer: _Writer, name: str, source: str, output: str, arrays: Mapping[str, np.ndarray], activation: str
+) -> None:
+    """source * weight + bias along the last axis."""
+    shape = writer.shapes[source]
+    weight, bias = (writer.constant(f"{name}.{part}", arrays[part]) for part in ("weight", "bias"))
+    product = writer.operator(
+        "MUL", [source, weight], f"{name}/scaled", shape, options=writer.fusing("MulOptions", "none")
+    )
+    writer.operator("ADD", [product, bias], output, shape, options=writer.fusing("AddOptions", activation))
+
+
+def _layer_norm(network: _Network, node: OpNode, output: str, activation: str) -> None:
+    writer, arrays, (source,), name = network.writer, network.weights[node.name], node.inputs, node.name
+    shape = writer.shapes[source]
+    one = (*shape[:-1], 1)
+    axis = writer.constant(f"{name}/axis", np.array([len(shape) - 1]), dtype="INT32")
+    eps = writer.constant(f"{name}/eps", np.array([float(arrays["eps"])]))
+    mean_of = ("ReducerOptions", {"keepDims": True})
+    mean = writer.operator("MEAN", [source, axis], f"{name}/mean", one, options=mean_of)
+    centred = writer.operator(
+        "SUB", [source, mean], f"{name}/centred", shape, options=writer.fusing("SubOptions", "none")
+    )
+    squares = writer.operator("SQUARE", [centred], f"{name}/squares", shape)
+    variance = writer.operator("MEAN", [squares, axis], f"{name}/variance", one, options=mean_of)
+    options = writer.fusing("AddOptions", "none")
+    above = writer.operator("ADD", [variance, eps], f"{name}/above_zero", one, options=options)
+    inverse = writer.operator("RSQRT", [above], f"{name}/inverse", one)
+    options = writer.fusing("MulOptions", "none")
+    normed = writer.operator("MUL", [centred, inverse], f"{name}/normed", shape, options=options)
+    _scaled(writer, name, normed, output, arrays, activation)
+
+
+def _slice(network: _Network, node: OpNode, output: str, activation: str) -> None:
+    writer, (source,) = network.writer, node.inputs
+    *rest, _ = writer.shapes[source]
+    begin = np.array([*(0 for _ in rest), int(network.weights[node.name]["start"])])
+    size = np.array([*rest, node.op.out_channels])
+    where = [writer.constant(f"{node.name}/{k}", v, dtype="INT32") for k, v in (("begin", begin), ("size", size))]
+    writer.operator("SLICE", [source, *where], output, (*rest, node.op.out_channels))
+
+
+def _shuffle(network: _Network, node: OpNode, output: str, activation: str) -> None:
+    op, writer = node.op, network.writer
+    batch, height, width, channels = network.image_shape(op)
+    each = channels // op.groups
+    apart = writer.reshape(node.inputs[0], f"{node.name}/apart", (batch, height, width, op.groups, each))
+    order = writer.constant(f"{node.name}/order", np.array([0, 1, 2, 4, 3]), dtype="INT32")
+    shape = (batch, height, width, each, op.groups)
+    swapped = writer.operator("TRANSPOSE", [apart, order], f"{node.name}/swapped", shape)
+    writer.reshape(swapped, output, (batch, height, width, channels))
+
+
+def _upsample(network: _Network, node: OpNode, output: str, activation: str) -> None:
+    op, writer = node.op, network.writer
+    size = writer.constant(f"{node.name}/size", np.array([op.out_height, op.out_width]), dtype="INT32")
+    inputs, shape = [network.as_image(node.inputs[0]), size], network.image_shape(op)
+    if op.kind == "upsample_nearest":
+        options: tuple[str, dict[str, Any]] = ("ResizeNearestNeighborOptions", {"alignCorners": False})
+        writer.operator("RESIZE_NEAREST_NEIGHBOR", inputs, output, shape, options=options)
+    else:
+        options = ("ResizeBilinearOptions", {"alignCorners": False, "halfPixelCenters": True})
+        writer.operator("RESIZE_BILINEAR", inputs, output, shape, version=3, options=options)
+
+
+def _conv_transpose(network: _Network, node: OpNode, output: str, activation: str) -> None:
+    op, writer, arrays = node.op, network.writer, network.weights[node.name]
+    if op.padding != (0, 0) or op.dilation != (1, 1):
+        raise UnsupportedOperatorError(f"{node.name}: TFLite has no padded or dilated transposed convolution ({op})")
+    size = writer.constant(f"{node.name}/size", np.array(network.image_shape(op)), dtype="INT32")
+    weight = writer.constant(f"{node.name}.weight", arrays["weight"].transpose(1, 2, 3, 0))  # (O, kh, kw, I)
+    bias = writer.constant(f"{node.name}.bias", arrays["bias"])
+    window = {"padding": writer.schema.Padding.VALID, "strideH": op.stride[0], "strideW": op.stride[1]}
+    inputs = [size, weight, network.as_image(node.inputs[0]), bias]
+    options = writer.fusing("TransposeConvOptions", activation, **window)
+    version = 3 if activation == "none" else 4
+    writer.operator("TRANSPOSE_CONV", inputs, output, network.image_shape(op), version=version, options=options)
 
 
 def _concat(network: _Network, node: OpNode, output: str, activation: str) -> None:
@@ -322,8 +414,8 @@ def _concat(network: _Network, node: OpNode, output: str, activation: str) -> No
 
 def _pool(network: _Network, node: OpNode, output: str, activation: str) -> None:
     op, writer = node.op, network.writer
-    if op.dilation != (1, 1):
-        raise UnsupportedOperatorError(f"{node.name}: TFLite has no dilated pooling; give {op} a dilation of 1")
+    if op.dilation != (1, 1) or (op.kind == "avg_pool" and op.ceil):
+        raise UnsupportedOperatorError(f"{node.name}: TFLite has no such pooling: {op}")
     if op.kind == "max_pool":
         # A zero never wins over what an activation made non-negative, and XNNPACK takes PAD but not PADV2.
         zero = network.activation_of(node.inputs[0]) in _NEVER_NEGATIVE
@@ -356,11 +448,19 @@ def _flatten(network: _Network, node: OpNode, output: str, activation: str) -> N
 
 _EMITTERS: dict[str, Callable[[_Network, OpNode, str, str], None]] = {
     "conv": _conv,
+    "conv_transpose": _conv_transpose,
     "depthwise_conv": _conv,
     "channel_map": _channel_map,
     "linear": _linear,
     "add": _elementwise,
     "mul": _elementwise,
+    "scale": _elementwise,
+    "affine": _affine,
+    "layer_norm": _layer_norm,
+    "slice": _slice,
+    "shuffle": _shuffle,
+    "upsample_nearest": _upsample,
+    "upsample_bilinear": _upsample,
     "concat": _concat,
     "max_pool": _pool,
     "avg_pool": _pool,

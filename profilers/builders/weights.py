@@ -9,7 +9,8 @@ import numpy as np
 
 from profilers.ops import OpGraph, OpNode
 
-#: node name -> {"weight": (O, I/groups, kh, kw) or (O, I), "bias": (O,), "index": (O,)}, as far as its kind has them.
+#: node name -> {"weight": (O, I/groups, kh, kw), (O, I) or (C,), "bias": (O,), "index": (O,), "start": (), "eps": ()},
+#: as far as its kind has them.
 Weights = Mapping[str, Mapping[str, np.ndarray]]
 
 
@@ -17,13 +18,21 @@ def weight_shapes(node: OpNode) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the arrays a node needs.
 
     `index` of a `channel_map` names, for every output channel, the input channel it copies; -1 is a zero channel.
+    `start` of a `slice` is its first channel. The weight of a `conv_transpose` is (I, O, kh, kw), as in PyTorch.
     """
     op = node.op
     if op.kind in ("conv", "depthwise_conv"):
         shape = (op.out_channels, op.in_channels[0] // op.groups, *op.kernel)
         return {"weight": shape, "bias": (op.out_channels,)}
+    if op.kind == "conv_transpose":
+        return {"weight": (op.in_channels[0], op.out_channels, *op.kernel), "bias": (op.out_channels,)}
     if op.kind == "linear":
         return {"weight": (op.out_channels, op.in_channels[0]), "bias": (op.out_channels,)}
+    if op.kind in ("affine", "layer_norm"):
+        arrays: dict[str, tuple[int, ...]] = {"weight": (op.out_channels,), "bias": (op.out_channels,)}
+        return arrays | ({"eps": ()} if op.kind == "layer_norm" else {})
+    if op.kind == "slice":
+        return {"start": ()}
     return {"index": (op.out_channels,)} if op.kind == "channel_map" else {}
 
 
@@ -42,6 +51,12 @@ def random_weights(graph: OpGraph, *, seed: int = 0) -> dict[str, dict[str, np.n
                 before = max(out - source, 0) // 2
                 index = np.arange(out) - before
                 arrays[name] = np.where((index >= 0) & (index < source), index, -1)
+            elif name == "start":
+                arrays[name] = np.array(0)
+            elif name == "eps":
+                arrays[name] = np.array(1e-5, np.float32)
+            elif name == "weight" and len(shape) == 1:
+                arrays[name] = (1 + rng.standard_normal(shape) * 0.1).astype(np.float32)
             elif name == "weight":
                 fan_in = int(np.prod(shape[1:]))
                 arrays[name] = (rng.standard_normal(shape) * np.sqrt(2.0 / fan_in)).astype(np.float32)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol, cast
 
 import numpy as np
@@ -26,14 +26,18 @@ class Runtime(Protocol):
     def build(self, graph: OpGraph, weights: Weights) -> bytes:
         """The artifact of a network."""
 
+    def quantized(self, model: bytes, samples: Sequence[Sequence[np.ndarray]]) -> bytes:
+        """The float32 model as int8: weights per output channel, activations by what `samples` of its inputs make of
+        them, float32 inputs and outputs. DeviceError where the runtime's own tool is not installed."""
+
     def lower(self, graph: OpGraph) -> OpGraph:
         """The network as this runtime executes it, fusions included."""
 
     def loaded(self, model: bytes, *, threads: int, seed: int = 0) -> Callable[[], None]:
         """A function that runs the model once on fixed random input; inputs and outputs stay where they are."""
 
-    def outputs(self, model: bytes, image: np.ndarray) -> list[np.ndarray]:
-        """What the model makes of (N, C, H, W) float32 input: images as (N, C, H, W), vectors as (N, C)."""
+    def session(self, model: bytes) -> Callable[..., list[np.ndarray]]:
+        """A function of the model's float32 inputs, (N, C, H, W) or (N, C) each: images and vectors likewise."""
 
     def profile_ops(self, model: bytes, graph: OpGraph, *, threads: int, time_s: float) -> dict[str, float] | None:
         """Milliseconds per node of the lowered network while the whole network runs; None where it cannot tell."""

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import io
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
-from profilers.builders.tflite import build
+from profilers.builders.tflite import SIGNATURE, build
 from profilers.errors import DeviceError
 from profilers.ops import OpGraph
 
-__all__ = ["SUFFIX", "build", "loaded", "lower", "outputs", "profile_ops", "version"]
+__all__ = ["SUFFIX", "build", "loaded", "lower", "profile_ops", "quantized", "session", "version"]
 
 SUFFIX = ".tflite"
 
@@ -26,6 +29,32 @@ def version() -> str:
         return importlib.metadata.version("ai-edge-litert")
     except importlib.metadata.PackageNotFoundError:
         raise DeviceError("the runtime litert is not installed: pip install 'amc-hw[litert]'") from None
+
+
+def quantized(model: bytes, samples: Sequence[Sequence[np.ndarray]]) -> bytes:
+    """By ai-edge-quantizer's static recipe."""
+    try:
+        from ai_edge_quantizer import qtyping, quantizer, recipe
+        from ai_edge_quantizer.algorithm_manager import AlgorithmName
+    except ImportError:
+        raise DeviceError("int8 models of LiteRT need its quantizer: pip install 'amc-hw[litert]'") from None
+    sources = _interpreter(model, 1).get_input_details()
+    data = [
+        {source["name"]: _channels_last(value, source["shape"]) for source, value in zip(sources, values, strict=True)}
+        for values in samples
+    ]
+    with _without_info(), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # calibration keeps all tensors, and says so
+        made = quantizer.Quantizer(bytearray(model), recipe.static_wi8_ai8())
+        for end in (qtyping.TFLOperationName.INPUT, qtyping.TFLOperationName.OUTPUT):
+            made.update_quantization_recipe(".*", end, algorithm_key=AlgorithmName.NO_QUANTIZE)
+        found = made.calibrate({SIGNATURE: data}, num_threads=1)
+        return bytes(made.quantize(found, enable_progress_bar=False, enable_progress_report=False).quantized_model)
+
+
+def _channels_last(value: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """A float input (N, C, H, W) or (N, C) as a model takes it."""
+    return np.ascontiguousarray(value.transpose(0, 2, 3, 1) if len(shape) == 4 else value.reshape(shape))
 
 
 def lower(graph: OpGraph) -> OpGraph:
@@ -68,14 +97,17 @@ def loaded(model: bytes, *, threads: int, seed: int = 0) -> Callable[[], None]:
     return interpreter.invoke
 
 
-def outputs(model: bytes, image: np.ndarray) -> list[np.ndarray]:
+def session(model: bytes) -> Callable[..., list[np.ndarray]]:
     interpreter = _interpreter(model, 1)
-    (source,) = interpreter.get_input_details()
-    nhwc = image.transpose(0, 2, 3, 1) if len(source["shape"]) == 4 else image.reshape(source["shape"])
-    interpreter.set_tensor(source["index"], np.ascontiguousarray(nhwc))
-    interpreter.invoke()
-    found = [interpreter.get_tensor(output["index"]) for output in interpreter.get_output_details()]
-    return [output.transpose(0, 3, 1, 2) if output.ndim == 4 else output for output in found]
+
+    def run(*inputs: np.ndarray) -> list[np.ndarray]:
+        for source, value in zip(interpreter.get_input_details(), inputs, strict=True):
+            interpreter.set_tensor(source["index"], _channels_last(value, source["shape"]))
+        interpreter.invoke()
+        found = [interpreter.get_tensor(output["index"]) for output in interpreter.get_output_details()]
+        return [output.transpose(0, 3, 1, 2) if output.ndim == 4 else output for output in found]
+
+    return run
 
 
 def profile_ops(model: bytes, graph: OpGraph, *, threads: int, time_s: float) -> dict[str, float] | None:

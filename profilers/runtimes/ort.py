@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,46 @@ from scipy import stats
 from profilers.builders.onnx import build
 from profilers.ops import OpGraph, fuse_adds
 
-__all__ = ["SUFFIX", "build", "loaded", "lower", "outputs", "profile_ops", "version"]
+__all__ = ["SUFFIX", "build", "loaded", "lower", "profile_ops", "quantized", "session", "version"]
 
 SUFFIX = ".onnx"
 
 
 def version() -> str:
     return str(onnxruntime.__version__)
+
+
+def quantized(model: bytes, samples: Sequence[Sequence[np.ndarray]]) -> bytes:
+    """By ONNX Runtime's static quantization: quantize and dequantize nodes, int8 on both sides."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    names = [source.name for source in _session(model, 1).get_inputs()]
+
+    class Samples(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.rest = iter(samples)
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            values = next(self.rest, None)
+            return None if values is None else dict(zip(names, values, strict=True))
+
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        before, after = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
+        before.write_bytes(model)
+        int8 = {"activation_type": QuantType.QInt8, "weight_type": QuantType.QInt8}
+        quantize_static(before, after, Samples(), quant_format=QuantFormat.QDQ, per_channel=True, **int8)
+        return after.read_bytes()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the advice that the quantization tool gives at every call."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def lower(graph: OpGraph) -> OpGraph:
@@ -45,9 +80,10 @@ def _session(model: bytes, threads: int, *, profile_prefix: str | None = None) -
 def _bound(session: onnxruntime.InferenceSession, seed: int) -> Any:
     """The session's input and outputs bound to memory of their own, so that a run copies nothing in Python."""
     binding = session.io_binding()
-    (source,) = session.get_inputs()
-    array = np.random.default_rng(seed).standard_normal(source.shape).astype(np.float32)
-    binding.bind_ortvalue_input(source.name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
+    rng = np.random.default_rng(seed)
+    for source in session.get_inputs():
+        array = rng.standard_normal(source.shape).astype(np.float32)
+        binding.bind_ortvalue_input(source.name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
     for output in session.get_outputs():
         binding.bind_output(output.name)
     return binding
@@ -59,10 +95,14 @@ def loaded(model: bytes, *, threads: int, seed: int = 0) -> Callable[[], None]:
     return lambda: session.run_with_iobinding(binding)
 
 
-def outputs(model: bytes, image: np.ndarray) -> list[np.ndarray]:
-    session = _session(model, 1)
-    (source,) = session.get_inputs()
-    return [np.asarray(output) for output in session.run(None, {source.name: image})]
+def session(model: bytes) -> Callable[..., list[np.ndarray]]:
+    opened = _session(model, 1)
+    names = [source.name for source in opened.get_inputs()]
+
+    def run(*inputs: np.ndarray) -> list[np.ndarray]:
+        return [np.asarray(output) for output in opened.run(None, dict(zip(names, inputs, strict=True)))]
+
+    return run
 
 
 def profile_ops(model: bytes, graph: OpGraph, *, threads: int, time_s: float) -> dict[str, float] | None:

@@ -14,7 +14,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from profilers.builders.weights import random_weights
+import numpy as np
+
+from profilers.builders.weights import Weights, random_weights
 from profilers.device import DeviceConfig
 from profilers.errors import DeviceError
 from profilers.ops import OpGraph
@@ -23,6 +25,8 @@ from profilers.table import Identity
 from profilers.targets import Network, Probe
 from profilers.timing import TimingPlan, time_interleaved
 
+KEPT = 3  #: models of networks without weights that are built once
+
 
 class HostTarget:
     can_time = True
@@ -30,6 +34,7 @@ class HostTarget:
     def __init__(self, config: DeviceConfig) -> None:
         self.config = config
         self.runtime = load_runtime(config.runtime)
+        self._models: dict[OpGraph, bytes] = {}
 
     def identity(self) -> Identity:
         config = self.config
@@ -68,14 +73,28 @@ class HostTarget:
         return self.runtime.lower(graph)
 
     def _model(self, network: Network) -> bytes:
-        weights = network.weights if network.weights is not None else random_weights(network.graph)
-        return self.runtime.build(network.graph, weights)
+        if network.weights is None:
+            if network.graph not in self._models:  # the anchor comes again and again
+                self._models = dict([*self._models.items()][-KEPT:])
+                self._models[network.graph] = self._built(network.graph, random_weights(network.graph))
+            return self._models[network.graph]
+        return self._built(network.graph, network.weights)
+
+    def _built(self, graph: OpGraph, weights: Weights) -> bytes:
+        model = self.runtime.build(graph, weights)
+        if self.config.dtype == "float32":
+            return model
+        rng, batch = np.random.default_rng(0), graph.nodes[0].op.batch
+        inputs = [rng.standard_normal((batch, *shape)).astype(np.float32) for shape in graph.inputs.values()]
+        return self.runtime.quantized(model, [inputs])
 
     def time_networks(self, networks: Sequence[Network], plan: TimingPlan, *, seed: int) -> list[list[float]]:
         runs = [self.runtime.loaded(self._model(network), threads=self.config.threads) for network in networks]
         return time_interleaved(runs, plan, seed=seed)
 
     def profile_ops(self, graph: OpGraph, *, time_s: float) -> dict[str, float] | None:
+        if self.config.dtype != "float32":
+            return None  # a quantized network's kernels are not its operators, one by one
         model = self._model(Network(graph))
         return self.runtime.profile_ops(model, graph, threads=self.config.threads, time_s=time_s)
 

@@ -12,12 +12,13 @@ from torch.utils.data import Dataset
 
 from amc_hw.data import Splits, load_data
 from amc_hw.errors import UserError
-from amc_hw.evaluate import SEARCH_IMAGES, SEARCH_ROWS, Evaluator, accuracy, check_expected
+from amc_hw.evaluate import SEARCH_IMAGES, SEARCH_ROWS, Evaluator, check_expected
 from amc_hw.graph import LayerGraph, build_graph
 from amc_hw.images import TensorImages
 from amc_hw.models import LoadedModel
 from amc_hw.prune import keep_channels, slice_channels
 from amc_hw.refit import reestimate_batch_norm, refit_faithful, refit_fast
+from amc_hw.task import Classification, accuracy
 
 SHAPE = (3, 8, 8)
 
@@ -79,7 +80,7 @@ def splits() -> Splits:
 
 @pytest.fixture
 def evaluator(trained: tuple[LoadedModel, LayerGraph], splits: Splits) -> Evaluator:
-    return Evaluator(*trained, splits, calibration_images=200)
+    return Evaluator(*trained, Classification(trained[0], splits), calibration_images=200)
 
 
 def test_accuracy_by_hand() -> None:
@@ -120,11 +121,11 @@ def test_images_are_normalised_and_the_held_out_ones_come_from_val_alone(evaluat
         return {image.numpy().tobytes() for image in images}
 
     known = {name: pixels(evaluator.model.normalised(getattr(found, name).images)) for name in ("train", "val", "test")}
-    assert pixels(evaluator.val[0]) == known["val"] and len(evaluator.val[0]) == len(found.val)
-    assert pixels(evaluator.calibration) < known["train"] and len(evaluator.calibration) == 200
+    assert pixels(evaluator.task.val[0]) == known["val"] and len(evaluator.task.val[0]) == len(found.val)
+    assert pixels(evaluator.calibration[0]) < known["train"] and len(evaluator.calibration[0]) == 200
     assert not known["test"] & (known["val"] | known["train"])
     # each image has its own label beside it
-    labels = {image.numpy().tobytes(): int(label) for image, label in zip(*evaluator.val, strict=True)}
+    labels = {image.numpy().tobytes(): int(label) for image, label in zip(*evaluator.task.val, strict=True)}
     assert all(labels[evaluator.model.normalised(image).numpy().tobytes()] == label for image, label in _items(found))
 
 
@@ -136,7 +137,7 @@ def test_the_test_split_is_read_once_and_by_test_accuracy_alone(evaluator: Evalu
     evaluator.val_accuracy((8, 12))
     final = evaluator.final((8, 12))
     assert not any(splits.test.counts)
-    found = evaluator.test_accuracy([evaluator.model.module, final])
+    found = evaluator.task.test_scores([evaluator.model.module, final])
     assert splits.test.counts == [1] * len(splits.test)
     test = load_data("digits", input_shape=SHAPE).test
     images = evaluator.model.normalised(test.images)
@@ -156,9 +157,10 @@ def test_training_and_held_out_images_are_read_once_however_many_candidates_ther
 def test_fewer_images_are_a_fixed_random_part(trained: tuple[LoadedModel, LayerGraph], splits: Splits) -> None:
     chosen = []
     for seed in (0, 0, 1):
-        evaluator = Evaluator(*trained, splits, seed=seed, calibration_images=50, val_images=40)
-        assert (len(evaluator.val[0]), len(evaluator.val[1]), len(evaluator.calibration)) == (40, 40, 50)
-        chosen.append(evaluator.val[1].tolist())
+        task = Classification(trained[0], splits, seed=seed, val_images=40)
+        evaluator = Evaluator(*trained, task, seed=seed, calibration_images=50)
+        assert (len(evaluator.task.val[0]), len(evaluator.task.val[1]), len(evaluator.calibration[0])) == (40, 40, 50)
+        chosen.append(evaluator.task.val[1].tolist())
     assert chosen[0] == chosen[1] != chosen[2]
     assert len(set(chosen[0])) > 5  # not the first class only
 
@@ -170,7 +172,8 @@ def test_held_out_accuracy_is_the_same_whenever_it_is_asked_for(
     first = [evaluator.val_accuracy(widths) for widths in candidates]
     assert [evaluator.val_accuracy(widths) for widths in reversed(candidates)] == first[::-1]
     torch.rand(7)  # nor does it depend on the global random state, or on what another evaluator did
-    assert [Evaluator(*trained, splits, calibration_images=200).val_accuracy(widths) for widths in candidates] == first
+    again = Evaluator(*trained, Classification(trained[0], splits), calibration_images=200)
+    assert [again.val_accuracy(widths) for widths in candidates] == first
     assert len(set(first)) > 1
 
 
@@ -179,7 +182,7 @@ def test_held_out_accuracy_is_that_after_a_refit(evaluator: Evaluator) -> None:
     candidates = [(4, 6), (6, 12), (8, 8), (12, 16)]
     kept = [evaluator.kept(widths) for widths in candidates]
     sliced = [slice_channels(evaluator.model.module, evaluator.graph, part) for part in kept]
-    without = sum(accuracy(module, *evaluator.val) for module in sliced)
+    without = sum(accuracy(module, *evaluator.task.val) for module in sliced)
     assert sum(evaluator.val_accuracy(widths) for widths in candidates) > without + 0.5
 
 
@@ -204,7 +207,7 @@ def test_final_network_is_smaller_and_the_original_is_left_alone(evaluator: Eval
 def test_final_network_takes_new_statistics_where_they_help_and_the_refits_where_not(
     trained: tuple[LoadedModel, LayerGraph], splits: Splits
 ) -> None:
-    evaluator = Evaluator(*trained, splits, calibration_images=40)
+    evaluator = Evaluator(*trained, Classification(trained[0], splits), calibration_images=40)
     helped = []
     for widths in ((3, 4), (8, 12)):
         kept = evaluator.kept(widths)
@@ -213,9 +216,9 @@ def test_final_network_takes_new_statistics_where_they_help_and_the_refits_where
         refit_faithful(faithful, *inputs, rows_per_layer=60_000)
         again = copy.deepcopy(faithful)
         reestimate_batch_norm(again, evaluator.calibration)
-        before, after = (accuracy(module, *evaluator.val) for module in (faithful, again))
+        before, after = (accuracy(module, *evaluator.task.val) for module in (faithful, again))
         helped.append(after > before)
-        assert before != after and accuracy(evaluator.final(widths), *evaluator.val) == max(before, after)
+        assert before != after and accuracy(evaluator.final(widths), *evaluator.task.val) == max(before, after)
     assert set(helped) == {True, False}
 
 
@@ -230,38 +233,40 @@ def test_any_data_set_of_image_and_label_will_do(trained: tuple[LoadedModel, Lay
     found = load_data("digits", input_shape=SHAPE)
     assert isinstance(found.train, TensorImages)
     slow = Splits("plain", *(Reads(part) for part in (found.train, found.val, found.test)), found.classes)
-    a, b = (Evaluator(*trained, part, calibration_images=50, val_images=60) for part in (found, slow))
-    assert torch.equal(a.val[0], b.val[0]) and torch.equal(a.val[1], b.val[1])
-    assert torch.equal(a.calibration, b.calibration)
+    tasks = (Classification(trained[0], part, val_images=60) for part in (found, slow))
+    a, b = (Evaluator(*trained, task, calibration_images=50) for task in tasks)
+    assert all(torch.equal(one, other) for one, other in zip(a.task.val, b.task.val, strict=True))
+    assert torch.equal(a.calibration[0], b.calibration[0])
 
 
 def test_a_search_refits_faithfully_on_few_images(evaluator: Evaluator) -> None:
     widths = (8, 12)
     kept = evaluator.kept(widths)
     small = slice_channels(evaluator.model.module, evaluator.graph, kept)
-    images = evaluator.calibration[:SEARCH_IMAGES]
+    images = evaluator.calibration[0][:SEARCH_IMAGES]
     refit_faithful(small, evaluator.model.module, evaluator.graph, kept, images, rows_per_layer=SEARCH_ROWS, seed=0)
-    assert evaluator.val_accuracy(widths) == accuracy(small, *evaluator.val)
+    assert evaluator.val_accuracy(widths) == accuracy(small, *evaluator.task.val)
     assert "grams" not in vars(evaluator)  # nobody asked for them
 
 
 def test_the_fast_refit_on_demand(trained: tuple[LoadedModel, LayerGraph], splits: Splits) -> None:
-    evaluator = Evaluator(*trained, splits, calibration_images=200, refit="fast")
+    evaluator = Evaluator(*trained, Classification(trained[0], splits), calibration_images=200, refit="fast")
     widths = (8, 12)
     kept = evaluator.kept(widths)
     small = slice_channels(evaluator.model.module, evaluator.graph, kept)
     refit_fast(small, evaluator.model.module, evaluator.graph, kept, evaluator.grams)
-    assert evaluator.val_accuracy(widths) == accuracy(small, *evaluator.val)
+    assert evaluator.val_accuracy(widths) == accuracy(small, *evaluator.task.val)
     with pytest.raises(UserError, match="unknown --refit 'slow'; known: faithful, fast") as caught:
-        Evaluator(*trained, splits, refit="slow")
+        Evaluator(*trained, Classification(trained[0], splits), refit="slow")
     assert caught.value.exit_code == 2
 
 
 def test_candidates_are_compared_on_all_held_out_images(
     trained: tuple[LoadedModel, LayerGraph], splits: Splits
 ) -> None:
-    evaluator = Evaluator(*trained, splits, calibration_images=200, val_images=50)
+    task = Classification(trained[0], splits, val_images=50)
+    evaluator = Evaluator(*trained, task, calibration_images=200)
     val = load_data("digits", input_shape=SHAPE).val
     module = trained[0].module
-    assert len(evaluator.val[0]) == 50 < len(val.labels)
-    assert evaluator.final_accuracy(module) == accuracy(module, trained[0].normalised(val.images), val.labels)
+    assert len(evaluator.task.val[0]) == 50 < len(val.labels)
+    assert task.final_score(module) == accuracy(module, trained[0].normalised(val.images), val.labels)

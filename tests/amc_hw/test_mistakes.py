@@ -6,6 +6,7 @@ The commands run in this process where they can: importing torch takes longer th
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import runpy
@@ -32,10 +33,12 @@ Disk = Callable[[int], AbstractContextManager[None]]
 NETS = Path(__file__).parents[1] / "crash_worker.py"  # a user's file with a network of its own weights
 TABLE = Path("latency_tables/fake.jsonl")
 TINY = ("--device", "fake", "--model", "nets.py:tiny")
-SEARCH = ("search", *TINY, "--data", "npz:images.npz", "--episodes", "6")
+DATA = ("--data", "npz:images.npz")
+SEARCH = ("search", *TINY, *DATA, "--episodes", "6")
 HALF = (*SEARCH, "--latency-ratio", "0.6", "--out", "run")
 
 
+needs_litert = pytest.mark.skipif(importlib.util.find_spec("ai_edge_litert") is None, reason="LiteRT is not installed")
 Run = Callable[..., Any]  # the fixture of conftest.py
 
 
@@ -781,3 +784,76 @@ def test_debug_shows_where(here: Path, amc_hw: Run) -> None:
     plain, debug = amc_hw("profile", "--device", "nowhere"), amc_hw("--debug", "profile", "--device", "nowhere")
     assert (plain.code, debug.code) == (2, 2)
     assert "Traceback" not in plain.err and "Traceback" in debug.err and debug.err.endswith(plain.err)
+
+
+def test_a_policy_is_measured_in_the_dtype_that_it_was_searched_for(ended: Path, amc_hw: Run) -> None:
+    assert amc_hw("measure", "--policy", "run/policy.json").code == 0
+    done = amc_hw("measure", "--policy", "run/policy.json", "--dtype", "int8")
+    assert done.code == 2 and "was searched for float32, not for int8: leave --dtype out" in done.mistake
+
+
+def test_an_int8_table_is_a_table_of_its_own(here: Path, amc_hw: Run) -> None:
+    spec = ("--device", "fake", "--model", "nets.py:tiny", "--dtype", "int8")
+    done = amc_hw("predict", *spec)
+    assert done.code == 2 and "dtype" in done.mistake
+    before = Path("latency_tables/fake.jsonl").read_bytes()
+    found = json.loads(amc_hw("profile", *spec, "--json").out)
+    assert found["table"] != "latency_tables/fake.jsonl" and Path(found["table"]).exists()
+    assert Path("latency_tables/fake.jsonl").read_bytes() == before
+    done = amc_hw("search", *spec, *DATA, "--latency-ratio", "0.6", "--episodes", "4", "--out", "eight")
+    assert done.code == 0 and json.loads(Path("eight/policy.json").read_text())["dtype"] == "int8"
+    assert json.loads(amc_hw("measure", "--policy", "eight/policy.json", "--json").out)["dtype"] == "int8"
+
+
+@pytest.mark.parametrize("file_format", ["onnx", pytest.param("tflite", marks=needs_litert)])
+def test_an_int8_export_reports_both_accuracies(ended: Path, amc_hw: Run, file_format: str) -> None:
+    command = ("export", "--policy", "run/policy.json", "--format", file_format, "--int8", "--out", "small", "--json")
+    found = json.loads(amc_hw(*command).out)
+    assert 0 <= found["accuracy"] <= 1 and abs(found["accuracy"] - found["float_accuracy"]) < 0.2
+    assert Path("small").stat().st_size == found["bytes"] and found["accuracy_split"] == "held-out"
+    done = amc_hw("export", "--policy", "run/policy.json", "--format", "torch", "--int8", "--out", "small.pt2")
+    assert done.code == 2 and "int8 is for onnx and tflite, not for torch" in done.mistake
+
+
+def test_what_was_pruned_is_pruned_further(ended: Path, amc_hw: Run) -> None:
+    """The second policy is one of the first network: its channels are some of those that the first kept."""
+    command = (
+        "search",
+        "--from-policy",
+        "run/policy.json",
+        "--latency-ratio",
+        "0.8",
+        "--episodes",
+        "4",
+        "--out",
+        "twice",
+    )
+    done = amc_hw(*command, "--json")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    first, second = (json.loads(Path(name, "policy.json").read_text()) for name in ("run", "twice"))
+    assert {name: set(kept) <= set(first["kept"][name]) for name, kept in second["kept"].items()} == dict.fromkeys(
+        first["kept"], True
+    )
+    assert sum(second["widths"].values()) < sum(first["widths"].values()) and second["model"] == first["model"]
+    assert found["baseline_macs"] == json.loads(Path("run/result.json").read_text())["macs"]
+    measured = json.loads(amc_hw("measure", "--policy", "twice/policy.json", "--json").out)
+    assert measured["macs"] == found["macs"] and measured["baseline_macs"] > found["baseline_macs"]
+    module, images = api.load_pruned("twice/policy.json"), torch.zeros(2, *second["input_shape"])
+    assert module(images).shape[0] == 2
+    done = amc_hw(*command, "--model", "nets.py:tiny")
+    assert done.code == 2 and "leave --model out" in done.mistake
+
+
+def test_check_says_what_a_search_would_meet(here: Path, amc_hw: Run) -> None:
+    spec = ("--device", "fake", "--model", "nets.py:tiny", *DATA)
+    found = json.loads(amc_hw("check", *spec, "--json").out)
+    assert found["measurements_missing"] == 0 and found["groups"] > 0 and 0 <= found["accuracy"] <= 1
+    assert found["search_minutes"] > 0 and found["smallest_macs"] < found["macs"]
+    shutil.rmtree("latency_tables")
+    before = files(here)
+    done = amc_hw("check", *spec)
+    assert done.code == 0 and "measurements to make" in done.out and files(here) == before
+    assert amc_hw("check", *spec, "--expect-accuracy", "0.01").code == 2
+    frozen = json.loads(amc_hw("graph", "--model", "nets.py:tiny", "--keep", "*", "--device", "fake", "--json").out)
+    assert not frozen["groups"] and all(group["latency_share"] is None for group in frozen["frozen"])

@@ -36,15 +36,16 @@ REFERENCE_ACTIVATIONS = {
     "hardsigmoid": F.hardsigmoid,
     "sigmoid": torch.sigmoid,
     "silu": F.silu,
+    "gelu": F.gelu,
 }
 
 
 # The reference: an OpGraph run by torch.nn.functional
 
 
-def reference(graph: OpGraph, weights: Weights, image: np.ndarray) -> dict[str, np.ndarray]:
-    """Every output of `graph` for `image` (N, C, H, W)."""
-    values = {OpGraph.INPUT: torch.from_numpy(image)}
+def reference(graph: OpGraph, weights: Weights, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Every output of `graph` for inputs by name, (N, C, H, W) or (N, C)."""
+    values = {name: torch.from_numpy(value) for name, value in inputs.items()}
     for node in graph.nodes:
         arrays = {name: torch.from_numpy(array) for name, array in weights.get(node.name, {}).items()}
         result = reference_op(node.op, [values[name] for name in node.inputs], arrays)
@@ -64,14 +65,31 @@ def reference_op(op: OpSpec, inputs: list[torch.Tensor], arrays: dict[str, torch
         index = arrays["index"]
         kept = x[:, index.clamp(min=0), :: op.stride[0], :: op.stride[1]]
         return kept * (index >= 0)[None, :, None, None]
-    if op.kind in ("add", "mul"):
+    if op.kind == "conv_transpose":
+        return F.conv_transpose2d(x, arrays["weight"], arrays["bias"], op.stride, op.padding, dilation=op.dilation)
+    if op.kind == "slice":
+        start = int(arrays["start"])
+        return x[:, start : start + op.out_channels]
+    if op.kind == "shuffle":
+        return F.channel_shuffle(x, op.groups)
+    if op.kind in ("affine", "layer_norm"):
+        last = x.movedim(1, -1)
+        if op.kind == "affine":
+            return (last * arrays["weight"] + arrays["bias"]).movedim(-1, 1)
+        eps = float(arrays["eps"])
+        return F.layer_norm(last, (op.out_channels,), arrays["weight"], arrays["bias"], eps).movedim(-1, 1)
+    if op.kind == "upsample_nearest":
+        return F.interpolate(x, scale_factor=op.stride, mode="nearest")
+    if op.kind == "upsample_bilinear":
+        return F.interpolate(x, scale_factor=op.stride, mode="bilinear", align_corners=False)
+    if op.kind in ("add", "mul", "scale"):
         if {value.ndim for value in inputs} == {2, 4}:
             inputs = [value if value.ndim == 4 else value[:, :, None, None] for value in inputs]
         return inputs[0] + inputs[1] if op.kind == "add" else inputs[0] * inputs[1]
     if op.kind == "concat":
         return torch.cat(inputs, dim=1)
     if op.kind == "max_pool":
-        return F.max_pool2d(x, op.kernel, op.stride, op.padding)
+        return F.max_pool2d(x, op.kernel, op.stride, op.padding, ceil_mode=op.ceil)
     if op.kind == "avg_pool":
         return F.avg_pool2d(x, op.kernel, op.stride, op.padding, count_include_pad=True)
     if op.kind == "global_avg_pool":
@@ -82,12 +100,12 @@ def reference_op(op: OpSpec, inputs: list[torch.Tensor], arrays: dict[str, torch
 # Running what was built
 
 
-def run_onnx(model: bytes, image: np.ndarray) -> dict[str, np.ndarray]:
+def run_onnx(model: bytes, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
-    return dict(zip(names, session.run(names, {OpGraph.INPUT: image}), strict=True))
+    return dict(zip(names, session.run(names, inputs), strict=True))
 
 
 def interpreter_of(model: bytes) -> Any:
@@ -98,12 +116,14 @@ def interpreter_of(model: bytes) -> Any:
     return interpreter
 
 
-def run_tflite(model: bytes, image: np.ndarray) -> dict[str, np.ndarray]:
+def run_tflite(model: bytes, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     interpreter = interpreter_of(model)
-    (source,) = interpreter.get_input_details()
-    assert source["name"] == OpGraph.INPUT
-    channels_last = image.transpose(0, 2, 3, 1)
-    interpreter.set_tensor(source["index"], np.ascontiguousarray(channels_last).reshape(source["shape"]))
+    sources = interpreter.get_input_details()
+    assert [source["name"] for source in sources] == list(inputs)
+    for source in sources:
+        value = inputs[source["name"]]
+        channels_last = value.transpose(0, 2, 3, 1) if value.ndim == 4 else value
+        interpreter.set_tensor(source["index"], np.ascontiguousarray(channels_last).reshape(source["shape"]))
     interpreter.invoke()
     results = {}
     for output in interpreter.get_output_details():
@@ -117,10 +137,13 @@ def check(builder: ModuleType, graph: OpGraph, weights: Weights | None = None) -
     """Asserts that the built model agrees with the reference on random input with both signs."""
     weights = random_weights(graph) if weights is None else weights
     rng = np.random.default_rng(1)
-    image = (2.0 * rng.standard_normal((graph.nodes[0].op.batch, *graph.input_shape))).astype(np.float32)
-    expected = reference(graph, weights, image)
+    batch = graph.nodes[0].op.batch
+    inputs = {
+        name: (2.0 * rng.standard_normal((batch, *shape))).astype(np.float32) for name, shape in graph.inputs.items()
+    }
+    expected = reference(graph, weights, inputs)
     run = run_onnx if builder is onnx_builder else run_tflite
-    found = run(builder.build(graph, weights), image)
+    found = run(builder.build(graph, weights), inputs)
     assert set(found) == set(expected)
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, rtol=1e-4, atol=1e-4, err_msg=name)
@@ -136,6 +159,14 @@ def chain(*ops: OpSpec, input_shape: tuple[int, int, int]) -> OpGraph:
 
 
 def alone(op: OpSpec) -> OpGraph:
+    if op.kind == "scale":
+        gate = (("gate", (op.in_channels[1],)),)
+        return OpGraph(
+            (OpNode("scale0", op, (OpGraph.INPUT, "gate")),),
+            (op.in_channels[0], op.height, op.width),
+            ("scale0",),
+            gate,
+        )
     return chain(op, input_shape=(op.in_channels[0], op.height, op.width))
 
 
@@ -206,6 +237,14 @@ SMALL_OPS = {
     "depthwise_conv": window_op("depthwise_conv", 5, (6, 7), 3),
     "add": OpSpec("add", (5, 5), 6, 7, 5),
     "mul": OpSpec("mul", (5, 5), 6, 7, 5),
+    "scale": OpSpec("scale", (5, 5), 6, 7, 5),
+    "affine": OpSpec("affine", (5,), 6, 7, 5),
+    "layer_norm": OpSpec("layer_norm", (5,), 6, 7, 5),
+    "conv_transpose": OpSpec("conv_transpose", (5,), 6, 7, 11, kernel=(3, 3), stride=(2, 2)),
+    "slice": OpSpec("slice", (5,), 6, 7, 3),
+    "shuffle": OpSpec("shuffle", (6,), 6, 7, 6, groups=2),
+    "upsample_nearest": OpSpec("upsample_nearest", (5,), 6, 7, 5, stride=(2, 3)),
+    "upsample_bilinear": OpSpec("upsample_bilinear", (5,), 6, 7, 5, stride=(2, 2)),
     "concat": OpSpec("concat", (5, 5, 5), 6, 7, 15),
     "channel_map": OpSpec("channel_map", (5,), 6, 7, 9, stride=(2, 2)),
     "max_pool": OpSpec("max_pool", (5,), 6, 7, 5, kernel=(2, 2), stride=(2, 2)),
@@ -227,6 +266,38 @@ def test_every_kind_with_every_activation_agrees(builder: ModuleType, kind: str,
         check(builder, chain(SMALL_OPS["flatten"], op, input_shape=(5, 6, 7)))
     else:
         check(builder, alone(op))
+
+
+@both_builders
+@pytest.mark.parametrize("start", [0, 2])
+def test_slices_begin_where_they_say(builder: ModuleType, start: int) -> None:
+    check(builder, alone(SMALL_OPS["slice"]), {"slice0": {"start": np.array(start)}})
+
+
+@both_builders
+@pytest.mark.parametrize("kind", ["affine", "layer_norm"])
+def test_vectors_are_scaled_and_normalised_like_images(builder: ModuleType, kind: str) -> None:
+    ops = (OpSpec("global_avg_pool", (5,), 6, 7, 5), OpSpec(kind, (5,), 1, 1, 5), linear(5, 3))
+    check(builder, chain(*ops, input_shape=(5, 6, 7)))
+
+
+@both_builders
+@pytest.mark.parametrize("size", [(7, 8), (12, 13), (4, 5)])
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 2, 0), (2, 2, 0), (3, 3, 1), (3, 2, 1)])
+def test_poolings_that_round_up_agree(
+    builder: ModuleType, size: tuple[int, int], kernel: int, stride: int, padding: int
+) -> None:
+    check(
+        builder,
+        alone(window_op("max_pool", 3, size, kernel, stride=(stride, stride), padding=(padding, padding), ceil=True)),
+    )
+
+
+@both_builders
+@pytest.mark.parametrize(("kernel", "stride"), [(2, 2), (3, 2), (4, 4), (2, 3)])
+def test_transposed_convolutions_agree(builder: ModuleType, kernel: int, stride: int) -> None:
+    op = OpSpec("conv_transpose", (4,), 5, 6, 3, kernel=(kernel, kernel), stride=(stride, stride), activation="relu")
+    check(builder, alone(op))
 
 
 @both_builders
@@ -492,7 +563,7 @@ def test_the_file_is_tflite_with_aligned_constants_and_the_names_of_the_nodes() 
 @pytest.mark.parametrize(
     ("op", "message"),
     [
-        (OpSpec("max_pool", (3,), 8, 8, 3, kernel=(2, 2), dilation=(2, 2)), "max_pool0: TFLite has no dilated pooling"),
+        (OpSpec("max_pool", (3,), 8, 8, 3, kernel=(2, 2), dilation=(2, 2)), "max_pool0: TFLite has no such pooling"),
         (OpSpec("add", (3, 3), 8, 8, 3, dtype="int8"), "add0: .*float32 only, not in int8"),
     ],
 )

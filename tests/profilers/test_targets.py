@@ -11,6 +11,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -168,8 +169,46 @@ def test_an_unknown_target_or_runtime_is_named_with_the_known_ones() -> None:
 def test_every_runtime_has_the_functions_of_the_protocol(name: str) -> None:
     runtime = load_runtime(name)
     assert runtime.SUFFIX.startswith(".")
-    for function in ("version", "build", "lower", "loaded", "outputs", "profile_ops"):
+    for function in ("version", "build", "lower", "loaded", "session", "quantized", "profile_ops"):
         assert callable(getattr(runtime, function))
+
+
+@pytest.mark.parametrize("name", [pytest.param("onnxruntime"), pytest.param("litert", marks=needs_litert)])
+def test_an_int8_model_computes_nearly_what_the_float_one_does(name: str) -> None:
+    runtime = load_runtime(name)
+    nodes, source = [], OpGraph.INPUT
+    for index, (c_in, c_out) in enumerate([(3, 32), (32, 64), (64, 64)]):
+        op = OpSpec("conv", (c_in,), 16, 16, c_out, kernel=(3, 3), padding=(1, 1), activation="relu")
+        nodes.append(OpNode(f"conv{index}", op, (source,)))
+        source = nodes[-1].name
+    nodes.append(OpNode("mean", OpSpec("global_avg_pool", (64,), 16, 16, 64), (source,)))
+    nodes.append(OpNode("classes", OpSpec("linear", (64,), 1, 1, 10), ("mean",)))
+    graph = OpGraph(tuple(nodes), (3, 16, 16), ("classes",))
+    model = runtime.build(graph, random_weights(graph))
+    rng = np.random.default_rng(0)
+    samples = [[rng.standard_normal((1, 3, 16, 16)).astype(np.float32)] for _ in range(8)]
+    int8 = runtime.quantized(model, samples)
+    assert len(int8) < 0.45 * len(model)
+    exact, rough = runtime.session(model), runtime.session(int8)
+    for (image,) in samples[:3]:
+        (wanted,), (found,) = exact(image), rough(image)
+        assert found.dtype == np.float32 and found.shape == wanted.shape
+        assert 0 < np.abs(found - wanted).max() < 0.1 * np.abs(wanted).max()
+    runtime.loaded(int8, threads=1)()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [pytest.param("onnxruntime"), pytest.param("litert", marks=needs_litert)])
+def test_an_int8_device_times_int8_networks_and_is_another_identity(name: str) -> None:
+    config = DeviceConfig("x", "host", name)
+    target, int8 = open_target(config), open_target(replace(config, dtype="int8"))
+    assert int8.identity() == replace(target.identity(), dtype="int8")
+    op = OpSpec("conv", (64,), 28, 28, 128, kernel=(3, 3), padding=(1, 1), activation="relu")
+    graph = OpGraph((OpNode("conv", op, (OpGraph.INPUT,)),), (64, 28, 28), ("conv",))
+    assert int8.profile_ops(graph, time_s=0.01) is None
+    plan = TimingPlan(rounds=3, burst_s=0.005)
+    for timed in (int8.time_networks, int8.time_in_fresh_process):
+        assert all(ms > 0 for ms in timed([Network(graph)], plan, seed=0)[0])
 
 
 def test_a_runtime_that_is_not_installed_is_told_by_its_probe(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,283 @@
+"""Get back the accuracy that pruning took: SGD on the training split, on one machine or many (Accelerate).
+
+What is pruned stays pruned. A run that was cut goes on after the last epoch that it finished.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from amc_hw.data import Splits, load_data, load_tensors
+from amc_hw.errors import FailedError, UserError
+from amc_hw.images import TensorImages
+from amc_hw.models import LoadedModel, load_model
+from amc_hw.runs import Journal, alone_in, record_command, save_json, save_weights
+from amc_hw.subject import Pruned, open_pruned
+from amc_hw.task import Classification
+from profilers.files import write_whole
+
+Progress = Callable[[int, int, str], None]
+PRECISIONS = ("no", "fp16", "bf16")
+IN_MEMORY = 2_000_000_000  #: bytes of decoded training images that are kept
+STATE = "state.pt"
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """How to train.
+
+    out: folder of the run, by default that of the policy with `-finetuned`. lr: at the start of a cosine to zero, after
+    one epoch of linear warm-up. distill: weight of the unpruned network's softened outputs in the loss (Hinton et al.,
+    2015); checkpoint: its weights. crop: images are shifted by at most that share of their size. precision: of
+    PRECISIONS.
+    """
+
+    out: Path | None = None
+    data: str | None = None
+    checkpoint: Path | None = None
+    epochs: int = 30
+    lr: float = 0.05
+    batch: int = 128
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    distill: float = 0.0
+    temperature: float = 4.0
+    crop: float = 0.125
+    flip: bool = False
+    precision: str = "no"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (self.lr > 0 and math.isfinite(self.lr)):
+            raise UserError(f"--lr {self.lr} must be a number above 0")
+        if not 0 <= self.distill <= 1:
+            raise UserError(f"--distill {self.distill} must lie in 0..1")
+        if self.distill and self.checkpoint is None:
+            raise UserError("--distill needs the unpruned network: give its --checkpoint")
+
+
+class _Order(Sampler[int]):
+    """A permutation of the images that follows from the seed and the epoch, in every process the same."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count, self.seed, self.epoch = count, seed, 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
+        return iter(torch.randperm(self.count, generator=generator).tolist())
+
+
+def finetune(policy: Path, config: FinetuneConfig, *, progress: Progress) -> dict[str, Any]:
+    """Train the pruned network of `policy` on its data set's training split; a new policy in a folder of its own.
+
+    UserError where the policy's task has no labels, FailedError where the loss is no longer finite.
+    """
+    try:
+        from accelerate import Accelerator
+    except ImportError:
+        raise UserError("fine-tuning needs Accelerate: pip install 'amc-hw[finetune]'") from None
+    pruned = open_pruned(policy)
+    data = config.data or pruned.policy.data
+    if data is None:
+        raise UserError(
+            "fine-tuning needs images with labels (--data): for another task put amc_hw.load_pruned(policy) "
+            "into your own training loop"
+        )
+    out = config.out or policy.parent.with_name(f"{policy.parent.name}-finetuned")
+    accelerator = Accelerator(mixed_precision=config.precision)
+    start = time.monotonic()
+    with alone_in(out / f"rank{accelerator.process_index}" if accelerator.num_processes > 1 else out):
+        finished = out / "result.json"
+        if finished.exists():
+            found: dict[str, Any] = json.loads(finished.read_text())
+            return found
+        splits = load_data(data, input_shape=pruned.policy.input_shape)
+        run = _Run(pruned, splits, config, out, accelerator, progress)
+        trained = run.train()
+        accelerator.wait_for_everyone()
+        unpruned = _unpruned(pruned, config)
+        modules = [pruned.module, trained] + ([] if unpruned is None else [unpruned.module])
+        before, after, *baseline = Classification(pruned.model, splits, seed=config.seed).test_scores(modules)
+        result = {
+            "schema_version": 1,
+            "policy": str(out / "policy.json"),
+            "accuracy_before": before,
+            "accuracy_after": after,
+            "baseline_accuracy": baseline[0] if baseline else None,
+            "accuracy_split": "test",
+            "epochs": config.epochs,
+            "processes": accelerator.num_processes,
+            "seconds": time.monotonic() - start,
+        }
+        if accelerator.is_main_process:
+            save_weights(out / pruned.policy.weights, trained.state_dict())
+            replace(pruned.policy, data=data).save(out / "policy.json")
+            save_json(finished, result)
+            (out / STATE).unlink(missing_ok=True)
+        return result
+
+
+def _unpruned(pruned: Pruned, config: FinetuneConfig) -> LoadedModel | None:
+    """The network before it was pruned, where its weights are given."""
+    if config.checkpoint is None:
+        return None
+    found = pruned.policy
+    return load_model(found.model, input_shape=found.input_shape, checkpoint=config.checkpoint)
+
+
+class _Run:
+    def __init__(
+        self, pruned: Pruned, splits: Splits, config: FinetuneConfig, out: Path, accelerator: Any, progress: Progress
+    ) -> None:
+        self.config, self.out, self.accelerator, self.progress = config, out, accelerator, progress
+        self.loaded = pruned.model
+        train = _in_memory(splits.train, pruned.policy.input_shape)
+        if len(train) < config.batch:  # type: ignore[arg-type]
+            raise UserError(f"--batch {config.batch} is larger than the training split, {len(train)} images")  # type: ignore[arg-type]
+        self.task = Classification(pruned.model, splits, seed=config.seed)
+        self.order = _Order(len(train), config.seed)  # type: ignore[arg-type]
+        loader: DataLoader = DataLoader(train, config.batch, sampler=self.order, drop_last=True)
+        module = copy.deepcopy(pruned.module).requires_grad_(True)
+        decayed = [p for p in module.parameters() if p.dim() > 1]
+        groups = [
+            {"params": decayed, "weight_decay": config.weight_decay},
+            {"params": [p for p in module.parameters() if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
+        self.module, self.optimizer, self.loader = accelerator.prepare(module, optimizer, loader)
+        self.steps = config.epochs * len(self.loader)
+        teacher = _unpruned(pruned, config) if config.distill else None
+        self.teacher = None if teacher is None else teacher.module.to(accelerator.device)
+        self.journal = None
+        if accelerator.is_main_process:
+            self.journal = Journal(out / "metrics.jsonl", self._header(pruned))
+            record_command(out)
+
+    def _header(self, pruned: Pruned) -> dict[str, Any]:
+        named = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self.config).items()}
+        return (
+            {"schema_version": 1, "model": pruned.policy.model, "widths": pruned.policy.widths} | named | {"out": None}
+        )
+
+    def _rate(self, step: int) -> float:
+        """Learning rate of a step: linear over the first epoch, then a cosine to zero (Loshchilov and Hutter, 2017)."""
+        warm = min(len(self.loader), self.steps // 2)
+        if step < warm:
+            return self.config.lr * (step + 1) / warm
+        return self.config.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(self.steps - warm, 1)))
+
+    def train(self) -> nn.Module:
+        first = self._resume()
+        for epoch in range(first, self.config.epochs):
+            self._epoch(epoch)
+        return self.accelerator.unwrap_model(self.module).cpu().eval()
+
+    def _resume(self) -> int:
+        path = self.out / STATE
+        if not path.exists():
+            return 0
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            self.accelerator.unwrap_model(self.module).load_state_dict(state["module"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except Exception as error:
+            raise UserError(f"{path} is damaged ({type(error).__name__}): remove it to begin again") from None
+        return int(state["epoch"]) + 1
+
+    def _save(self, epoch: int) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        buffer = io.BytesIO()
+        module = self.accelerator.unwrap_model(self.module)
+        torch.save({"epoch": epoch, "module": module.state_dict(), "optimizer": self.optimizer.state_dict()}, buffer)
+        try:
+            write_whole(self.out / STATE, buffer.getvalue())
+        except OSError as error:
+            raise FailedError(f"cannot write {self.out / STATE}: {error.strerror}") from error
+
+    def _epoch(self, epoch: int) -> None:
+        config, start, total, count = self.config, time.monotonic(), 0.0, 0
+        self.order.epoch = epoch
+        self.module.train()
+        rank = self.accelerator.process_index
+        for index, (images, labels) in enumerate(self.loader):
+            step = epoch * len(self.loader) + index
+            generator = torch.Generator().manual_seed((config.seed * 1009 + step) * 1009 + rank)
+            for group in self.optimizer.param_groups:
+                group["lr"] = self._rate(step)
+            loss = self._loss(self._varied(images, generator), labels)
+            self.optimizer.zero_grad()
+            self.accelerator.backward(loss)
+            self.optimizer.step()
+            total, count = total + float(loss.detach()), count + 1
+            if not math.isfinite(total):
+                raise FailedError(f"the loss is no longer finite in epoch {epoch + 1}: lower --lr {config.lr:g}")
+            self.progress(step, self.steps, f"epoch {epoch + 1} of {config.epochs}, loss {total / count:.3f}")
+        if self.accelerator.is_main_process:
+            module = self.accelerator.unwrap_model(self.module)
+            held_out = self.task.score(module.cpu().eval())
+            module.to(self.accelerator.device)
+            text = f"epoch {epoch + 1} of {config.epochs}: loss {total / count:.4f}, held-out accuracy {held_out:.4f}"
+            self.progress(0, self.steps, text)
+            seconds = time.monotonic() - start
+            row = {
+                "epoch": epoch,
+                "loss": total / count,
+                "accuracy": held_out,
+                "lr": self._rate(step),
+                "seconds": seconds,
+            }
+            assert self.journal is not None
+            self.journal.append(row)
+        self._save(epoch)
+
+    def _varied(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Shifted and, where asked for, mirrored at random, image by image; then normalised. (N, C, H, W)"""
+        images, (height, width) = self.loaded.normalised(images.cpu()), images.shape[2:]
+        reach = [int(self.config.crop * size) for size in (height, width)]
+        padded = F.pad(images, (reach[1], reach[1], reach[0], reach[0]))
+        corners = [torch.randint(2 * r + 1, (len(images),), generator=generator) for r in reach]
+        mirrored = torch.rand(len(images), generator=generator) < (0.5 if self.config.flip else 0.0)
+        rows = corners[0][:, None] + torch.arange(height)
+        columns = corners[1][:, None] + torch.arange(width)
+        columns = torch.where(mirrored[:, None], columns.flip(1), columns)
+        each = torch.arange(len(images))[:, None, None]
+        varied = padded.permute(0, 2, 3, 1)[each, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+        return varied.contiguous().to(self.accelerator.device)
+
+    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        logits = self.module(images)
+        loss = F.cross_entropy(logits, labels)
+        if self.teacher is None:
+            return loss
+        heat, weight = self.config.temperature, self.config.distill
+        with torch.no_grad():
+            taught = self.teacher(images)
+        soft = F.kl_div(
+            F.log_softmax(logits / heat, 1), F.log_softmax(taught / heat, 1), reduction="batchmean", log_target=True
+        )
+        return (1 - weight) * loss + weight * heat**2 * soft
+
+
+def _in_memory(dataset: Dataset, shape: tuple[int, int, int]) -> Dataset:
+    """The data set, decoded once where it is small enough to be kept."""
+    count = len(dataset)  # type: ignore[arg-type]
+    if isinstance(dataset, TensorImages) or 4 * count * math.prod(shape) > IN_MEMORY:
+        return dataset
+    return TensorImages(*load_tensors(dataset))

@@ -1,0 +1,220 @@
+"""One width for every group at the least sum of losses within a budget: a multiple-choice knapsack over the table.
+
+Losses are additive sensitivity curves (`sensitivity.py`), costs the table's own, with terms over several groups (as
+HALP, Shen et al., NeurIPS 2022, with measured losses in place of gradients). Pruning one group alone says too little of
+pruning all, so what is found is evaluated, curves are measured anew around it, and it is solved again within reach of
+those.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from scipy import optimize, sparse
+
+from amc_hw.env import PruningEnv
+from amc_hw.min_sum import MinSum
+from amc_hw.resources import ROUNDING, Completer, CostModel
+from amc_hw.search.method import later
+from amc_hw.search.sensitivity import SHARE, Curves, measure_curves
+
+MAX_VARIABLES = 60_000  #: of the integer program; larger ones are solved by Lagrange multipliers alone
+SECONDS = 60.0
+GAP = 1e-6
+PRIOR = 0.002
+
+
+class KnapsackSearch:
+    """Curves, the best sum within the budget, then curves around what was found, as far as the evaluations reach."""
+
+    def __init__(self, floor: float, episodes: int, seed: int) -> None:
+        self.episodes = episodes
+        self.curves: Curves | None = None
+        self.best: dict[str, Any] | None = None
+        self.known: dict[tuple[int, ...], dict[str, Any]] = {}
+
+    def planned(self, number: int) -> int:
+        return self.episodes if number == 0 else later(self.episodes)
+
+    def round(
+        self, env: PruningEnv, number: int, demonstrations: Sequence[Sequence[int]] = ()
+    ) -> Iterator[dict[str, Any]]:
+        limit = env.model.full_cost if env.budget is None else env.budget.limit
+        left = self.planned(number)
+        if self.curves is None:
+            for found in measure_curves(env, round(SHARE * left)):
+                if isinstance(found, Curves):
+                    self.curves = found
+                else:
+                    left -= 1
+                    yield self._seen(found)
+        assert self.curves is not None
+        losses = [self.curves.losses(group) + prior(grid) for group, grid in enumerate(env.model.grids)]
+        if self.best is None or self.best["cost"] > limit * (1 + ROUNDING):
+            self.best = self._seen(env.judge(solve(env.model, losses, limit)))
+            left -= 1
+            yield self.best
+        while left > 0:
+            before = self.best["widths"]
+            for found in self._around(env, limit, left):
+                left -= 1
+                yield found
+            if self.best["widths"] == before:
+                return
+
+    def _seen(self, found: dict[str, Any]) -> dict[str, Any]:
+        self.known[found["widths"]] = found
+        return found
+
+    def _around(self, env: PruningEnv, limit: float, left: int) -> Iterator[dict[str, Any]]:
+        """Curves around the best policy, one width narrower and one wider per group, and the solution within them."""
+        assert self.best is not None
+        model, base = env.model, self.best["widths"]
+        curves = Curves(model, base, self.best["accuracy"])
+        reach: list[list[int]] = []
+        for group, width in enumerate(base):
+            grid, place = model.grids[group], model.position(group, width)
+            step = max(1, round(0.15 * len(grid)))
+            places = sorted({max(place - step, 0), place, min(place + step, len(grid) - 1)})
+            reach.append(list(range(places[0], places[-1] + 1)))
+            for other in places:
+                widths = curves.widths(group, grid[other])
+                if other != place and left > 1:
+                    if widths not in self.known:
+                        left -= 1
+                        yield self._seen(env.judge(widths))
+                    curves.add(group, grid[other], self.known[widths]["accuracy"])
+        losses = [
+            _signed(curves, group, model.position(group, base[group])) + prior(grid)
+            for group, grid in enumerate(model.grids)
+        ]
+        widths = solve(model, losses, limit, reach=reach)
+        if left > 0 and widths not in self.known:
+            yield self._seen(env.judge(widths))
+        inside = [one for one in self.known.values() if one["cost"] <= limit * (1 + ROUNDING)]
+        self.best = max(inside, key=lambda one: (one["accuracy"], -one["cost"]))
+
+
+def prior(grid: Sequence[int]) -> np.ndarray:
+    """What narrower widths lose at least, too little to be seen in a few hundred held-out images (len(grid),)."""
+    return PRIOR * (1 - np.array(grid) / grid[-1]) ** 2
+
+
+def _signed(curves: Curves, group: int, place: int) -> np.ndarray:
+    """Losses around a policy: wider groups gain, so they are negative above its width."""
+    grid, measured = curves.costs.grids[group], curves.measured(group)
+    widths = np.array(sorted({**measured, grid[place]: 0.0}), dtype=float)
+    losses = np.array([{**measured, grid[place]: 0.0}[int(width)] for width in widths])
+    return np.interp(grid, widths, np.maximum.accumulate(losses[::-1])[::-1])
+
+
+def solve(
+    model: CostModel, losses: Sequence[np.ndarray], limit: float, *, reach: Sequence[Sequence[int]] | None = None
+) -> tuple[int, ...]:
+    """Widths of the least sum of `losses` (one array per group, over its grid) that cost at most `limit`.
+
+    reach: positions in the grids that may be chosen. Exact, by an integer program (HiGHS), where that is not too large:
+    one variable per group and width, one per term and combination of widths. The cheapest known policy where nothing
+    better is found within the limit.
+    """
+    allowed = [list(range(len(grid))) for grid in model.grids] if reach is None else [list(each) for each in reach]
+    fallback, at = _lagrange(model, losses, limit, allowed)
+    count = sum(map(len, allowed)) + sum(
+        math.prod(len(allowed[group]) for group in term.groups) for term in model.terms if len(term.groups) > 1
+    )
+    if count <= MAX_VARIABLES:
+        exact = _integer_program(model, losses, limit, allowed)
+        if exact is not None and (at is None or exact[0] <= fallback + 1e-12):
+            at = exact[1]
+    if at is None:
+        return Completer(model).best()[1]
+    return tuple(grid[place] for grid, place in zip(model.grids, at, strict=True))
+
+
+def _lagrange(
+    model: CostModel, losses: Sequence[np.ndarray], limit: float, allowed: Sequence[Sequence[int]]
+) -> tuple[float, tuple[int, ...] | None]:
+    """The best of what prices per unit of cost give, each exactly minimised: (sum of losses, positions)."""
+    sizes = [len(each) for each in allowed]
+    unary = [((group,), loss[allowed[group]]) for group, loss in enumerate(losses)]
+    terms = [(term.groups, term.values[np.ix_(*(allowed[group] for group in term.groups))]) for term in model.terms]
+    scale = max(float(loss.max() - loss.min()) for loss in losses) or 1.0
+    low, high = 0.0, 1e3 * scale / max(limit, 1e-12)
+    best: tuple[float, tuple[int, ...] | None] = (math.inf, None)
+    for _ in range(40):
+        price = (low + high) / 2
+        factors = unary + [(groups, price * values) for groups, values in terms]
+        places = MinSum(factors, sizes).complete(())
+        at = tuple(each[place] for each, place in zip(allowed, places, strict=True))
+        if model.cost_at(at) <= limit * (1 + ROUNDING):
+            total = sum(float(loss[place]) for loss, place in zip(losses, at, strict=True))
+            best = min(best, (total, at), key=lambda one: one[0])
+            high = price
+        else:
+            low = price
+    return best
+
+
+def _integer_program(
+    model: CostModel, losses: Sequence[np.ndarray], limit: float, allowed: Sequence[Sequence[int]]
+) -> tuple[float, tuple[int, ...]] | None:
+    """(sum of losses, positions) of the optimum; None where there is none, or none was found in time.
+
+    A term over several groups has a variable per combination, whose marginals must be the groups' own choices.
+    """
+    starts = np.cumsum([0, *map(len, allowed)])
+    objective = [np.concatenate([loss[each] for loss, each in zip(losses, allowed, strict=True)])]
+    cost = [np.zeros(starts[-1])]
+    rows: list[np.ndarray] = []
+    columns: list[np.ndarray] = []
+    values: list[np.ndarray] = []
+    right: list[float] = []
+
+    def equation(where: np.ndarray, factors: np.ndarray, to: float) -> None:
+        rows.append(np.full(len(where), len(right)))
+        columns.append(where)
+        values.append(factors)
+        right.append(to)
+
+    for group, each in enumerate(allowed):
+        equation(np.arange(starts[group], starts[group] + len(each)), np.ones(len(each)), 1.0)
+    total = int(starts[-1])
+    for term in model.terms:
+        table = term.values[np.ix_(*(allowed[group] for group in term.groups))]
+        if table.ndim == 1:
+            cost[0][starts[term.groups[0]] : starts[term.groups[0]] + len(table)] += table
+            continue
+        index = total + np.arange(table.size).reshape(table.shape)
+        for axis, group in enumerate(term.groups):
+            for place in range(table.shape[axis]):
+                combinations = np.take(index, place, axis=axis).ravel()
+                where = np.append(combinations, starts[group] + place)
+                equation(where, np.append(np.ones(len(combinations)), -1.0), 0.0)
+        cost.append(table.ravel())
+        objective.append(np.zeros(table.size))
+        total += table.size
+    matrix = sparse.csr_array(
+        (np.concatenate(values), (np.concatenate(rows), np.concatenate(columns))), shape=(len(right), total)
+    )
+    whole = np.zeros(total)
+    whole[: starts[-1]] = 1  # once the groups have chosen, so have the terms
+    found = optimize.milp(
+        np.concatenate(objective),
+        integrality=whole,
+        bounds=optimize.Bounds(0, 1),
+        constraints=[
+            optimize.LinearConstraint(matrix, right, right),
+            optimize.LinearConstraint(np.concatenate(cost)[None], -np.inf, limit * (1 + ROUNDING) - model.constant),
+        ],
+        options={"time_limit": SECONDS, "mip_rel_gap": GAP},
+    )
+    if found.x is None:
+        return None
+    chosen = [int(np.argmax(found.x[starts[group] : starts[group] + len(each)])) for group, each in enumerate(allowed)]
+    at = tuple(each[place] for each, place in zip(allowed, chosen, strict=True))
+    if model.cost_at(at) > limit * (1 + 10 * ROUNDING) + 1e-9 * abs(limit):
+        return None
+    return sum(float(loss[place]) for loss, place in zip(losses, at, strict=True)), at

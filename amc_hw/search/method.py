@@ -1,0 +1,33 @@
+"""What a search method is: it proposes widths, and learns from what they are worth. METHODS of `loop.py` lists them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+from amc_hw.env import PruningEnv
+
+
+class Method(Protocol):
+    """Proposes policies in rounds; a later round knows more of what the budget allows (`env.budget`).
+
+    Every evaluation goes through the environment, so that all methods are given the same number of them.
+    """
+
+    episodes: int  #: evaluations of the first round
+
+    def __init__(self, floor: float, episodes: int, seed: int) -> None: ...
+
+    def planned(self, number: int) -> int:
+        """Evaluations of round `number`, at most."""
+
+    def round(
+        self, env: PruningEnv, number: int, demonstrations: Sequence[Sequence[int]] = ()
+    ) -> Iterator[dict[str, Any]]:
+        """What `PruningEnv.judge` says of every policy that was evaluated, in order. demonstrations: policies near
+        uniform ones, for methods that learn from examples."""
+
+
+def later(episodes: int) -> int:
+    """Evaluations of a round after the first."""
+    return min(episodes, max(10, episodes // 4))

@@ -1,0 +1,117 @@
+"""Per-layer sensitivity: what pruning one group alone costs, and policies that lose the same in every group.
+
+Curves are measured with all other groups at full width (Li et al., ICLR 2017, section 3.1). A policy follows from one
+threshold: every group takes the smallest width that loses at most that much; the threshold is bisected to the budget.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from amc_hw.env import PruningEnv
+from amc_hw.resources import CostModel
+from amc_hw.search.method import later
+
+SHARE = 0.6  #: of the evaluations, spent on curves
+MOST_POINTS = 6  #: per curve
+
+
+class Curves:
+    """Accuracy lost by a group at each width of its grid, all other groups as in `base`: measured at a few widths,
+    linear in between, never falling as widths do."""
+
+    def __init__(self, costs: CostModel, base: Sequence[int], reference: float) -> None:
+        self.costs, self.base, self.reference = costs, tuple(base), reference
+        self._measured: list[dict[int, float]] = [{} for _ in costs.grids]
+
+    def widths(self, group: int, width: int) -> tuple[int, ...]:
+        return (*self.base[:group], width, *self.base[group + 1 :])
+
+    def add(self, group: int, width: int, accuracy: float) -> None:
+        self._measured[group][width] = self.reference - accuracy
+
+    def measured(self, group: int) -> dict[int, float]:
+        """Width -> loss, of what was measured."""
+        return self._measured[group]
+
+    def losses(self, group: int) -> np.ndarray:
+        """Loss at every width of the group's grid, ascending (len(grid),)."""
+        grid = self.costs.grids[group]
+        known = {self.base[group]: 0.0} | self._measured[group]
+        widths = np.array(sorted(known), dtype=float)
+        losses = np.array([known[int(width)] for width in widths])
+        # a wider layer that seems to lose more is noise
+        losses = np.maximum.accumulate(losses[::-1])[::-1]
+        found = np.interp(grid, widths, losses)
+        if len(widths) > 1 and grid[0] < widths[0]:  # below the narrowest that was measured: on as it rose last
+            slope = max((losses[0] - losses[1]) / (widths[1] - widths[0]), 0.0)
+            below = np.array(grid) < widths[0]
+            found[below] = losses[0] + slope * (widths[0] - np.array(grid)[below])
+        return found
+
+
+def points(grid: Sequence[int], count: int) -> list[int]:
+    """At most `count` widths of a grid to measure, the full one left out: the smallest, and evenly up from there."""
+    rest = grid[:-1]
+    if not rest or count < 1:
+        return []
+    places = np.unique(np.round(np.linspace(0, len(rest) - 1, min(count, len(rest)))).astype(int))
+    return [rest[place] for place in places]
+
+
+def measure_curves(env: PruningEnv, budget: int) -> Iterator[dict[str, Any] | Curves]:
+    """What was evaluated, at most `budget` policies, and last the curves."""
+    costs = env.model
+    whole = env.judge(costs.full_widths)
+    yield whole
+    curves = Curves(costs, costs.full_widths, whole["accuracy"])
+    each = min(MOST_POINTS, max(1, (budget - 1) // len(costs.grids)))
+    wanted = [(group, width) for group, grid in enumerate(costs.grids) for width in points(grid, each)]
+    for group, width in wanted[: max(budget - 1, 0)]:
+        found = env.judge(curves.widths(group, width))
+        curves.add(group, width, found["accuracy"])
+        yield found
+    yield curves
+
+
+class SensitivitySearch:
+    """Thresholds on the curves, bisected to the budget; the rest of the evaluations goes to thresholds around it."""
+
+    def __init__(self, floor: float, episodes: int, seed: int) -> None:
+        self.episodes = episodes
+        self.curves: Curves | None = None
+
+    def planned(self, number: int) -> int:
+        return self.episodes if number == 0 else later(self.episodes)
+
+    def round(
+        self, env: PruningEnv, number: int, demonstrations: Sequence[Sequence[int]] = ()
+    ) -> Iterator[dict[str, Any]]:
+        left = self.planned(number)
+        if self.curves is None:
+            for found in measure_curves(env, round(SHARE * left)):
+                if isinstance(found, Curves):
+                    self.curves = found
+                else:
+                    left -= 1
+                    yield found
+        assert self.curves is not None
+        for widths in self._policies(env)[: max(left, 1)]:
+            yield env.judge(widths)
+
+    def _policies(self, env: PruningEnv) -> list[tuple[int, ...]]:
+        """Every policy that a threshold gives within the budget, the most costly first."""
+        assert self.curves is not None
+        costs, limit = env.model, math.inf if env.budget is None else env.budget.limit
+        losses = [self.curves.losses(group) for group in range(len(costs.grids))]
+        thresholds = np.unique(np.concatenate(losses))
+        made = []
+        for threshold in thresholds:
+            fits = [int(np.argmax(loss <= threshold + 1e-12)) for loss in losses]
+            made.append(tuple(grid[fit] for grid, fit in zip(costs.grids, fits, strict=True)))
+        inside = [widths for widths in dict.fromkeys(made) if costs.cost(widths) <= limit * (1 + 1e-6)]
+        return sorted(inside, key=lambda widths: -costs.cost(widths))

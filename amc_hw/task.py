@@ -1,0 +1,210 @@
+"""What a network is for: how good it is, and the inputs that it is refitted on.
+
+Images with labels make a classification task; a user's own functions make any other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from amc_hw.data import Splits, load_data, load_tensors
+from amc_hw.errors import UserError
+from amc_hw.models import LoadedModel
+from amc_hw.specs import Spec, load_function, one_line, parse_spec
+
+FINAL_IMAGES, FINAL_BYTES = 5000, 1_000_000_000  #: held-out images that candidates are compared on, at most
+
+
+class Task(Protocol):
+    """How good a network is. Scores are better when higher; an accuracy is a fraction."""
+
+    split: str  #: what the score that is reported at the end was computed on
+
+    def inputs(self, limit: int) -> tuple[Tensor, ...]:
+        """At most `limit` inputs to refit with, as the network takes them: (N, ...) for every input it has."""
+
+    def score(self, module: nn.Module) -> float:
+        """On held-out training data: of the networks that a search tries."""
+
+    def final_score(self, module: nn.Module) -> float:
+        """As `score`, more exactly: of the candidates at the end of a search."""
+
+    def test_scores(self, modules: Sequence[nn.Module]) -> list[float]:
+        """For the report, of each module; computed once."""
+
+
+def accuracy(module: nn.Module, images: Tensor, labels: Tensor, *, batch: int = 250) -> float:
+    """Fraction of `images` (N, C, H, W) whose largest output is the label (N,)."""
+    right = 0
+    with torch.inference_mode():
+        for chunk, wanted in zip(images.split(batch), labels.split(batch), strict=True):
+            logits = module(chunk)
+            if not isinstance(logits, Tensor) or logits.dim() != 2:
+                what = f"{tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+                raise UserError(f"the network returns {what}, not (N, classes): give --evaluate file.py:function")
+            right += int((logits.argmax(1) == wanted).sum())
+    return right / len(images)
+
+
+class Classification:
+    """Accuracy on the splits of a data set. Images are decoded and normalised once."""
+
+    split = "test"
+
+    def __init__(self, model: LoadedModel, splits: Splits, *, seed: int = 0, val_images: int = 1000) -> None:
+        if len(model.example_inputs) > 1:
+            raise UserError(f"{model.spec} takes {len(model.example_inputs)} inputs: give --evaluate and --calibrate")
+        self.model, self.splits, self.seed = model, splits, seed
+        self.val = self._images(splits.val, val_images)
+
+    def _images(self, split: torch.utils.data.Dataset, limit: int | None) -> tuple[Tensor, Tensor]:
+        images, labels = load_tensors(split, limit=limit, seed=self.seed)
+        return self.model.normalised(images), labels
+
+    def inputs(self, limit: int) -> tuple[Tensor, ...]:
+        images, _ = self._images(self.splits.train, limit)
+        return (images,)
+
+    def score(self, module: nn.Module) -> float:
+        return accuracy(module, *self.val)
+
+    @cached_property
+    def _final_val(self) -> tuple[Tensor, Tensor]:
+        each = 4 * math.prod(self.model.input_shape)
+        return self._images(self.splits.val, min(FINAL_IMAGES, max(len(self.val[0]), FINAL_BYTES // each)))
+
+    def final_score(self, module: nn.Module) -> float:
+        return accuracy(module, *self._final_val)
+
+    def test_scores(self, modules: Sequence[nn.Module]) -> list[float]:
+        images, labels = self._images(self.splits.test, None)
+        return [accuracy(module, images, labels) for module in modules]
+
+
+class OwnTask:
+    """Scores and inputs of a user's own functions; what is not given comes from `labelled`.
+
+    evaluate: module in eval mode -> score. calibrate: () -> inputs of the network, a tensor or a tuple of tensors each,
+    with a batch dimension.
+    """
+
+    def __init__(
+        self, model: LoadedModel, evaluate: Spec | None, calibrate: Spec | None, labelled: Task | None
+    ) -> None:
+        if evaluate is None and calibrate is None:
+            raise ValueError("a task of one's own has a function of one's own")
+        self.model, self.labelled = model, labelled
+        self._evaluate = None if evaluate is None else load_function(evaluate, kind="evaluate function")
+        self._calibrate = None if calibrate is None else load_function(calibrate, kind="calibrate function")
+        self._names = (str(evaluate), str(calibrate))
+        self.split = "evaluate" if labelled is None or evaluate is not None else labelled.split
+
+    def inputs(self, limit: int) -> tuple[Tensor, ...]:
+        if self._calibrate is None:
+            assert self.labelled is not None
+            return self.labelled.inputs(limit)
+        return collect_inputs(self._calibrate, self._names[1], self.model.example_inputs, limit)
+
+    def score(self, module: nn.Module) -> float:
+        if self._evaluate is None:
+            assert self.labelled is not None
+            return self.labelled.score(module)
+        return own_score(self._evaluate, self._names[0], module)
+
+    def final_score(self, module: nn.Module) -> float:
+        if self._evaluate is None:
+            assert self.labelled is not None
+            return self.labelled.final_score(module)
+        return self.score(module)
+
+    def test_scores(self, modules: Sequence[nn.Module]) -> list[float]:
+        if self._evaluate is None:
+            assert self.labelled is not None
+            return self.labelled.test_scores(modules)
+        return [self.score(module) for module in modules]
+
+
+def load_task(
+    model: LoadedModel,
+    *,
+    data: str | None,
+    evaluate: str | None = None,
+    calibrate: str | None = None,
+    seed: int = 0,
+) -> Task:
+    """The task of `data`, or of a user's functions in its place; UserError where something is missing or wrong.
+
+    data: None where the user names none: then both functions are needed.
+    """
+    labelled = None
+    if evaluate is None or calibrate is None:
+        if data is None:
+            missing = "--evaluate" if evaluate is None else "--calibrate"
+            raise UserError(f"{missing} is missing: give it, or --data with images and labels")
+        labelled = Classification(model, load_data(data, input_shape=model.input_shape), seed=seed)
+    if evaluate is None and calibrate is None:
+        assert labelled is not None
+        return labelled
+    score, inputs = (None if text is None else parse_spec(text) for text in (evaluate, calibrate))
+    return OwnTask(model, score, inputs, labelled)
+
+
+def own_score(evaluate: Callable[..., Any], name: str, module: nn.Module) -> float:
+    """What a user's function makes of a network; UserError where it fails, gives no number, or moves the network."""
+    module.eval()
+    before = [(value.device, value.dtype) for value in module.state_dict().values()]
+    try:
+        with torch.no_grad():
+            found = evaluate(module)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{name} raised {one_line(error)}") from error
+    for (device, dtype), value in zip(before, module.state_dict().values(), strict=True):
+        if (value.device, value.dtype) != (device, dtype):
+            now = f"{value.device}, {value.dtype}"
+            raise UserError(
+                f"{name} left the network on {now}, it was on {device}, {dtype}: move a copy, or move it back"
+            )
+    module.eval()
+    try:
+        score = float(found)
+    except (TypeError, ValueError):
+        raise UserError(f"{name} returned {found!r}, not a number") from None
+    if not math.isfinite(score):
+        raise UserError(f"{name} returned {score}: a score must be a finite number, better when higher")
+    return score
+
+
+def collect_inputs(
+    calibrate: Callable[..., Any], name: str, examples: Sequence[Tensor], limit: int
+) -> tuple[Tensor, ...]:
+    """At most `limit` inputs that a user's function yields; UserError where they do not fit the `examples`."""
+    wanted, batches, count = [tuple(example.shape[1:]) for example in examples], [], 0
+    try:
+        for item in calibrate():
+            batch = tuple(item) if isinstance(item, tuple | list) else (item,)
+            if not all(isinstance(part, Tensor) and part.dim() > 0 for part in batch):
+                raise UserError(f"{name} yielded a {type(item).__name__} of other things than tensors")
+            shapes = [tuple(part.shape[1:]) for part in batch]
+            if shapes != wanted or len({len(part) for part in batch}) > 1:
+                found = " and ".join(str(tuple(part.shape)) for part in batch)
+                takes = " and ".join(f"(N, {', '.join(map(str, shape))})" for shape in wanted)
+                raise UserError(f"{name} yielded {found}, the network takes {takes}")
+            batches.append([part.detach().float().cpu() for part in batch])
+            count += len(batch[0])
+            if count >= limit:
+                break
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{name} raised {one_line(error)}") from error
+    if not count:
+        raise UserError(f"{name} yielded nothing")
+    return tuple(torch.cat(parts)[:limit] for parts in zip(*batches, strict=True))

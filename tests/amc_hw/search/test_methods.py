@@ -1,0 +1,197 @@
+"""One suite for all methods: budgets, numbers of evaluations, seeds, resuming; and what each is good at."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from amc_hw.env import PruningEnv
+from amc_hw.graph import build_graph
+from amc_hw.resources import Completer, CostModel, Term, budget_from
+from amc_hw.runs import Journal
+from amc_hw.search.knapsack import solve
+from amc_hw.search.loop import METHODS, Problem, run_search
+from amc_hw.search.sensitivity import Curves, points
+
+GRIDS = ((4, 6, 8, 10, 12, 14, 16),) * 2 + (tuple(range(6, 33, 2)),)
+SEARCHING = [name for name in METHODS if name not in ("uniform", "shallow", "deep")]
+EPISODES = 40
+
+
+def graph():
+    convs = [nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU()]
+    rest = [nn.Conv2d(16, 32, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 4)]
+    return build_graph(nn.Sequential(*convs, *rest).eval(), (3, 8, 8))
+
+
+GRAPH = graph()
+
+
+def costs() -> CostModel:
+    a, b, c = (np.array(grid) / grid[-1] for grid in GRIDS)
+    terms = (Term((0,), a), Term((0, 1), 3.5 * np.outer(a, b)), Term((1, 2), 4 * np.outer(b, c)))
+    return CostModel(GRIDS, terms, 2.0, "ms")
+
+
+def accuracy(widths: Sequence[int]) -> float:
+    """The first group is dear, the last is cheap: uniform is far from best."""
+    a, b, c = (width / grid[-1] for width, grid in zip(widths, GRIDS, strict=True))
+    return 0.9 - 0.60 * (1 - a) ** 2 - 0.22 * (1 - b) ** 2 - 0.04 * (1 - c) ** 2
+
+
+def rounds(name: str, ratio: float, *, episodes: int = EPISODES, seed: int = 0) -> tuple[list[dict], PruningEnv]:
+    model = costs()
+    env = PruningEnv(GRAPH, model=model, budget=budget_from(model, ratio=ratio), evaluate=accuracy, floor=0.25)
+    method = METHODS[name](0.25, episodes, seed)
+    return list(method.round(env, 0)), env
+
+
+def optimum(ratio: float) -> float:
+    model = costs()
+    inside = (each for each in itertools.product(*GRIDS) if model.cost(each) <= ratio * model.full_cost)
+    return max(map(accuracy, inside))
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("ratio", [0.45, 0.6, 0.95])
+def test_a_round_keeps_to_its_evaluations_and_finds_policies_within_the_budget(name: str, ratio: float) -> None:
+    found, env = rounds(name, ratio)
+    assert 1 <= len(found) <= METHODS[name](0.25, EPISODES, 0).planned(0) <= EPISODES
+    for one in found:
+        assert one["cost"] == env.model.cost(one["widths"]) and one["accuracy"] == accuracy(one["widths"])
+        assert one["reward"] == pytest.approx(one["accuracy"] - 1)
+    assert any(one["cost"] <= env.budget.limit * (1 + 1e-6) for one in found)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_same_seed_proposes_the_same(name: str) -> None:
+    proposed = [[one["widths"] for one in rounds(name, 0.6, seed=seed)[0]] for seed in (3, 3)]
+    assert proposed[0] == proposed[1]
+
+
+@pytest.mark.parametrize("name", SEARCHING)
+def test_searching_beats_uniform(name: str) -> None:
+    found, env = rounds(name, 0.6)
+    (uniform,), _ = rounds("uniform", 0.6)
+    best = max(one["accuracy"] for one in found if one["cost"] <= env.budget.limit * (1 + 1e-6))
+    assert uniform["accuracy"] < best <= optimum(0.6) + 1e-9
+
+
+def test_knapsack_finds_the_optimum_of_what_adds_up() -> None:
+    found, env = rounds("knapsack", 0.6)
+    best = max(one["accuracy"] for one in found if one["cost"] <= env.budget.limit * (1 + 1e-6))
+    assert best >= optimum(0.6) - 0.004
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_search_that_was_cut_goes_on(name: str, tmp_path: Path) -> None:
+    """From any line of its journal a search asks for the rest and nothing else, and ends alike."""
+    asked: list[tuple[int, ...]] = []
+
+    def evaluate(widths: Sequence[int]) -> float:
+        asked.append(tuple(widths))
+        return accuracy(widths)
+
+    model = costs()
+    problem = Problem(
+        GRAPH, model, budget_from(model, ratio=0.6), evaluate, accuracy, lambda policies: [], None, floor=0.25
+    )
+
+    def run(path: Path):
+        return run_search(
+            problem, Journal(path, {"search": name}), method=name, episodes=12, seed=1, progress=lambda *_: None
+        )
+
+    whole = run(tmp_path / "whole.jsonl")
+    first, lines = list(asked), (tmp_path / "whole.jsonl").read_bytes().splitlines(keepends=True)
+    for cut in (1, len(lines) // 2, len(lines)):
+        asked.clear()
+        (tmp_path / "cut.jsonl").write_bytes(b"".join(lines[:cut]))
+        assert run(tmp_path / "cut.jsonl") == whole
+        assert len(asked) < len(first) or cut == 1
+        assert (tmp_path / "cut.jsonl").read_bytes() == b"".join(lines)
+
+
+def test_a_budget_that_moves_is_kept_in_the_next_round() -> None:
+    model = costs()
+    for name in METHODS:
+        method = METHODS[name](0.25, EPISODES, 0)
+        for number, ratio in enumerate((0.7, 0.5)):
+            env = PruningEnv(GRAPH, model=model, budget=budget_from(model, ratio=ratio), evaluate=accuracy, floor=0.25)
+            found = list(method.round(env, number))
+            assert any(one["cost"] <= env.budget.limit * (1 + 1e-6) for one in found), (name, ratio)
+
+
+# The knapsack's own objective
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[CostModel, list[np.ndarray], float]:
+    """Three to five groups in a chain, with a term over three of them now and then; losses of any shape."""
+    count = draw(st.integers(3, 5))
+    sizes = [draw(st.integers(1, 4)) for _ in range(count)]
+    rng = np.random.default_rng(draw(st.integers(0, 10_000)))
+    grids = tuple(tuple(range(1, size + 1)) for size in sizes)
+    scopes = [(group, group + 1) for group in range(count - 1)] + [(0,)]
+    scopes += [(0, 1, 2)] if draw(st.booleans()) else []
+    terms = tuple(Term(scope, rng.uniform(0, 1, [sizes[group] for group in scope])) for scope in scopes)
+    model = CostModel(grids, terms, 0.3, "ms")
+    losses = [rng.uniform(-0.1, 0.3, size) for size in sizes]
+    every = [model.cost(each) for each in itertools.product(*grids)]
+    limit = draw(st.floats(min(every), max(every)))
+    return model, losses, limit
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems())
+def test_the_knapsack_is_solved_exactly(problem: tuple[CostModel, list[np.ndarray], float]) -> None:
+    model, losses, limit = problem
+
+    def total(widths: Sequence[int]) -> float:
+        return sum(float(loss[width - 1]) for loss, width in zip(losses, widths, strict=True))
+
+    inside = [each for each in itertools.product(*model.grids) if model.cost(each) <= limit * (1 + 1e-9)]
+    found = solve(model, losses, limit)
+    assert model.cost(found) <= limit * (1 + 1e-8) + 1e-9
+    assert total(found) <= min(map(total, inside)) + 1e-6
+
+
+def test_within_reach_only_and_the_cheapest_where_nothing_fits() -> None:
+    model = costs()
+    losses = [np.linspace(0.3, 0, len(grid)) for grid in GRIDS]
+    reach = [[2, 3], [1, 2], [0, 5]]
+    widths = solve(model, losses, math.inf, reach=reach)
+    assert widths == (GRIDS[0][3], GRIDS[1][2], GRIDS[2][5])
+    assert solve(model, losses, 0.0) == Completer(model).best()[1]
+
+
+# Curves
+
+
+def test_curves_interpolate_and_never_fall_with_fewer_channels() -> None:
+    model = costs()
+    curves = Curves(model, model.full_widths, 0.9)
+    curves.add(0, 4, 0.5)
+    curves.add(0, 10, 0.7)
+    curves.add(0, 12, 0.85)
+    curves.add(0, 14, 0.80)  # noise: worse than with 12
+    assert curves.losses(0) == pytest.approx([0.4, 0.4 - 0.2 / 3, 0.4 - 0.4 / 3, 0.2, 0.1, 0.1, 0.0])
+    assert not curves.losses(1).any()
+    curves.add(1, 12, 0.8)
+    assert curves.losses(1)[0] == pytest.approx(0.1 + 8 * 0.1 / 4)  # on as it rose last
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, unique=True).map(sorted), st.integers(0, 12))
+def test_points_are_widths_of_the_grid_the_smallest_first(grid: list[int], count: int) -> None:
+    found = points(grid, count)
+    assert len(found) <= count and set(found) <= set(grid[:-1]) and found == sorted(set(found))
+    if found:
+        assert found[0] == grid[0]

@@ -1,0 +1,288 @@
+"""Networks of many kinds: what is pruned is right, and what cannot be is left at full width and said aloud."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from amc_hw.export import export_network
+from amc_hw.graph import LayerGraph, build_graph
+from amc_hw.models import load_model
+from amc_hw.prune import keep_channels, mask_channels, slice_channels
+from profilers.ops import OpGraph, OpSpec
+
+
+class Net(nn.Module):
+    """A network from named parts and a function of (parts, x)."""
+
+    def __init__(self, forward, **parts: nn.Module) -> None:
+        super().__init__()
+        self.function = forward
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
+
+
+def same_when_sliced(net: nn.Module, *inputs: Tensor, keep: float = 0.5) -> LayerGraph:
+    """Half the channels of every group: the smaller network computes what the masked one does. Its graph."""
+    graph = build_graph(net.eval(), tuple(inputs[0].shape[1:]), examples=[value[:1] for value in inputs])
+    kept = keep_channels(net, graph, [max(1, round(keep * width)) for width in graph.full_widths])
+    small, masked = slice_channels(net, graph, kept), mask_channels(net, graph, kept)
+    with torch.no_grad():
+        torch.testing.assert_close(small(*inputs), masked(*inputs), rtol=1e-4, atol=1e-5)
+    return graph
+
+
+def frozen_of(graph: LayerGraph) -> dict[str, str]:
+    return {frozen.name: frozen.reason for frozen in graph.frozen}
+
+
+def test_a_depthwise_convolution_over_a_concatenation_keeps_the_parts_apart() -> None:
+    def forward(net, x):
+        return net.c(net.bn(net.depthwise(torch.cat([net.a(x), net.b(x)], 1))))
+
+    parts = dict(a=nn.Conv2d(3, 2, 1), b=nn.Conv2d(3, 4, 1), depthwise=nn.Conv2d(6, 6, 3, groups=6))
+    net = Net(forward, bn=nn.BatchNorm2d(6), c=nn.Conv2d(6, 2, 1), **parts)
+    graph = same_when_sliced(net, torch.randn(2, 3, 8, 8))
+    assert [group.name for group in graph.groups] == ["a", "b"]
+    assert [op.in_channels[0] for op in graph.op_graph((1, 3)).ops if op.kind == "depthwise_conv"] == [4]
+
+
+def test_a_sum_with_a_part_of_a_concatenation_is_frozen() -> None:
+    def forward(net, x):
+        return net.d(torch.cat([net.a(x), net.b(x)], 1) + net.c(x))
+
+    parts = dict(a=nn.Conv2d(3, 2, 1), b=nn.Conv2d(3, 4, 1), c=nn.Conv2d(3, 6, 1), d=nn.Conv2d(6, 2, 1))
+    graph = same_when_sliced(Net(forward, **parts), torch.randn(2, 3, 4, 4))
+    assert frozen_of(graph) == {"a": "tied only in part to c", "d": "network output"}
+
+
+def test_a_split_freezes_what_it_divides_and_nothing_else() -> None:
+    def forward(net, x):
+        first, second = net.a(x).chunk(2, dim=1)
+        return net.d(torch.cat([first, net.c(net.b(second))], 1))
+
+    parts = dict(a=nn.Conv2d(3, 8, 1), b=nn.Conv2d(4, 6, 1), c=nn.Conv2d(6, 4, 1), d=nn.Conv2d(8, 2, 1))
+    graph = same_when_sliced(Net(forward, **parts), torch.randn(2, 3, 5, 5))
+    assert [group.name for group in graph.groups] == ["b", "c"]
+    assert frozen_of(graph)["a"].startswith("split or shuffled at ")
+    slices = [layer for layer in graph.layers if layer.op.kind == "slice"]
+    assert [(layer.start, layer.op.out_channels) for layer in slices] == [(0, 4), (4, 4)]
+
+
+def test_a_module_called_twice_reads_the_same_channels_both_times() -> None:
+    def forward(net, x):
+        first = F.relu(net.shared(net.a(x)))
+        return net.d(net.shared(net.b(x)) + first)
+
+    parts = dict(a=nn.Conv2d(3, 6, 1), b=nn.Conv2d(3, 6, 1), shared=nn.Conv2d(6, 4, 3, padding=1))
+    graph = same_when_sliced(Net(forward, d=nn.Conv2d(4, 2, 1), **parts), torch.randn(2, 3, 8, 8))
+    producers = [(group.name, group.modules("producer")) for group in graph.groups]
+    assert producers == [("a", ("a", "b")), ("shared", ("shared",))]
+    assert [layer.name for layer in graph.layers if layer.module == "shared"] == ["shared", "shared_1"]
+
+
+def test_a_module_that_reads_its_own_output_ties_both() -> None:
+    parts = dict(a=nn.Conv2d(3, 4, 1), b=nn.Conv2d(4, 4, 1), c=nn.Conv2d(4, 2, 1))
+    graph = same_when_sliced(Net(lambda net, x: net.c(net.b(net.b(net.a(x)))), **parts), torch.randn(2, 3, 6, 6))
+    assert [(group.name, group.modules("producer")) for group in graph.groups] == [("a", ("a", "b"))]
+
+
+def test_a_batch_norm_of_its_own_is_an_operator() -> None:
+    parts = dict(a=nn.Conv2d(3, 6, 1), n=nn.BatchNorm2d(6), c=nn.Conv2d(6, 2, 1))
+    net = Net(lambda net, x: net.c(F.relu(net.n(F.relu(net.a(x))))), **parts)
+    net.n.running_mean.normal_()
+    graph = same_when_sliced(net, torch.randn(2, 3, 6, 6))
+    assert graph.op_graph((4,)).nodes[1].op == OpSpec("affine", (4,), 6, 6, 4, activation="relu")
+    assert graph.op_graph((4,)).params == (3 + 1) * 4 + 2 * 4 + (4 + 1) * 2
+
+
+class Gated(nn.Module):
+    """Squeeze-and-excite, the gate on either side of the product."""
+
+    def __init__(self, *, gate_first: bool) -> None:
+        super().__init__()
+        self.gate_first = gate_first
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+        self.c, self.d = nn.Conv2d(4, 8, 1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.silu(self.a(x))
+        gate = torch.sigmoid(self.c(F.relu(self.b(x.mean((2, 3), keepdim=True)))))
+        return self.d(gate * x if self.gate_first else x * gate)
+
+
+@pytest.mark.parametrize("gate_first", [False, True])
+def test_squeeze_and_excite_ties_the_gate_to_the_image(gate_first: bool) -> None:
+    graph = same_when_sliced(Gated(gate_first=gate_first), torch.randn(2, 3, 6, 7))
+    assert [(group.name, group.modules("producer")) for group in graph.groups] == [("a", ("a", "c")), ("b", ("b",))]
+    (scale,) = (op for op in graph.op_graph((5, 3)).ops if op.kind == "scale")
+    assert scale == OpSpec("scale", (5, 5), 6, 7, 5)
+
+
+class UNet(nn.Module):
+    """Two levels, a transposed convolution on one way up and bilinear upsampling on the other; two named outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.second = nn.Sequential(nn.Conv2d(8, 12, 3, padding=1), nn.ReLU())
+        self.third = nn.Sequential(nn.Conv2d(12, 16, 3, padding=1), nn.ReLU())
+        self.up2, self.up1 = nn.ConvTranspose2d(16, 12, 2, stride=2), nn.Upsample(scale_factor=2, mode="bilinear")
+        self.merge2, self.merge1 = nn.Conv2d(24, 10, 3, padding=1), nn.Conv2d(18, 6, 3, padding=1)
+        self.mask, self.edge = nn.Conv2d(6, 2, 1), nn.Conv2d(6, 1, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        one = self.first(x)
+        two = self.second(F.max_pool2d(one, 2))
+        three = self.third(F.max_pool2d(two, 2))
+        two = F.relu(self.merge2(torch.cat([self.up2(three), two], 1)))
+        one = F.relu(self.merge1(torch.cat([self.up1(two), one], 1)))
+        return {"mask": self.mask(one), "edge": self.edge(one)}
+
+
+class Pyramid(nn.Module):
+    """Feature pyramid: lateral 1x1 convolutions, upsampled sums, one head for both levels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.low = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.ReLU())
+        self.high = nn.Sequential(nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.ReLU())
+        self.lateral_low, self.lateral_high = nn.Conv2d(8, 12, 1), nn.Conv2d(16, 12, 1)
+        self.head, self.out = nn.Conv2d(12, 12, 3, padding=1), nn.Conv2d(12, 5, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        low = self.low(x)
+        top = self.lateral_high(self.high(low))
+        down = self.lateral_low(low) + F.interpolate(top, size=low.shape[-2:], mode="nearest")
+        return self.out(F.relu(self.head(top))), [self.out(F.relu(self.head(down)))]
+
+
+def test_a_unet_can_be_pruned(tmp_path: Path) -> None:
+    net, image = UNet(), torch.randn(2, 3, 16, 24)
+    graph = same_when_sliced(net, image)
+    assert [group.name for group in graph.groups] == ["first.0", "second.0", "third.0", "up2", "merge2", "merge1"]
+    assert graph.outputs == ("mask", "edge")
+    half = [width // 2 for width in graph.full_widths]
+    assert graph.macs(half) <= 0.5 * graph.macs()
+    small = slice_channels(net, graph, keep_channels(net, graph, half))
+    for file_format in ["onnx", "torch"] + ["tflite"] * (importlib.util.find_spec("ai_edge_litert") is not None):
+        out = tmp_path / file_format
+        assert export_network(small, graph, graph.op_graph(half), image, file_format=file_format, out=out)["bytes"]
+
+
+def test_a_pyramid_can_be_pruned() -> None:
+    graph = same_when_sliced(Pyramid(), torch.randn(2, 3, 16, 16))
+    assert {group.name: group.modules("producer") for group in graph.groups} == {
+        "low.0": ("low.0",),
+        "high.0": ("high.0",),
+        "lateral_high": ("lateral_high", "lateral_low"),
+        "head": ("head",),
+    }
+    assert len(graph.outputs) == 2
+
+
+class Several(nn.Module):
+    """Three inputs, one of them a vector, and arguments that keep their defaults."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 1), nn.Conv2d(1, 8, 1), nn.Conv2d(8, 6, 1)
+        self.d, self.e = nn.Linear(10, 2), nn.Linear(5, 4)
+
+    def forward(
+        self, image: Tensor, depth: Tensor, extra: Tensor, flag: bool = False, mask: Tensor | None = None
+    ) -> Tensor:
+        x = F.relu(self.a(image) + self.b(depth))
+        if flag or mask is not None:
+            x = x * 2
+        return self.d(torch.cat([self.c(x).mean((2, 3)), F.relu(self.e(extra))], 1))
+
+
+def test_several_inputs_and_arguments_with_defaults(tmp_path: Path) -> None:
+    net, inputs = Several(), (torch.randn(2, 3, 6, 6), torch.randn(2, 1, 6, 6), torch.randn(2, 5))
+    graph = same_when_sliced(net, *inputs)
+    assert [group.name for group in graph.groups] == ["a", "c", "e"]
+    assert graph.op_graph().inputs == {OpGraph.INPUT: (3, 6, 6), "depth": (1, 6, 6), "extra": (5,)}
+    assert OpGraph.from_json(graph.op_graph().to_json()) == graph.op_graph()
+    for file_format in ["onnx", "torch"] + ["tflite"] * (importlib.util.find_spec("ai_edge_litert") is not None):
+        out = tmp_path / file_format
+        assert export_network(net, graph, graph.op_graph(), inputs, file_format=file_format, out=out)["bytes"]
+
+
+HALVES = {  # MACs at half widths over those at full widths
+    "resnet50": 0.26,
+    "efficientnet_b0": 0.29,
+    "densenet121": 0.27,
+    "mnasnet1_0": 0.29,
+    "squeezenet1_1": 0.33,
+    "googlenet": 0.28,
+    "mobilenet_v3_large": 0.29,
+    "regnet_y_400mf": 0.56,  # its grouped convolutions are frozen
+    "convnext_tiny": 0.54,  # what a layer-norm normalises together is frozen
+    "shufflenet_v2_x1_0": 0.52,  # what is split and shuffled is frozen
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", HALVES)
+def test_torchvision_networks_at_half_widths(name: str, tmp_path: Path) -> None:
+    """MACs fall, the smaller network is the masked one, and both exports are it, too."""
+    net = load_model(f"torchvision:{name}").module
+    for part in net.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            assert part.running_mean is not None and part.running_var is not None
+            part.running_mean.normal_(0, 0.1)
+            part.running_var.uniform_(0.5, 1.5)
+    graph = build_graph(net, (3, 224, 224))
+    half = [width // 2 for width in graph.full_widths]
+    assert graph.macs(half) <= HALVES[name] * graph.macs()
+    kept = keep_channels(net, graph, half)
+    small, masked = slice_channels(net, graph, kept), mask_channels(net, graph, kept)
+    image = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found, wanted = small(image), masked(image)
+    assert torch.isfinite(found).all() and wanted.std() > 0
+    assert (found - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+    for file_format in ["onnx"] + ["tflite"] * (importlib.util.find_spec("ai_edge_litert") is not None):
+        out = tmp_path / file_format
+        done = export_network(small, graph, graph.op_graph(half), image, file_format=file_format, out=out)
+        assert done["max_abs_diff"] <= 1e-4 * max(1.0, float(wanted.abs().max())) and out.stat().st_size > 1e5
+
+
+TIMM = ["mobilenetv3_large_100", "efficientnet_lite0", "mobilenetv2_100", "mnasnet_100", "fbnetc_100", "regnetx_002"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TIMM)
+def test_mobile_networks_of_timm_at_half_widths(name: str) -> None:
+    pytest.importorskip("timm")
+    loaded = load_model(f"timm:{name}", input_shape=(3, 64, 64))
+    graph = same_when_sliced(loaded.module, torch.randn(1, 3, 64, 64))
+    half = [width // 2 for width in graph.full_widths]
+    assert graph.macs(half) <= (0.6 if name.startswith("regnet") else 0.4) * graph.macs()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mobilenet_v2", "resnet18", "densenet121", "efficientnet_b0"])
+def test_groups_are_those_of_torch_pruning(name: str) -> None:
+    """An independent derivation, by autograd, of which layers lose the same channels."""
+    tp = pytest.importorskip("torch_pruning")
+    net = load_model(f"torchvision:{name}").module
+    graph = build_graph(net, (3, 224, 224))
+    other = copy.deepcopy(net)
+    names = {part: part_name for part_name, part in other.named_modules()}
+    dependencies = tp.DependencyGraph().build_dependency(other, torch.zeros(1, 3, 224, 224))
+    for group in graph.groups:
+        producer = other.get_submodule(group.name)
+        coupled = dependencies.get_pruning_group(producer, tp.prune_conv_out_channels, [0])
+        touched = {names[item.dep.target.module] for item in coupled if item.dep.target.module in names}
+        assert touched == {member.module for member in group.members}, group.name

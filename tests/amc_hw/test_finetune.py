@@ -1,0 +1,161 @@
+"""Fine-tuning: what it changes, what it keeps, and that a killed run goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from amc_hw.api import load_pruned
+from amc_hw.errors import FailedError, UserError
+from amc_hw.finetune import FinetuneConfig, finetune
+from amc_hw.models import load_model
+from amc_hw.policy import Policy
+from amc_hw.prune import keep_channels, slice_channels
+from amc_hw.runs import save_weights
+from amc_hw.subject import load_graph
+
+pytest.importorskip("accelerate")
+MODEL = "mobilenet_v1_cifar?width=0.25"
+
+
+def quiet(done: int, total: int, text: str) -> None:
+    pass
+
+
+def steps_of_an_epoch() -> int:
+    """Steps of an epoch: 256 images each, the rest left out."""
+    from amc_hw.data import load_data
+
+    return len(load_data("digits", input_shape=(3, 32, 32)).train) // 256  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def policy(tmp_path: Path) -> Path:
+    """A pruned network with random weights: there is much to learn."""
+    torch.manual_seed(0)
+    model, graph = load_graph(MODEL)
+    kept = keep_channels(model.module, graph, [max(1, width // 2) for width in graph.full_widths])
+    folder = tmp_path / "run"
+    folder.mkdir()
+    save_weights(folder / "pruned.pt", slice_channels(model.module, graph, kept).state_dict())
+    Policy(
+        model=MODEL,
+        input_shape=model.input_shape,
+        mean=model.mean,
+        std=model.std,
+        data="digits",
+        widths={name: len(channels) for name, channels in kept.items()},
+        kept={name: channels.tolist() for name, channels in kept.items()},
+        checkpoint_sha256=None,
+        device="fake",
+        dtype="float32",
+    ).save(folder / "policy.json")
+    return folder / "policy.json"
+
+
+@pytest.mark.slow
+def test_accuracy_rises_and_the_widths_stay(policy: Path) -> None:
+    before = policy.parent.joinpath("pruned.pt").read_bytes()
+    found = finetune(policy, FinetuneConfig(epochs=6, batch=64), progress=quiet)
+    assert found["accuracy_before"] < 0.3 and found["accuracy_after"] > 0.8 and found["accuracy_split"] == "test"
+    folder = policy.parent.with_name("run-finetuned")
+    assert found["baseline_accuracy"] is None and found["policy"] == str(folder / "policy.json")
+    old, new = json.loads(policy.read_text()), json.loads(Path(found["policy"]).read_text())
+    assert old == new and policy.parent.joinpath("pruned.pt").read_bytes() == before
+    module = load_pruned(found["policy"])
+    assert not module.training and not (folder / "state.pt").exists()
+    again = finetune(policy, FinetuneConfig(epochs=6, batch=64), progress=quiet)
+    assert again == found
+    rows = [json.loads(line) for line in Path(found["policy"]).with_name("metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows[1:]] == list(range(6)) and rows[-1]["loss"] < rows[1]["loss"]
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(policy: Path, tmp_path: Path) -> None:
+    class Killed(Exception):
+        pass
+
+    def until(step: int) -> Callable[[int, int, str], None]:
+        def progress(done: int, total: int, text: str) -> None:
+            if done >= step:
+                raise Killed
+
+        return progress
+
+    whole = finetune(policy, FinetuneConfig(epochs=3, batch=256, out=tmp_path / "whole"), progress=quiet)
+    config = FinetuneConfig(epochs=3, batch=256, out=tmp_path / "parts")
+    each = steps_of_an_epoch()
+    for stop in (1, each + 2, 2 * each + 1):
+        with pytest.raises(Killed):
+            finetune(policy, config, progress=until(stop))
+    parts = finetune(policy, config, progress=quiet)
+    one, other = (torch.load(Path(found["policy"]).with_name("pruned.pt")) for found in (whole, parts))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    assert parts["accuracy_after"] == whole["accuracy_after"]
+
+
+@pytest.mark.slow
+def test_the_unpruned_network_teaches(policy: Path, tmp_path: Path) -> None:
+    """With nothing but the teacher in the loss, its mistakes are learnt: here a constant answer."""
+    teacher = load_model(MODEL).module
+    with torch.no_grad():
+        teacher.classifier.weight.zero_()
+        teacher.classifier.bias.copy_(torch.tensor([0.0] * 3 + [9.0] + [0.0] * 6))
+    torch.save(teacher.state_dict(), tmp_path / "teacher.pt")
+    config = FinetuneConfig(
+        epochs=4, batch=64, distill=1.0, checkpoint=tmp_path / "teacher.pt", out=tmp_path / "taught"
+    )
+    found = finetune(policy, config, progress=quiet)
+    assert (
+        found["baseline_accuracy"] == pytest.approx(found["accuracy_after"], abs=0.03) and found["accuracy_after"] < 0.2
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"lr": 0.0}, "--lr 0.0 must be a number above 0"),
+        ({"lr": float("nan")}, "--lr nan"),
+        ({"distill": 1.5}, "--distill 1.5 must lie in 0..1"),
+        ({"distill": 0.5}, "--distill needs the unpruned network: give its --checkpoint"),
+    ],
+)
+def test_settings_that_make_no_sense(options: dict, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        FinetuneConfig(**options)
+
+
+def test_a_task_without_labels_is_sent_to_its_own_loop(policy: Path) -> None:
+    data = json.loads(policy.read_text()) | {"data": None, "evaluate": "a.py:b", "calibrate": "a.py:c"}
+    policy.write_text(json.dumps(data))
+    with pytest.raises(UserError, match="put amc_hw.load_pruned.policy. into your own training loop"):
+        finetune(policy, FinetuneConfig(), progress=quiet)
+
+
+def test_a_batch_larger_than_the_data_is_refused(policy: Path) -> None:
+    with pytest.raises(UserError, match="--batch 5000 is larger than the training split"):
+        finetune(policy, FinetuneConfig(batch=5000), progress=quiet)
+
+
+@pytest.mark.slow
+def test_a_loss_that_explodes_and_a_state_that_is_damaged(policy: Path, tmp_path: Path) -> None:
+    with pytest.raises(FailedError, match="the loss is no longer finite in epoch .*: lower --lr"):
+        finetune(policy, FinetuneConfig(lr=1e30, epochs=2, batch=64, out=tmp_path / "wild"), progress=quiet)
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "state.pt").write_bytes(b"half a file")
+    with pytest.raises(UserError, match="state.pt is damaged .*: remove it to begin again"):
+        finetune(policy, FinetuneConfig(out=tmp_path / "cut"), progress=quiet)
+
+
+@pytest.mark.slow
+def test_by_command(policy: Path, monkeypatch: pytest.MonkeyPatch, amc_hw: Callable) -> None:
+    monkeypatch.chdir(policy.parent)
+    done = amc_hw("finetune", "--policy", "policy.json", "--epochs", "1", "--out", "tuned", "--json")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert found["epochs"] == 1 and Path(found["policy"]).exists() and "held-out accuracy" in done.err
+    assert amc_hw("finetune", "--policy", "nowhere.json").code == 2
