@@ -123,8 +123,8 @@ def open_subject(
         config = replace(config, dtype=dtype)
     if not 0 < floor <= 1:
         raise UserError(f"--floor {floor} must be above 0 and at most 1")
+    base: Pruned | None = None
     if start is None:
-        base: Pruned | None = None
         loaded, graph = load_graph(model, input_shape=input_shape, checkpoint=checkpoint, keep=keep)
     else:
         base = open_pruned(start)
@@ -137,7 +137,14 @@ def open_subject(
         raise UserError(f"{model} has no prunable layer ({reasons})")
     target = open_target(config)
     multiple = channel_multiple or config.channel_multiple or _detected_multiple(config, target) or USUAL_MULTIPLE
-    grids = tuple(width_grid(group.width, multiple=multiple, floor=floor) for group in graph.groups)
+    full = dict(zip((group.name for group in graph.groups), graph.full_widths, strict=True))
+    if base is not None:  # the widths of the network that was unpruned at first, as far as they are left
+        full |= {group.name: group.width for group in base.graph.groups if group.name in full}
+    grids = tuple(
+        tuple(width for width in width_grid(full[group.name], multiple=multiple, floor=floor) if width < group.width)
+        + (group.width,)
+        for group in graph.groups
+    )
     return Subject(loaded, graph, config, target, grids, floor, tuple(keep), base.policy if base else None)
 
 

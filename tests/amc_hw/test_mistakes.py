@@ -723,6 +723,8 @@ KEYS: dict[str, set[str]] = {
         "dtype",
     },
     "export": {"file", "bytes", "max_abs_diff"},
+    "check": {"accuracy", "groups", "frozen", "measurements_missing", "profile_minutes", "search_minutes"},
+    "finetune": {"accuracy_before", "accuracy_after"},  # tests/amc_hw/test_finetune.py
     "import-log": {"table", "rows_new"},  # tests/amc_hw/test_pixel1.py
     "table": set(),  # its commands: tests/amc_hw/test_tables.py
 }
@@ -750,6 +752,7 @@ def test_json_is_one_object_with_the_keys_of_the_contract(here: Path, amc_hw: Ru
     assert [set(group) >= {"name", "reason"} for group in graph["frozen"]] == [True]  # the output
     profiled = found("profile")
     assert profiled["rows_new"] == 0 and Path(profiled["table"]).is_file()
+    assert found("check")["measurements_missing"] == 0
     validated = found("validate", "--samples", "4")
     assert 0 <= validated["within_5pct"] <= validated["within_10pct"] <= 1 and len(validated["samples"]) == 4
     assert found("predict", "--widths", "16,16,24")["predicted_ms"] < found("predict")["predicted_ms"]
