@@ -12,6 +12,7 @@ import numpy as np
 from scipy import stats
 from torch import nn
 
+from amc_hw.compare import CompareConfig, compare
 from amc_hw.errors import DeviceError, FailedError, TableError, UserError
 from amc_hw.evaluate import Evaluator, check_expected
 from amc_hw.export import FORMATS, export_int8, export_network, folded_weights
@@ -21,6 +22,7 @@ from amc_hw.graph import LayerGraph
 from amc_hw.plots import check_picture, save_predictions
 from amc_hw.policy import Policy, load_policy
 from amc_hw.pretrain import DEFAULT_DATA, DEFAULT_MODEL, checkpoint_for
+from amc_hw.search.loop import METHODS
 from amc_hw.subject import (
     Subject,
     load_graph,
@@ -46,7 +48,9 @@ from profilers.timing import ratio_ci95
 
 __all__ = [
     "BUDGETS",
+    "CompareConfig",
     "DTYPES",
+    "METHODS",
     "DEFAULT_DATA",
     "DEFAULT_MODEL",
     "FORMATS",
@@ -59,6 +63,7 @@ __all__ = [
     "check_device",
     "check_network",
     "checkpoint_for",
+    "compare",
     "describe_graph",
     "export",
     "export_csv",

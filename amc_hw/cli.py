@@ -611,6 +611,68 @@ def _search_lines(r: dict[str, Any]) -> list[str]:
 
 
 @cli.command()
+@_options(*SUBJECT, "checkpoint", *TASK, "json")
+@click.option("--latency-ms", "latency_ms", type=float, multiple=True, help="A budget; all of these are repeatable.")
+@click.option("--latency-ratio", "latency_ratio", type=float, multiple=True, help="A budget.")
+@click.option("--flops-ratio", "flops_ratio", type=float, multiple=True, help="A budget.")
+@click.option("--params-ratio", "params_ratio", type=float, multiple=True, help="A budget.")
+@click.option("--methods", default="all", show_default=True, help="all, or some of search's --method: a,b,c.")
+@click.option("--seeds", default="0", show_default=True, help="0,1,2 for intervals.")
+@click.option(
+    "--matched/--no-matched", default=True, show_default=True, help="FLOPs budgets of equal measured latency."
+)
+@click.option("--refit", default="faithful", show_default=True, help="Of every policy tried: faithful or fast.")
+@click.option("--episodes", default=150, show_default=True, type=click.IntRange(1), help="Evaluations of each search.")
+@click.option("--slack", default=0.02, show_default=True, help="How far a measurement may exceed the budget.")
+@click.option("--expect-accuracy", type=float, help="Refuse to go on where the unpruned accuracy is not this.")
+@click.option("--out", type=_PATH, default=Path("runs/compare"), show_default=True, help="An interrupted one goes on.")
+@click.pass_context
+def compare(
+    context: click.Context,
+    as_json: bool,
+    checkpoint: Path | None,
+    methods: str,
+    seeds: str,
+    out: Path,
+    **arguments: Any,
+) -> None:
+    """Search methods and budgets beside each other, every winner measured; what a latency budget earns over FLOPs.
+
+    \b
+    amc-hw compare --latency-ratio 0.5
+    amc-hw compare --methods knapsack,ddpg,uniform --latency-ratio 0.5 --latency-ratio 0.7 --seeds 0,1,2
+    """
+    _no_data_of_ours(context, arguments)
+    budgets = tuple((name, value) for name in api.BUDGETS for value in arguments.pop(name))
+    chosen = (
+        tuple(api.METHODS) if methods == "all" else tuple(part.strip() for part in methods.split(",") if part.strip())
+    )
+    try:
+        numbers = tuple(int(part) for part in seeds.split(","))
+    except ValueError:
+        raise UserError(f"--seeds {seeds!r}: expected whole numbers such as 0,1,2") from None
+    names = ("data", "evaluate", "calibrate", "refit", "episodes", "slack", "expect_accuracy")
+    shared = api.SearchConfig(**{name: arguments.pop(name) for name in names})
+    matched = arguments.pop("matched")
+    config = api.CompareConfig(chosen, budgets, numbers, matched, shared, out)
+    checkpoint = api.checkpoint_for(arguments["model"], shared.data, checkpoint)
+    _print(
+        api.compare(_subject(arguments, checkpoint=checkpoint), config, progress=_Progress()), as_json, _compare_lines
+    )
+
+
+def _compare_lines(r: dict[str, Any]) -> list[str]:
+    def line(row: dict[str, Any]) -> str:
+        head = f"{row['method']:<12} {row['budget']:<36} {row['seed']:>4} "
+        if row["accuracy"] is None:
+            return f"{head} {row['reason']}"
+        latency = f"{row['measured_ms']:9.4f} ms {row['speedup']:.2f}x" if row["measured_ms"] else "not measured"
+        return f"{head} {row['accuracy']:.4f} {latency} {row['macs'] / 1e6:9.2f} MMACs {row['reason'] or ''}".rstrip()
+
+    return [*map(line, r["rows"]), *r["verdict"], r["plot"]]
+
+
+@cli.command()
 @click.option("--policy", type=_PATH, required=True, help="A policy.json of a search.")
 @click.option("--format", "file_format", type=click.Choice(api.FORMATS), required=True)
 @click.option("--out", type=_PATH, required=True, help="The file to write.")

@@ -32,7 +32,7 @@ from amc_hw.resources import (
     params_model,
     require_feasible,
 )
-from amc_hw.runs import Journal, alone_in, numbered, record_command, save_json, save_weights
+from amc_hw.runs import Journal, Scores, alone_in, numbered, record_command, save_json, save_weights
 from amc_hw.search.loop import CANDIDATES, METHODS, Outcome, Problem, Timed, run_search
 from amc_hw.subject import Subject, read_predictor
 from amc_hw.task import Task, load_task
@@ -48,7 +48,8 @@ Progress = Callable[[int, int, str], None]  # (done, total, what there is to say
 @dataclass(frozen=True)
 class SearchConfig:
     """One budget, in milliseconds or as a share of the unpruned cost; where the run is kept (None: a folder of its own
-    in `runs`); how long to search. data, evaluate, calibrate: as of `amc_hw.task.load_task`."""
+    in `runs`); how long to search. data, evaluate, calibrate: as of `amc_hw.task.load_task`. fallback: uniform policies
+    take part in the end, too."""
 
     out: Path | None = None
     data: str | None = DEFAULT_DATA
@@ -65,6 +66,7 @@ class SearchConfig:
     seed: int = 0
     slack: float = 0.02
     expect_accuracy: float | None = None
+    fallback: bool = True
 
     @property
     def budget(self) -> tuple[str, float] | None:
@@ -104,7 +106,10 @@ def search_time(evaluator: Evaluator, grids: Grids, episodes: int, loading_s: fl
 
 
 class _Search:
-    def __init__(self, subject: Subject, config: SearchConfig, progress: Progress) -> None:
+    def __init__(
+        self, subject: Subject, config: SearchConfig, progress: Progress, scores: Scores | None = None
+    ) -> None:
+        self.scores = scores
         self.subject, self.config, self.progress = subject, config, progress
         self.model, self.graph = subject.model, subject.graph
         self.given = config.budget
@@ -166,7 +171,18 @@ class _Search:
         return self._refitted[widths]
 
     def finish(self, widths: Sequence[int]) -> float:
-        return self.evaluator.task.final_score(self.refitted(tuple(widths)))
+        return self._shared("final", widths, lambda: self.evaluator.task.final_score(self.refitted(tuple(widths))))
+
+    def evaluate(self, widths: Sequence[int]) -> float:
+        return self._shared("search", widths, lambda: self.evaluator.val_accuracy(widths))
+
+    def _shared(self, kind: str, widths: Sequence[int], compute: Callable[[], float]) -> float:
+        """A score, from the searches that share theirs where one of them has it."""
+        if self.scores is None:
+            return compute()
+        header = self._header()
+        same = [header[key] for key in ("model", "checkpoint_sha256", "data", "evaluate", "calibrate", "keep", "refit")]
+        return self.scores.score([*same, self.config.seed, kind, [int(width) for width in widths]], compute)
 
     def confirm(self, widths: tuple[int, ...]) -> tuple[list[float], list[float]]:
         network = self.network(widths, self.refitted(widths))
@@ -213,7 +229,7 @@ class _Search:
             self.graph,
             costs,
             budget,
-            self.evaluator.val_accuracy,
+            self.evaluate,
             finish=self.finish,
             time=self.time,
             confirm=self.confirm if self.here else None,
@@ -222,6 +238,7 @@ class _Search:
             reward_costs=None if unit in (None, costs.unit) else self.costs(config.reward),
             floor=min(grid[0] / grid[-1] for grid in self.subject.grids),
             slack=config.slack,
+            fallback=config.fallback,
         )
         outcome = run_search(
             problem,
@@ -270,6 +287,7 @@ class _Search:
             "refit": config.refit,
             "slack": config.slack,
             "seed": config.seed,
+            "fallback": config.fallback,
             "episodes": config.episodes,
             "grids": [list(grid) for grid in self.subject.grids],
         }
@@ -363,10 +381,13 @@ def plan_search(subject: Subject, config: SearchConfig) -> dict[str, Any]:
     return _Search(subject, config, lambda done, total, text: None).plan()
 
 
-def search(subject: Subject, config: SearchConfig, *, progress: Progress) -> dict[str, Any]:
+def search(
+    subject: Subject, config: SearchConfig, *, progress: Progress, scores: Scores | None = None
+) -> dict[str, Any]:
     """Find the widths that meet the budget at the least loss of accuracy, time the best, keep the winner in
     `config.out`. A search that was interrupted goes on; one that has ended gives its result again.
 
+    scores: of policies, known to searches of the same network, data and seed.
     Raises BudgetError where the budget cannot be met, or no measured candidate met it.
     """
-    return _Search(subject, config, progress).run()
+    return _Search(subject, config, progress, scores).run()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,23 @@ def save_staircase(
     axes.set(xlabel="channels", ylabel="ms", ylim=(0, None))
     axes.set_title(title, fontsize=8)
     axes.legend()
+    _save(figure, path)
+
+
+def save_pareto(path: Path, title: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Accuracy against latency of every row that was measured; one mark per method, hollow for FLOPs budgets."""
+    figure, axes = _axes(path)
+    measured = [row for row in rows if row["measured_ms"] is not None and row["accuracy"] is not None]
+    marks = itertools.cycle("os^vDPX*<>")
+    for method, mark in zip(dict.fromkeys(row["method"] for row in measured), marks, strict=False):
+        colour = axes.plot([], [], mark, label=method)[0].get_color()
+        for row in (row for row in measured if row["method"] == method):
+            face = "none" if row["budget"].startswith("flops") else colour
+            axes.plot(row["measured_ms"], row["accuracy"], mark, color=colour, markerfacecolor=face)
+    axes.set(xlabel="measured ms", ylabel="accuracy")
+    axes.set_title(f"{title} (hollow: FLOPs budgets)", fontsize=8)
+    if measured:
+        axes.legend(fontsize=7)
     _save(figure, path)
 
 

@@ -234,6 +234,9 @@ class _Lowering:
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
             self._convolution(node, module, name)
         elif isinstance(module, nn.Linear):
+            source = node.all_input_nodes[0]
+            if source not in self.last and len(_shape(source) or ()) != 2:
+                raise UnsupportedOperatorError(f"{name}: a linear layer over the last axis of {_shape(source)}")
             self._emit(node, "linear", out_channels=module.out_features, module=name)
         elif isinstance(module, ChannelMap):
             self._emit(node, "channel_map", out_channels=module.out_channels, stride=_pair(module.stride), module=name)

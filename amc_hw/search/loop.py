@@ -82,7 +82,7 @@ class Problem:
     evaluate: widths -> held-out accuracy after the refit of a search. finish: the same after the final refit.
     time: policies -> their latency, timed together. confirm: one policy as it will be deployed, timed in a process
     of its own, None where the device is away. used: what a timed policy uses of the budget, 1 being all of it; None
-    where the budget is not one of measured latency.
+    where the budget is not one of measured latency. fallback: uniform policies take part in the end.
     """
 
     graph: LayerGraph
@@ -97,6 +97,7 @@ class Problem:
     reward_costs: CostModel | None = None
     floor: float = 0.2
     slack: float = 0.02
+    fallback: bool = True
 
     def env(self, evaluate: Callable[[Sequence[int]], float], budget: Budget | None) -> PruningEnv:
         return PruningEnv(
@@ -233,7 +234,7 @@ class _Rounds:
         """The widest uniform policy of each kind that meets the budget takes part in the end: a search does not lose
         to what needs none."""
         budget, used = self.problem.budget, self.problem.used
-        if budget is None:
+        if budget is None or not self.problem.fallback:
             return
         limit = budget.limit / self.bias * (1 + NEAR if used is not None else 1)
         kinds = [kind[:UNIFORM] for kind in _uniform_within(self.problem, limit)]

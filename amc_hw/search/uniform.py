@@ -9,8 +9,8 @@ from amc_hw.resources import Grids, snap
 
 
 def tied_groups(graph: LayerGraph) -> set[int]:
-    """Indices of the groups that additions tie together: those with several producers."""
-    return {index for index, group in enumerate(graph.groups) if len(group.modules("producer")) > 1}
+    """Indices of the groups that additions tie together."""
+    return {group for layer in graph.layers if layer.op.kind == "add" for group, _ in layer.out.terms}
 
 
 def uniform_policies(grids: Grids, *, full: Collection[int] = ()) -> list[tuple[int, ...]]:

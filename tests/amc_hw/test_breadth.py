@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from amc_hw.errors import UserError
 from amc_hw.export import export_network
 from amc_hw.graph import LayerGraph, build_graph
 from amc_hw.models import load_model
@@ -286,3 +287,44 @@ def test_groups_are_those_of_torch_pruning(name: str) -> None:
         coupled = dependencies.get_pruning_group(producer, tp.prune_conv_out_channels, [0])
         touched = {names[item.dep.target.module] for item in coupled if item.dep.target.module in names}
         assert touched == {member.module for member in group.members}, group.name
+
+
+# What cannot be read is one line that says what to do
+
+
+class Output:
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+
+class NeedsKeyword(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: Tensor, *, scale: Tensor) -> Tensor:
+        return self.a(x) * scale
+
+
+class OfItsOwnClass(NeedsKeyword):
+    def forward(self, x: Tensor) -> Output:  # type: ignore[override]
+        return Output(self.a(x))
+
+
+class Branches(NeedsKeyword):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return self.a(x) if x.mean() > 0 else x
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (NeedsKeyword, "forward.. of NeedsKeyword needs the keyword argument 'scale': give a factory that wraps it"),
+        (OfItsOwnClass, "cannot be traced by torch.fx .*Output.*: give a factory that returns a module"),
+        (Branches, "cannot be traced by torch.fx .*control flow.*does not branch on their values"),
+    ],
+)
+def test_a_forward_that_cannot_be_traced_says_what_to_do(kind: type[nn.Module], words: str) -> None:
+    with pytest.raises(UserError, match=words) as caught:
+        build_graph(kind(), (3, 8, 8))
+    assert "\n" not in str(caught.value) and caught.value.exit_code == 2

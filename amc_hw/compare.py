@@ -1,0 +1,204 @@
+"""Search methods and kinds of budget side by side: same table, same evaluator, same number of evaluations.
+
+Every winner is timed on the device. Where a FLOPs budget stands beside a latency budget, its ratio is moved until its
+winner is as fast, as measured: only then do their accuracies compare.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from amc_hw.errors import BudgetError, UserError
+from amc_hw.find import BUDGETS, Progress, SearchConfig, search
+from amc_hw.plots import save_pareto
+from amc_hw.resources import check_ratio
+from amc_hw.runs import Scores, alone_in, save_json
+from amc_hw.search.loop import METHODS
+from amc_hw.subject import Subject
+
+EQUAL = 0.01  #: how near measured latencies must lie to count as equal, relative
+STEPS = 8  #: of the search for a FLOPs ratio that gives the latency wanted
+RESAMPLED = 10_000
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """budgets: (name of BUDGETS, value). matched: beside every latency ratio a FLOPs budget that is measured as fast.
+    search: what all searches share; its method, budget, seed and folder are set for each of them."""
+
+    methods: tuple[str, ...]
+    budgets: tuple[tuple[str, float], ...]
+    seeds: tuple[int, ...] = (0,)
+    matched: bool = True
+    search: SearchConfig = SearchConfig()
+    out: Path = Path("runs/compare")
+
+    def __post_init__(self) -> None:
+        if not self.methods or not self.seeds:
+            raise UserError("a comparison needs at least one method and one seed")
+        for method in self.methods:
+            if method not in METHODS:
+                raise UserError(f"unknown method {method!r} in --methods; known: all, {', '.join(METHODS)}")
+        if not self.budgets:
+            raise UserError("give at least one of --latency-ms, --latency-ratio, --flops-ratio, --params-ratio")
+        for name, value in self.budgets:
+            if name.endswith("_ratio"):
+                check_ratio(value)
+
+
+def compare(subject: Subject, config: CompareConfig, *, progress: Progress) -> dict[str, Any]:
+    """Run every search that has not ended yet, each in a folder of its own in `config.out`; rows and a verdict.
+
+    A search that finds nothing within its budget is a row without a policy, with the reason.
+    """
+    config.out.mkdir(parents=True, exist_ok=True)
+    arms = list(itertools.product(config.seeds, config.budgets, config.methods))
+    rows: list[dict[str, Any]] = []
+    with alone_in(config.out):
+        for number, (seed, budget, method) in enumerate(arms):
+            progress(number, len(arms), f"{method}, {_named(*budget)}, seed {seed}")
+            row = _row(subject, config, method, budget, seed, progress)
+            rows.append(row)
+            if config.matched and budget[0] == "latency_ratio" and row["measured_ms"] is not None:
+                rows.append(_matched(subject, config, method, row, seed, progress))
+        result = {
+            "schema_version": 1,
+            "rows": rows,
+            "verdict": verdict(rows),
+            "plot": str(config.out / "pareto.svg"),
+        }
+        save_pareto(config.out / "pareto.svg", f"{subject.model.spec}, {subject.device.name}", rows)
+        save_json(config.out / "compare.json", result)
+    return result
+
+
+def _named(name: str, value: float) -> str:
+    return f"{name.replace('_', ' ')} {value:g}"
+
+
+def _row(
+    subject: Subject,
+    config: CompareConfig,
+    method: str,
+    budget: tuple[str, float],
+    seed: int,
+    progress: Progress,
+    *,
+    folder: str = "",
+) -> dict[str, Any]:
+    """One search, or what it had found."""
+    name, value = budget
+    wanted = replace(
+        config.search,
+        **{**dict.fromkeys(BUDGETS), name: value},
+        method=method,
+        seed=seed,
+        out=config.out / (folder or f"{method}-{name}{value:g}-{seed}"),
+        fallback=False,
+    )
+    row: dict[str, Any] = {"method": method, "budget": _named(name, value), "seed": seed, "reason": None}
+    scores = Scores(config.out / f"scores-{seed}.jsonl")
+    try:
+        found = search(subject, wanted, progress=_quieter(progress), scores=scores)
+    except BudgetError as error:
+        found = {"reason": str(error)}
+    keys = ("accuracy", "baseline_accuracy", "predicted_ms", "measured_ms", "baseline_ms", "speedup", "macs", "params")
+    row |= {key: found.get(key) for key in (*keys, "policy", "episodes", "seconds", "widths")}
+    return row | ({"reason": found["reason"]} if "reason" in found else {})
+
+
+def _quieter(progress: Progress) -> Callable[[int, int, str], None]:
+    """Progress of a search inside a comparison: not every line that it would say on its own."""
+    return lambda done, total, text: progress(max(done, 1), max(total, 2), text)
+
+
+def _matched(
+    subject: Subject, config: CompareConfig, method: str, latency: dict[str, Any], seed: int, progress: Progress
+) -> dict[str, Any]:
+    """The same method under a FLOPs budget whose winner is as fast as the latency budget's, within EQUAL.
+
+    The ratio is bisected, beginning where the latency policy's own MACs lie; the nearest that was found where none
+    is equal, which then says so in `reason`.
+    """
+    wanted = latency["measured_ms"] / latency["baseline_ms"]
+    low, high = 0.0, 1.0
+    ratio = latency["macs"] / subject.network_at(None).macs
+    best: tuple[float, dict[str, Any]] | None = None
+    for step in range(STEPS):
+        folder = f"{method}-flops-as-fast-as-{wanted:.4f}-{seed}-{step}"
+        ratio = round(min(max(ratio, 0.01), 1.0), 4)
+        row = _row(subject, config, method, ("flops_ratio", ratio), seed, progress, folder=folder)
+        if row["measured_ms"] is None:
+            low, ratio = ratio, (ratio + high) / 2
+            continue
+        share = row["measured_ms"] / row["baseline_ms"]
+        off = share / wanted - 1
+        if best is None or abs(off) < abs(best[0]):
+            best = (off, row)
+        if abs(off) <= EQUAL:
+            break
+        low, high = (low, ratio) if off > 0 else (ratio, high)
+        guess = ratio / (1 + off)  # as if latency went with MACs; inside of what is known already
+        ratio = guess if low < guess < high else (low + high) / 2
+    if best is None:
+        return row | {"budget": f"flops, as fast as {latency['budget']}"}
+    reason = None if abs(best[0]) <= EQUAL else f"the nearest FLOPs budget is {best[0]:+.1%} off in latency"
+    return best[1] | {"budget": f"flops, as fast as {latency['budget']}", "reason": reason}
+
+
+def verdict(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What the rows say, in words: the best method per budget, and what a latency budget earns over a FLOPs budget."""
+    said = []
+    for budget in dict.fromkeys(row["budget"] for row in rows):
+        found = {method: values for method, values in _by_method(rows, budget).items() if values}
+        if len(found) > 1:
+            means = {method: float(np.mean(list(values.values()))) for method, values in found.items()}
+            order = sorted(means, key=lambda method: -means[method])
+            first, second = order[:2]
+            said.append(
+                f"{budget}: {first} is best with {means[first]:.4f}, then {second} with {means[second]:.4f}"
+                + _interval(found[first], found[second])
+            )
+    for latency in [b for b in dict.fromkeys(row["budget"] for row in rows) if b.startswith("latency ratio")]:
+        one, other = _by_method(rows, latency), _by_method(rows, f"flops, as fast as {latency}")
+        for method in one:
+            if one[method] and other.get(method):
+                gain = _paired(one[method], other[method])
+                said.append(
+                    f"{method}: a {latency} budget earns {100 * float(np.mean(gain)):+.2f} points over a FLOPs budget "
+                    f"of equal measured latency{_interval(one[method], other[method])}"
+                )
+    return said
+
+
+def _by_method(rows: Sequence[dict[str, Any]], budget: str) -> dict[str, dict[int, float]]:
+    """Method -> seed -> accuracy, of what was found."""
+    found: dict[str, dict[int, float]] = {}
+    for row in rows:
+        if row["budget"] == budget:
+            values = found.setdefault(row["method"], {})
+            if row["accuracy"] is not None:
+                values[row["seed"]] = row["accuracy"]
+    return found
+
+
+def _paired(one: dict[int, float], other: dict[int, float]) -> np.ndarray:
+    """Differences of accuracy over the seeds that both have."""
+    return np.array([one[seed] - other[seed] for seed in sorted(set(one) & set(other))])
+
+
+def _interval(one: dict[int, float], other: dict[int, float]) -> str:
+    """95% of the mean paired difference, by bootstrap over seeds; says so where there is one seed."""
+    gain = _paired(one, other)
+    if len(gain) < 2:
+        return " (one seed: no interval)"
+    drawn = np.random.default_rng(0).choice(gain, (RESAMPLED, len(gain))).mean(axis=1)
+    low, high = 100 * np.quantile(drawn, (0.025, 0.975))
+    sure = "" if low > 0 or high < 0 else "; not told apart"
+    return f" (difference over {len(gain)} seeds: 95% {low:+.2f} to {high:+.2f} points{sure})"
