@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ from profilers.profile import WAYS, Anchor, Step, digest, missing_steps, refinin
 from profilers.sampling import random_widths
 from profilers.table import LatencyTable
 from profilers.targets import Network, open_target
+from profilers.targets.adb import AdbTarget
 from profilers.timing import ratio_ci95
 
 __all__ = [
@@ -63,6 +64,7 @@ __all__ = [
     "check_device",
     "check_network",
     "checkpoint_for",
+    "clean_device",
     "compare",
     "describe_graph",
     "export",
@@ -86,6 +88,7 @@ __all__ = [
     "read_predictor",
     "read_table",
     "search",
+    "setup_device",
     "show_table",
     "validate",
 ]
@@ -112,10 +115,32 @@ def list_devices() -> dict[str, Any]:
     return {"devices": devices}
 
 
-def check_device(name: str) -> dict[str, Any]:
+def check_device(name: str, *, serial: str | None = None) -> dict[str, Any]:
     """What is there and what is missing on a device; `ok` where nothing is."""
-    probes = open_target(load_device(name)).probes()
+    config = load_device(name)
+    probes = open_target(config if serial is None else replace(config, serial=serial, address="")).probes()
     return {"device": name, "ok": all(probe.ok for probe in probes), "probes": [asdict(probe) for probe in probes]}
+
+
+def setup_device(name: str, *, binary: Path | None = None, serial: str | None = None) -> dict[str, Any]:
+    """Put a device's runner there; what is there afterwards."""
+    probes = _over_adb(name, serial).setup(binary)
+    return {"device": name, "ok": all(probe.ok for probe in probes), "probes": [asdict(probe) for probe in probes]}
+
+
+def clean_device(name: str, *, serial: str | None = None) -> dict[str, Any]:
+    """Remove all that was put on a device."""
+    target = _over_adb(name, serial)
+    target.clean()
+    return {"device": name, "removed": target.config.workdir}
+
+
+def _over_adb(name: str, serial: str | None) -> AdbTarget:
+    config = load_device(name)
+    target = open_target(config if serial is None else replace(config, serial=serial, address=""))
+    if not isinstance(target, AdbTarget):
+        raise UserError(f"device {name} is a {config.target}: there is nothing to put there or to remove")
+    return target
 
 
 def describe_graph(

@@ -110,6 +110,7 @@ def open_subject(
     threads: int | None = None,
     keep: Sequence[str] = (),
     dtype: str | None = None,
+    serial: str | None = None,
     start: Path | None = None,
 ) -> Subject:
     """A network with at least one group to prune, on a device; UserError or DeviceError where there is none.
@@ -121,6 +122,8 @@ def open_subject(
         config = replace(config, threads=threads)
     if dtype is not None:
         config = replace(config, dtype=dtype)
+    if serial is not None:
+        config = replace(config, serial=serial, address="")
     if not 0 < floor <= 1:
         raise UserError(f"--floor {floor} must be above 0 and at most 1")
     base: Pruned | None = None

@@ -22,6 +22,9 @@ class DeviceConfig:
     0: of what the table tells, or 8.
     soc, runtime_version, source: of an archive, which cannot be asked; source says where its rows come from.
     extrapolate: whether predictions may leave the widths that were measured, for tables that hold a few networks only.
+    address (HOST:PORT) or serial: of a device over ADB, the only one attached where both are empty; runner: what times
+    there (in `profilers.targets.adb.RUNNERS`); program: its path on the device, of a runner that is not ours; python:
+    the interpreter there; affinity: "any", "big" or a hexadecimal mask of cores; workdir: a folder for our files.
     min_time_s: how long a network is timed at least; noise_pct: the spread above which a machine is too unstable.
     """
 
@@ -37,6 +40,13 @@ class DeviceConfig:
     runtime_version: str = ""
     source: str = ""
     extrapolate: bool = False
+    address: str = ""
+    serial: str = ""
+    runner: str = "python"
+    program: str = ""
+    python: str = "python3"
+    affinity: str = "any"
+    workdir: str = "/data/local/tmp/amc-hw"
     min_time_s: float = 0.3
     noise_pct: float = 25.0
 

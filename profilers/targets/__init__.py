@@ -61,6 +61,7 @@ class Target(Protocol):
 TARGETS = {
     "host": ("profilers.targets.host", "HostTarget"),
     "fake": ("profilers.targets.fake", "FakeTarget"),
+    "adb": ("profilers.targets.adb", "AdbTarget"),
     "archive": ("profilers.targets.archive", "ArchiveTarget"),
 }
 
