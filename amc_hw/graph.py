@@ -50,7 +50,7 @@ class Layer:
     name: the module's dotted name, or a name made from the operation where there is no module.
     module, batch_norm: dotted names of the modules that hold the weights, None where there are none.
     inputs: names of earlier layers, or of the network's inputs. sources: channels of every input.
-    start: the first channel of a slice. parameter: `module` names a parameter.
+    start: the first channel of a slice. parameter: `module` names a parameter. slope: of a `prelu` without weights.
     """
 
     name: str
@@ -62,6 +62,7 @@ class Layer:
     batch_norm: str | None = None
     start: int = 0
     parameter: bool = False
+    slope: float = 0.0
 
     @property
     def groups(self) -> tuple[int, ...]:
@@ -216,6 +217,7 @@ def build_graph(
             op.batch_norm,
             op.start,
             op.parameter,
+            op.slope,
         )
         for op in traced.ops
     )
@@ -294,7 +296,7 @@ class _Couplings:
             out = first
             for source in op.inputs[1:]:
                 out = self._unite(out, self.labels[source])
-            if kind == "layer_norm":
+            if kind in ("layer_norm", "softmax"):
                 self._fix(out, f"normalised together at {op.name}")
             elif kind == "affine" and op.parameter:
                 self._fix(out, f"scaled by the parameter {op.module}")

@@ -170,6 +170,8 @@ def _sliced_attributes(part: nn.Module, name: str, axes: KeptAxes) -> dict[str, 
     into = None if axes.into is None else len(axes.into)
     if isinstance(part, nn.modules.batchnorm._BatchNorm):
         sizes = {"num_features": out}
+    elif isinstance(part, nn.PReLU):
+        sizes = {"num_parameters": out}
     elif isinstance(part, nn.Linear):
         sizes = {"in_features": into, "out_features": out}
     elif isinstance(part, nn.Conv2d | nn.ConvTranspose2d) and part.groups == 1:

@@ -34,6 +34,7 @@ ACTIVATION_MODULES: dict[type[nn.Module], str] = {
     nn.Sigmoid: "sigmoid",
     nn.SiLU: "silu",
     nn.GELU: "gelu",
+    nn.Tanh: "tanh",
 }
 ACTIVATION_FUNCTIONS: dict[Any, str] = {
     F.relu: "relu",
@@ -45,9 +46,12 @@ ACTIVATION_FUNCTIONS: dict[Any, str] = {
     F.sigmoid: "sigmoid",
     F.silu: "silu",
     F.gelu: "gelu",
+    torch.tanh: "tanh",
+    F.tanh: "tanh",
     "relu": "relu",
     "relu_": "relu",
     "sigmoid": "sigmoid",
+    "tanh": "tanh",
 }
 IDENTITY_MODULES = (nn.Identity, nn.Dropout, nn.Dropout2d)
 IDENTITY_FUNCTIONS: tuple[Any, ...] = (F.dropout, F.dropout2d, stochastic_depth, "contiguous", "clone", "detach")
@@ -64,7 +68,7 @@ class TracedOp:
     """An operator with the modules it came from; `inputs` are names of earlier ones or of the network's inputs.
 
     module: dotted name of the module that holds the weights, or of a `parameter` that no module of its own holds.
-    start: a slice's first channel.
+    start: a slice's first channel. slope: below zero, of a `prelu` without weights.
     """
 
     name: str
@@ -74,6 +78,7 @@ class TracedOp:
     batch_norm: str | None = None
     start: int = 0
     parameter: bool = False
+    slope: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -248,6 +253,15 @@ class _Lowering:
             if isinstance(module, nn.GELU) and module.approximate != "none":
                 raise self._unsupported(node)
             self._activation(node, ACTIVATION_MODULES[type(module)])
+        elif isinstance(module, nn.PReLU):
+            if module.num_parameters == 1:
+                self._emit(node, "prelu", slope=float(module.weight.detach()))
+            else:
+                self._emit(node, "prelu", module=name)
+        elif isinstance(module, nn.LeakyReLU):
+            self._emit(node, "prelu", slope=float(module.negative_slope))
+        elif isinstance(module, nn.Softmax):
+            self._softmax(node, module.dim)
         elif isinstance(module, IDENTITY_MODULES):
             self._same(node)
         elif isinstance(module, nn.MaxPool2d | nn.AvgPool2d):
@@ -280,6 +294,11 @@ class _Lowering:
             if target is F.gelu and node.kwargs.get("approximate", "none") != "none":
                 raise self._unsupported(node)
             self._activation(node, ACTIVATION_FUNCTIONS[target])
+        elif target is F.leaky_relu:
+            slope = node.kwargs.get("negative_slope", node.args[1] if len(node.args) > 1 else 0.01)
+            self._emit(node, "prelu", slope=float(slope))  # type: ignore[arg-type]
+        elif target in (F.softmax, torch.softmax, "softmax"):
+            self._softmax(node, node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None))
         elif target in IDENTITY_FUNCTIONS:
             self._same(node)
         elif target in (operator.add, operator.iadd, torch.add, "add", "add_"):
@@ -327,7 +346,8 @@ class _Lowering:
 
     def _emit(self, node: fx.Node, kind: str, *, sources: Sequence[fx.Node] | None = None, **sizes: Any) -> None:
         """One operator that reads `sources` (default: all that the node reads), named after its module or its node."""
-        module, start, parameter = sizes.pop("module", None), sizes.pop("start", 0), sizes.pop("parameter", False)
+        module = sizes.pop("module", None)
+        more = {key: sizes.pop(key) for key in ("start", "parameter", "slope") if key in sizes}
         if sources is None:
             sources = [source for source in node.all_input_nodes if source in self.value]
         channels, height, width = self._image(sources[0])
@@ -341,7 +361,7 @@ class _Lowering:
         if name in self.ops or name in self.input_shapes:  # a module called twice, or a node named like a module
             name = next(f"{name}.{n}" for n in itertools.count(2) if f"{name}.{n}" not in self.ops)
         inputs = tuple(self.value[source] for source in sources)
-        self.ops[name] = TracedOp(name, op, inputs, module, start=start, parameter=parameter)
+        self.ops[name] = TracedOp(name, op, inputs, module, **more)
         self.value[node] = name
 
     def _image(self, node: fx.Node) -> tuple[int, int, int]:
@@ -448,6 +468,12 @@ class _Lowering:
         """The operator whose value the node has also computes `activation`."""
         traced = self.ops[self.value[node]]
         self.ops[traced.name] = replace(traced, op=replace(traced.op, activation=activation))
+
+    def _softmax(self, node: fx.Node, dim: Any) -> None:
+        rank = len(_shape(node) or ())
+        if not isinstance(dim, int) or dim % max(rank, 1) != 1 or node.all_input_nodes[0] in self.last:
+            raise UnsupportedOperatorError(f"{node.name}: only a softmax over the channels is supported")
+        self._emit(node, "softmax")
 
     def _binary(self, node: fx.Node, kind: str) -> None:
         sources = node.all_input_nodes

@@ -15,7 +15,8 @@ from typing import Any
 TWO_AXIS_KINDS = ("conv", "conv_transpose", "linear", "channel_map", "slice")
 #: Operators whose output has the channels of their first input: one axis.
 #: `scale` multiplies an image by one number per channel, its second input (N, C); `affine` multiplies and adds weights
-#: of its own (a batch-norm that nothing folds); `layer_norm` normalises over the channels at every position;
+#: of its own (a batch-norm that nothing folds); `prelu` multiplies what is below zero by a weight per channel;
+#: `layer_norm` and `softmax` normalise over the channels at every position;
 #: `shuffle` interleaves `groups` groups of channels; `upsample_*` enlarge by `stride`.
 ONE_AXIS_KINDS = (
     "depthwise_conv",
@@ -23,7 +24,9 @@ ONE_AXIS_KINDS = (
     "mul",
     "scale",
     "affine",
+    "prelu",
     "layer_norm",
+    "softmax",
     "activation",
     "max_pool",
     "avg_pool",
@@ -37,7 +40,7 @@ ONE_AXIS_KINDS = (
 KINDS = (*TWO_AXIS_KINDS, *ONE_AXIS_KINDS, "concat")
 #: Operators with weights whose output channels are their own.
 PRODUCER_KINDS = ("conv", "conv_transpose", "linear", "channel_map")
-ACTIVATIONS = ("none", "relu", "relu6", "hardswish", "hardsigmoid", "sigmoid", "silu", "gelu")
+ACTIVATIONS = ("none", "relu", "relu6", "hardswish", "hardsigmoid", "sigmoid", "silu", "gelu", "tanh")
 
 
 @dataclass(frozen=True, order=True)
@@ -125,8 +128,8 @@ class OpSpec:
     @property
     def params(self) -> int:
         """Weights and one bias per output (what is left of a batch-norm once folded)."""
-        if self.kind in ("affine", "layer_norm"):
-            return 2 * self.out_channels
+        if self.kind in ("affine", "layer_norm", "prelu"):
+            return (1 if self.kind == "prelu" else 2) * self.out_channels
         if self.kind not in ("conv", "conv_transpose", "depthwise_conv", "linear"):
             return 0
         return (self.in_channels[0] // self.groups * self.kernel[0] * self.kernel[1] + 1) * self.out_channels

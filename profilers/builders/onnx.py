@@ -15,8 +15,10 @@ from profilers.ops import OpGraph, OpNode, OpSpec
 OPSET = 17
 #: Read by every ONNX Runtime since 1.14; newer IR versions are refused by the older runtimes that phones have.
 IR_VERSION = 8
-_ACTIVATION_OPS = {"relu": "Relu", "sigmoid": "Sigmoid", "hardswish": "HardSwish"}
+_ACTIVATION_OPS = {"relu": "Relu", "sigmoid": "Sigmoid", "hardswish": "HardSwish", "tanh": "Tanh"}
 _AFFINE = ("weight", "bias")
+#: Kinds that work on vectors (N, C) as they do on images.
+_ANY_RANK = ("add", "mul", "scale", "concat", "activation", "affine", "prelu", "layer_norm", "softmax", "slice")
 
 
 class _Writer:
@@ -98,7 +100,18 @@ def _emit(writer: _Writer, node: OpNode, weights: Weights, *, leaves: bool) -> N
     if op.fused_add or op.dtype != "float32" or unknown:
         raise UnsupportedOperatorError(f"{name}: {op} ({op.dtype}, dilation {op.dilation}) cannot be written as ONNX")
     pooled_output = op.kind == "global_avg_pool" and leaves
-    elementwise = op.kind in ("add", "mul", "scale", "concat", "activation", "affine", "layer_norm", "slice")
+    elementwise = op.kind in (
+        "add",
+        "mul",
+        "scale",
+        "concat",
+        "activation",
+        "affine",
+        "prelu",
+        "layer_norm",
+        "softmax",
+        "slice",
+    )
     if op.kind in ("linear", "flatten") or pooled_output or (elementwise and writer.vectors.issuperset(inputs)):
         writer.vectors.add(name)
     else:
@@ -127,6 +140,11 @@ def _emit(writer: _Writer, node: OpNode, weights: Weights, *, leaves: bool) -> N
         weight, bias = (writer.vector(f"{name}.{p}", arrays[p], image=name not in writer.vectors) for p in _AFFINE)
         writer.add("Mul", f"{name}/scaled", [*inputs, weight], f"{name}/scaled")
         writer.add("Add", name, [f"{name}/scaled", bias], result)
+    elif op.kind == "prelu":
+        slope = writer.vector(f"{name}.weight", arrays["weight"], image=name not in writer.vectors)
+        writer.add("PRelu", name, [*inputs, slope], result)
+    elif op.kind == "softmax":
+        writer.add("Softmax", name, inputs, result, axis=1)
     elif op.kind == "layer_norm":
         _layer_norm(writer, name, inputs[0], result, arrays)
     elif op.kind == "slice":

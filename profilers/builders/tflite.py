@@ -19,10 +19,10 @@ SIGNATURE = "serving_default"  #: under which inputs and outputs go by name
 #: Kernels read constants in place, with vector loads; the generated classes alone align them to 4 bytes.
 CONSTANT_ALIGNMENT = 16
 _FUSED = {"none": "NONE", "relu": "RELU", "relu6": "RELU6"}
-_ACTIVATION_OPS = {"relu": "RELU", "relu6": "RELU6", "hardswish": "HARD_SWISH", "sigmoid": "LOGISTIC"}
+_ACTIVATION_OPS = {"relu": "RELU", "relu6": "RELU6", "hardswish": "HARD_SWISH", "sigmoid": "LOGISTIC", "tanh": "TANH"}
 #: Kinds whose TFLite operator fuses no activation. (CONCATENATION has the field; XNNPACK ignores what it says.)
 _UNFUSED_KINDS = (
-    *("concat", "global_avg_pool", "flatten", "slice", "shuffle"),
+    *("concat", "global_avg_pool", "flatten", "slice", "shuffle", "prelu", "softmax"),
     *("upsample_nearest", "upsample_bilinear"),
 )
 _NEVER_NEGATIVE = ("relu", "relu6", "sigmoid", "hardsigmoid")
@@ -359,6 +359,22 @@ def _layer_norm(network: _Network, node: OpNode, output: str, activation: str) -
     _scaled(writer, name, normed, output, arrays, activation)
 
 
+def _prelu(network: _Network, node: OpNode, output: str, activation: str) -> None:
+    writer, (source,) = network.writer, node.inputs
+    shape, slope = writer.shapes[source], network.weights[node.name]["weight"]
+    if len(slope) == 1:
+        options = ("LeakyReluOptions", {"alpha": float(slope[0])})
+        writer.operator("LEAKY_RELU", [source], output, shape, options=options)
+        return
+    alpha = writer.constant(f"{node.name}.weight", slope.reshape(*[1] * (len(shape) - 2), -1))
+    writer.operator("PRELU", [source, alpha], output, shape)
+
+
+def _softmax(network: _Network, node: OpNode, output: str, activation: str) -> None:
+    writer, (source,) = network.writer, node.inputs
+    writer.operator("SOFTMAX", [source], output, writer.shapes[source], options=("SoftmaxOptions", {"beta": 1.0}))
+
+
 def _slice(network: _Network, node: OpNode, output: str, activation: str) -> None:
     writer, (source,) = network.writer, node.inputs
     *rest, _ = writer.shapes[source]
@@ -456,7 +472,9 @@ _EMITTERS: dict[str, Callable[[_Network, OpNode, str, str], None]] = {
     "mul": _elementwise,
     "scale": _elementwise,
     "affine": _affine,
+    "prelu": _prelu,
     "layer_norm": _layer_norm,
+    "softmax": _softmax,
     "slice": _slice,
     "shuffle": _shuffle,
     "upsample_nearest": _upsample,

@@ -31,6 +31,8 @@ def weight_shapes(node: OpNode) -> dict[str, tuple[int, ...]]:
     if op.kind in ("affine", "layer_norm"):
         arrays: dict[str, tuple[int, ...]] = {"weight": (op.out_channels,), "bias": (op.out_channels,)}
         return arrays | ({"eps": ()} if op.kind == "layer_norm" else {})
+    if op.kind == "prelu":
+        return {"weight": (op.out_channels,)}
     if op.kind == "slice":
         return {"start": ()}
     return {"index": (op.out_channels,)} if op.kind == "channel_map" else {}
@@ -74,7 +76,8 @@ def checked_weights(graph: OpGraph, weights: Weights) -> Weights:
             array = weights.get(node.name, {}).get(name)
             if array is None:
                 raise ValueError(f"{node.name}: no {name} given")
-            if array.shape != shape:
+            one_slope = node.op.kind == "prelu" and array.shape == (1,)  # for all channels
+            if array.shape != shape and not one_slope:
                 raise ValueError(f"{node.name}: {name} has shape {array.shape}, the operator {node.op} needs {shape}")
             if name == "index" and not ((array >= -1) & (array < node.op.in_channels[0])).all():
                 raise ValueError(f"{node.name}: index names channels outside -1..{node.op.in_channels[0] - 1}")

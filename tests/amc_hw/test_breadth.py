@@ -106,6 +106,23 @@ def test_a_batch_norm_of_its_own_is_an_operator() -> None:
     assert graph.op_graph((4,)).params == (3 + 1) * 4 + 2 * 4 + (4 + 1) * 2
 
 
+def test_slopes_below_zero_go_with_their_channels(tmp_path: Path) -> None:
+    parts = dict(a=nn.Conv2d(3, 6, 1), p=nn.PReLU(6), b=nn.Conv2d(6, 8, 1), q=nn.PReLU(), c=nn.Conv2d(8, 6, 1))
+    head = dict(r=nn.LeakyReLU(0.2), d=nn.Conv2d(6, 4, 1), s=nn.Softmax(1))
+    net = Net(lambda net, x: net.s(net.d(net.r(net.c(net.q(net.b(net.p(net.a(x)))))))), **parts, **head)
+    with torch.no_grad():
+        net.p.weight.uniform_(0.1, 0.9)
+    image = torch.randn(2, 3, 6, 6)
+    graph = same_when_sliced(net, image)
+    assert [group.name for group in graph.groups] == ["a", "b", "c"]
+    half = [3, 4, 3]
+    small = slice_channels(net, graph, keep_channels(net, graph, half))
+    assert small.p.num_parameters == 3 and small.p.weight.shape == (3,)
+    for file_format in ["onnx"] + ["tflite"] * (importlib.util.find_spec("ai_edge_litert") is not None):
+        out = tmp_path / file_format
+        assert export_network(small, graph, graph.op_graph(half), image, file_format=file_format, out=out)["bytes"]
+
+
 class Gated(nn.Module):
     """Squeeze-and-excite, the gate on either side of the product."""
 

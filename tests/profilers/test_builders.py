@@ -37,6 +37,7 @@ REFERENCE_ACTIVATIONS = {
     "sigmoid": torch.sigmoid,
     "silu": F.silu,
     "gelu": F.gelu,
+    "tanh": torch.tanh,
 }
 
 
@@ -67,6 +68,10 @@ def reference_op(op: OpSpec, inputs: list[torch.Tensor], arrays: dict[str, torch
         return kept * (index >= 0)[None, :, None, None]
     if op.kind == "conv_transpose":
         return F.conv_transpose2d(x, arrays["weight"], arrays["bias"], op.stride, op.padding, dilation=op.dilation)
+    if op.kind == "prelu":
+        return F.prelu(x, arrays["weight"])
+    if op.kind == "softmax":
+        return F.softmax(x, 1)
     if op.kind == "slice":
         start = int(arrays["start"])
         return x[:, start : start + op.out_channels]
@@ -239,6 +244,8 @@ SMALL_OPS = {
     "mul": OpSpec("mul", (5, 5), 6, 7, 5),
     "scale": OpSpec("scale", (5, 5), 6, 7, 5),
     "affine": OpSpec("affine", (5,), 6, 7, 5),
+    "prelu": OpSpec("prelu", (5,), 6, 7, 5),
+    "softmax": OpSpec("softmax", (5,), 6, 7, 5),
     "layer_norm": OpSpec("layer_norm", (5,), 6, 7, 5),
     "conv_transpose": OpSpec("conv_transpose", (5,), 6, 7, 11, kernel=(3, 3), stride=(2, 2)),
     "slice": OpSpec("slice", (5,), 6, 7, 3),
@@ -275,7 +282,12 @@ def test_slices_begin_where_they_say(builder: ModuleType, start: int) -> None:
 
 
 @both_builders
-@pytest.mark.parametrize("kind", ["affine", "layer_norm"])
+def test_one_slope_does_for_all_channels(builder: ModuleType) -> None:
+    check(builder, alone(SMALL_OPS["prelu"]), {"prelu0": {"weight": np.array([0.1], np.float32)}})
+
+
+@both_builders
+@pytest.mark.parametrize("kind", ["affine", "layer_norm", "prelu", "softmax"])
 def test_vectors_are_scaled_and_normalised_like_images(builder: ModuleType, kind: str) -> None:
     ops = (OpSpec("global_avg_pool", (5,), 6, 7, 5), OpSpec(kind, (5,), 1, 1, 5), linear(5, 3))
     check(builder, chain(*ops, input_shape=(5, 6, 7)))
