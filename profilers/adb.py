@@ -21,7 +21,8 @@ from typing import Any, Protocol, TypeVar
 
 from profilers.errors import DeviceError, FailedError
 
-CONNECT_S, COMMAND_S = 20.0, 60.0
+CONNECT_S, COMMAND_S = 20.0, 30.0
+SILENCE_S = 10.0  #: in the middle of a file, after which the connection is given up
 RETRIES = 3  #: of a transfer that came out wrong, and of whatever a lost connection cut short
 WAITS_S = (0.5, 2.0, 5.0)
 Result = TypeVar("Result")
@@ -54,6 +55,7 @@ class ShellLink:
         except ImportError:
             raise DeviceError("phones need adb-shell: pip install 'amc-hw[adb]'") from None
         self._errors = (OSError, *_exceptions(exceptions))
+        self._refused = exceptions.PushFailedError
         signer = PythonRSASigner(*_keys())
         try:
             if address:
@@ -82,14 +84,19 @@ class ShellLink:
     def send(self, data: bytes, path: str, *, timeout_s: float) -> None:
         import io
 
-        options = {"transport_timeout_s": timeout_s, "read_timeout_s": timeout_s, "mtime": 1}
-        self._guarded(lambda: self._device.push(io.BytesIO(data), path, **options))
+        options = {"transport_timeout_s": SILENCE_S, "read_timeout_s": SILENCE_S, "mtime": 1}
+        try:
+            self._guarded(lambda: self._device.push(io.BytesIO(data), path, **options))
+        except LinkLost as lost:
+            if isinstance(lost.__cause__, self._refused):
+                raise DeviceError(f"the device refuses a file: {_text(lost.__cause__)}") from None
+            raise
 
     def fetch(self, path: str, *, timeout_s: float) -> bytes:
         import io
 
         stream = io.BytesIO()
-        options = {"transport_timeout_s": timeout_s, "read_timeout_s": timeout_s}
+        options = {"transport_timeout_s": SILENCE_S, "read_timeout_s": SILENCE_S}
         self._guarded(lambda: self._device.pull(path, stream, **options))
         return stream.getvalue()
 
@@ -205,9 +212,11 @@ class AdbDevice:
         for _ in range(RETRIES):
             self._with_link(lambda link: link.send(data, f"{path}.part", timeout_s=_transfer_s(len(data))))
             if self._checksum(f"{path}.part") == wanted:
-                mode = f"chmod 755 {part} && " if executable else ""
-                self.run(f"{mode}mv -f {part} {shlex.quote(path)}")
-                return
+                # repeatable: what moved the file may have been cut before it could say so
+                mode = f"chmod 755 {part}; " if executable else ""
+                self.try_run(f"{mode}mv -f {part} {shlex.quote(path)}")
+                if self._checksum(path) == wanted:
+                    return
         self.try_run(f"rm -f {part}")
         _, room = self.try_run(f"df -h {shlex.quote(str(Path(path).parent))} | tail -1")
         raise DeviceError(f"{self.name}: {path} does not arrive whole; is the device full? ({room.strip()[:80]})")
@@ -231,6 +240,12 @@ class AdbDevice:
 
 def _transfer_s(size: int) -> float:
     return COMMAND_S + size / 200_000
+
+
+def _text(error: BaseException) -> str:
+    """What the daemon said, which comes as bytes."""
+    said = error.args[0] if error.args else ""
+    return said.decode(errors="replace") if isinstance(said, bytes | bytearray) else str(said)
 
 
 def _exceptions(module: Any) -> tuple[type[Exception], ...]:

@@ -169,9 +169,9 @@ RUNNERS = {
     "prints half a line": ('printf \'{"job": "\' > result.json', "the runner's result is damaged"),
     "says nothing": ("exit 0", "there is no .*result.json"),
     "gives another job's": ('echo \'{"job": "0", "samples_ms": [[1,1,1],[1,1,1]]}\' > result.json', "of another job"),
-    "gives zeros": ("times '[[1,1,0],[1,1,1]]'", "did not give 3 times above zero for each of 2 models"),
-    "gives too few": ("times '[[1,1,1]]'", "did not give 3 times above zero"),
-    "gives no numbers": ("times '[[1,1,1],[1,NaN,1]]'", "did not give 3 times above zero"),
+    "gives zeros": ("give '[[1,1,0],[1,1,1]]'", "did not give 3 times above zero for each of 2 models"),
+    "gives too few": ("give '[[1,1,1]]'", "did not give 3 times above zero"),
+    "gives no numbers": ("give '[[1,1,1],[1,NaN,1]]'", "did not give 3 times above zero"),
 }
 
 
@@ -182,7 +182,7 @@ def test_a_runner_that_fails_is_an_error_and_no_number(config: DeviceConfig, tmp
     python = tmp_path / "python"
     python.write_text(
         f'#!/bin/sh\n[ "$2" = --probe ] && exec {shlex.quote(sys.executable)} "$@"\n'
-        'times() { id=$(sed \'s/.*"id": "\\([0-9a-f]*\\)".*/\\1/\' job.json); '
+        'give() { id=$(sed \'s/.*"id": "\\([0-9a-f]*\\)".*/\\1/\' job.json); '
         'echo "{\\"job\\": \\"$id\\", \\"samples_ms\\": $1}" > result.json; }\n'
         f"{body}\n"
     )
@@ -237,6 +237,8 @@ for flag in "$@"; do case $flag in --graph=*) graph=${flag#--graph=} ;; esac; do
 size=$(wc -c < "$graph")
 echo "STARTING!"
 echo "Graph: [$graph]"
+echo "count=1 curr=900"
+echo "count=3 first=$size curr=$size min=$size max=$size avg=$size std=0"
 echo "Inference timings in us: Init: 100, First inference: 900, Warmup (avg): 900, Inference (avg): $size"
 """
 
@@ -259,7 +261,7 @@ def test_benchmark_model_is_run_and_read(config: DeviceConfig, tmp_path: Path) -
 
 
 @needs_litert
-@pytest.mark.parametrize(("reply", "words"), [("exit 1", "did not finish"), ("echo rubbish", "did not finish")])
+@pytest.mark.parametrize(("reply", "words"), [("exit 1", "an empty log"), ("echo rubbish", "did not finish")])
 def test_a_benchmark_model_that_fails_is_an_error(config: DeviceConfig, tmp_path: Path, reply: str, words: str) -> None:
     program = tmp_path / "benchmark_model"
     program.write_text(f"#!/bin/sh\n{reply}\n")
