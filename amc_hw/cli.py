@@ -684,7 +684,7 @@ def compare(
     shared = api.SearchConfig(**{name: arguments.pop(name) for name in names})
     matched = arguments.pop("matched")
     config = api.CompareConfig(chosen, budgets, numbers, matched, shared, out)
-    checkpoint = api.checkpoint_for(arguments["model"], shared.data, checkpoint)
+    checkpoint = api.checkpoint_for(arguments["model"], shared.data or "", checkpoint)
     _print(
         api.compare(_subject(arguments, checkpoint=checkpoint), config, progress=_Progress()), as_json, _compare_lines
     )

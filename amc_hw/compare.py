@@ -94,9 +94,10 @@ def _row(
 ) -> dict[str, Any]:
     """One search, or what it had found."""
     name, value = budget
+    budgets: dict[str, Any] = {**dict.fromkeys(BUDGETS), name: value}
     wanted = replace(
         config.search,
-        **{**dict.fromkeys(BUDGETS), name: value},
+        **budgets,
         method=method,
         seed=seed,
         out=config.out / (folder or f"{method}-{name}{value:g}-{seed}"),

@@ -38,7 +38,7 @@ def folded_weights(module: nn.Module, graph: LayerGraph) -> dict[str, dict[str, 
         if layer.op.kind == "slice":
             weights[layer.name] = {"start": np.array(layer.start)}
         elif layer.op.kind == "prelu":
-            slope = module.get_submodule(layer.module).weight if layer.module else torch.tensor([layer.slope])
+            slope = module.get_parameter(f"{layer.module}.weight") if layer.module else torch.tensor([layer.slope])
             weights[layer.name] = {"weight": _float32(slope.detach())}
         elif layer.op.kind == "affine" and layer.parameter:
             scale = module.get_parameter(str(layer.module)).detach().flatten()

@@ -54,7 +54,7 @@ class ShellLink:
             from adb_shell.auth.sign_pythonrsa import PythonRSASigner
         except ImportError:
             raise DeviceError("phones need adb-shell: pip install 'amc-hw[adb]'") from None
-        self._errors = (OSError, *_exceptions(exceptions))
+        self._errors: tuple[type[BaseException], ...] = (OSError, *_exceptions(exceptions))
         self._refused = exceptions.PushFailedError
         signer = PythonRSASigner(*_keys())
         try:

@@ -86,7 +86,8 @@ def median(values):
 
 def burst(run, plan):
     run()
-    elapsed, end = [], time.perf_counter() + plan["burst_s"]
+    end = time.perf_counter() + plan["burst_s"]
+    elapsed: list = []
     while len(elapsed) < plan["min_runs"] or (time.perf_counter() < end and len(elapsed) < plan["max_runs"]):
         start = time.perf_counter()
         run()
@@ -95,7 +96,8 @@ def burst(run, plan):
 
 
 def interleaved(runs, plan, seed):
-    order, samples = random.Random(seed), [[] for _ in runs]
+    order = random.Random(seed)
+    samples: list = [[] for _ in runs]
     for run in runs:
         for _ in range(plan["warmup_runs"]):
             run()
