@@ -268,9 +268,10 @@ class AdbTarget:
         visits = [int(index) for _ in range(plan.rounds) for index in order.permutation(len(models))]
         lines = ["#!/bin/sh", f"cd {shlex.quote(self.work)} || exit 90"]
         for number, index in enumerate(visits):
+            graph = shlex.quote(f"--graph={models[index]}")
             flags = (
-                f"{shlex.quote(f'--graph={models[index]}')} --num_threads={self.config.threads} --warmup_runs=1 "
-                f"--warmup_min_secs=0 --num_runs={plan.min_runs} --min_secs={plan.burst_s} --max_secs={max(1.0, 20 * plan.burst_s)}"
+                f"{graph} --num_threads={self.config.threads} --warmup_runs=1 --warmup_min_secs=0 "
+                f"--num_runs={plan.min_runs} --min_secs={plan.burst_s} --max_secs={max(1.0, 20 * plan.burst_s)}"
             )
             run = f"{self._prefix}{shlex.quote(self._runner)} {flags}"
             lines.append(f"{run} > run{number}.txt 2>&1 || exit 1")
