@@ -50,7 +50,7 @@ class Identity:
 class Measurement:
     """One row: an operator, or a whole network at some widths, with its latency samples in milliseconds.
 
-    samples_ms: raw samples of one inference each (for `op` rows in context: one trimmed mean per run of a network).
+    samples_ms: raw samples of one inference each (for `op` rows in context: one mean over the faster runs).
     op: for rows of type `op`; graph: the network for all others.
     context: where an `op` row was read: "alone" or "in_context".
     details: anything else worth keeping, for instance the seed of a random network.
