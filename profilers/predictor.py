@@ -4,8 +4,8 @@ Every operator family gets a smooth cost of non-negative parts (a constant, its 
 that runtimes execute channels in, what a width off those blocks costs more), and a Gaussian process over log-widths
 for what that leaves. A family of which few widths were measured takes its smooth cost from all operators of its class
 instead, scaled. Whole networks of random widths then calibrate it: a scale per class of operator, refined per
-family, an offset per operator (a profiler's own overhead is a negative one) and a constant, so a prediction stays a
-sum over operators.
+family, what operators of a class leave in common, an offset per operator (a profiler's own overhead is a negative
+one) and a constant, so a prediction stays a sum over operators.
 """
 
 from __future__ import annotations
@@ -87,6 +87,14 @@ def _network_features(op: OpSpec) -> np.ndarray:
         parts.append(op.macs * (-(-op.out_channels // block) * block / op.out_channels - 1))
         parts.append(op.out_channels * op.out_height * op.out_width * any(width % block for width in op.axes))
     return np.array(parts, float)
+
+
+def _parts(ops: Sequence[OpSpec]) -> np.ndarray:
+    """What every operator is made of, (N, classes * parts): `_network_features` in the columns of its class."""
+    features = np.array([_network_features(op) for op in ops])
+    found = np.zeros((len(ops), len(_CLASSES), features.shape[1]))
+    found[np.arange(len(ops)), [_op_class(op) for op in ops]] = features
+    return found.reshape(len(ops), -1)
 
 
 class ClassCost:
@@ -192,11 +200,13 @@ def _range(cost: FamilyCost) -> str:
 
 @dataclass(frozen=True)
 class Calibration:
-    """scales: per family, positive; offset_ms: per operator; constant_ms: per network; error_pct: 90% of the
+    """scales: per family, positive; parts_ms: per class and part of `_network_features`; offset_ms: per operator;
+    constant_ms: per network; error_pct: 90% of the
     networks that were left out of the fit are predicted within it, None where there was nothing to fit; left_out_pct:
     their errors, by the digest of the unpruned network."""
 
     scales: Mapping[OpSpec, float] = field(default_factory=dict)
+    parts_ms: tuple[float, ...] = ()
     offset_ms: float = 0.0
     constant_ms: float = 0.0
     error_pct: float | None = None
@@ -211,6 +221,7 @@ class Predictor:
     """
 
     NOISE = 0.02  #: relative, of one measured network beside the sum of its parts
+    PART = 0.01  #: relative, of a network's latency
     MIN_NETWORKS = 8  #: fewer calibrate nothing
     FEW = 8  #: points of a family; with fewer it leans on its class
 
@@ -352,7 +363,8 @@ class Predictor:
         """Calibrated milliseconds of lowered operators, (N,). TableError where one was not measured."""
         found = self.calibration
         scaled = self._raw_ms(ops) * np.array([found.scales.get(op.family(), 1.0) for op in ops])
-        return np.maximum(scaled + found.offset_ms, 0.05 * scaled)
+        more = _parts(ops) @ np.array(found.parts_ms) if found.parts_ms else 0.0
+        return np.maximum(scaled + more + found.offset_ms, 0.05 * scaled)
 
     def predict(self, graph: OpGraph) -> float:
         """Milliseconds of a whole network."""
@@ -361,26 +373,32 @@ class Predictor:
     def _calibrated(self, rows: Sequence[Measurement]) -> Calibration:
         """Ridge regression of relative errors: classes near 1, families near their class, the rest near 0.
 
+        What operators leave in common, by their class (the layout that they hand on, memory that they evict), is taken
+        up by parts per class, each of which may move a network by about `PART`.
         Only networks whose operators were not read while they ran themselves ("calibration" rows) count for the
         error; each is predicted by the fit without it.
         """
         families = list(self.families)
         column = {family: index for index, family in enumerate(families)}
         sums, counts = np.zeros((len(rows), len(families))), np.zeros(len(rows))
+        each_part = []
         for index, row in enumerate(rows):
             assert row.graph is not None
             ops = self.lower(row.graph).ops
             raw_ms = self._raw_ms(ops)
             np.add.at(sums[index], [column[op.family()] for op in ops], raw_ms)
             counts[index] = len(ops)
+            each_part.append(_parts(ops).sum(axis=0))
+        parts = np.array(each_part)
         measured = np.array([self.measured_ms(row) for row in rows])
         classes = np.eye(len(_CLASSES))[[_op_class(family) for family in families]]  # (F, classes)
         smallest = float(measured.min())
-        design = np.column_stack([sums @ classes, sums, counts, np.ones(len(rows))]) / measured[:, None]
+        largest = np.maximum((parts / measured[:, None]).max(axis=0), 1e-300)  # zero for a class that is not there
+        columns = [sums @ classes, sums, counts, np.ones(len(rows)), parts / largest]
+        design = np.column_stack(columns) / measured[:, None]
         fixed = 0.3 * smallest
-        spread = np.concatenate(
-            [np.full(len(_CLASSES), 0.5), np.full(len(families), 0.15), [fixed / counts.max(), fixed]]
-        )
+        wide = [np.full(len(_CLASSES), 0.5), np.full(len(families), 0.15), [fixed / counts.max(), fixed]]
+        spread = np.concatenate([*wide, np.full(len(largest), self.PART)])
         prior = np.zeros(len(spread))
         prior[: len(_CLASSES)] = 1.0
         design = design / self.NOISE
@@ -391,11 +409,15 @@ class Predictor:
         for each, row in zip(error, rows, strict=True):
             if row.type == "calibration":
                 left_out.setdefault(row.details.get("anchor", ""), []).append(100 * abs(float(each)))
-        scales = np.maximum(classes @ solution[: len(_CLASSES)] + solution[len(_CLASSES) : -2], 0.1)
+        by_class, by_family, (offset, constant), by_part = np.split(
+            solution, np.cumsum([len(_CLASSES), len(families), 2])
+        )
+        scales = np.maximum(classes @ by_class + by_family, 0.1)
         return Calibration(
             {family: float(scale) for family, scale in zip(families, scales, strict=True)},
-            float(solution[-2]),
-            float(solution[-1]),
+            tuple(float(part) for part in by_part / largest),
+            float(offset),
+            float(constant),
             float(np.quantile(sum(left_out.values(), []), 0.9)) if left_out else None,
             left_out,
         )

@@ -194,7 +194,7 @@ def test_where_ones_own_folder_is_the_shipped_one_nothing_stands_there_twice(mon
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("pixel2", "unknown device 'pixel2': did you mean pixel1?"),
+        ("pixel11", "unknown device 'pixel11': did you mean pixel1?"),
         ("host-ort", "no latency table of host-ort: measure one with 'amc-hw profile --device host-ort'"),
         ("nowhere.jsonl", "no latency table nowhere.jsonl"),
         ("text.jsonl", "text.jsonl:1: not a JSON line"),
