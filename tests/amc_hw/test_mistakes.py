@@ -724,6 +724,7 @@ KEYS: dict[str, set[str]] = {
     },
     "export": {"file", "bytes", "max_abs_diff"},
     "check": {"accuracy", "groups", "frozen", "measurements_missing", "profile_minutes", "search_minutes"},
+    "compare": {"rows"},  # tests/amc_hw/test_compare.py
     "finetune": {"accuracy_before", "accuracy_after"},  # tests/amc_hw/test_finetune.py
     "import-log": {"table", "rows_new"},  # tests/amc_hw/test_pixel1.py
     "table": set(),  # its commands: tests/amc_hw/test_tables.py
