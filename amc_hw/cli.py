@@ -685,9 +685,9 @@ def compare(
     matched = arguments.pop("matched")
     config = api.CompareConfig(chosen, budgets, numbers, matched, shared, out)
     checkpoint = api.checkpoint_for(arguments["model"], shared.data or "", checkpoint)
-    _print(
-        api.compare(_subject(arguments, checkpoint=checkpoint), config, progress=_Progress()), as_json, _compare_lines
-    )
+    result = api.compare(_subject(arguments, checkpoint=checkpoint), config, progress=_Progress())
+    _print(result, as_json, _compare_lines)
+    context.exit(0 if any(row["accuracy"] is not None for row in result["rows"]) else 4)
 
 
 def _compare_lines(r: dict[str, Any]) -> list[str]:
