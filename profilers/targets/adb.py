@@ -37,7 +37,7 @@ from profilers.timing import TimingPlan
 
 RUNNERS = ("python", "benchmark_model")
 JOB_S = 60.0  #: of a job beyond what its plan takes
-LOCK_S = 900  #: after which a lock that nobody freed is taken over
+LOCK_S = 900  #: that a job may hold the lock, at most
 LOCK_WAIT_S = 120
 SEVERE = 3  #: Android's thermal status from which clocks are cut hard
 COOL_S = (10.0, 30.0, 60.0, 120.0)
@@ -204,7 +204,7 @@ class AdbTarget:
 
     def time_networks(self, networks: Sequence[Network], plan: TimingPlan, *, seed: int) -> list[list[float]]:
         models = [self._model(network) for network in networks]
-        with self._alone():
+        with self._alone(_job_s(plan, len(models))):
             self._cool()
             names = self._pushed(models)
             if self.config.runner == "python":
@@ -300,19 +300,22 @@ class AdbTarget:
     # Keeping the device to ourselves, and cool
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Hold the device's lock: two people never time on one phone at once.
+    def _alone(self, seconds: float) -> Iterator[None]:
+        """Hold the device's lock: two people never time on one phone at once. After so many seconds anyone may take it.
 
-        Time on the device is counted since it was started: its clock may jump.
+        Time on the device is counted since it was started: its clock may jump. A lock that holds for longer than LOCK_S
+        from now is from before that.
         """
         lock, owner = shlex.quote(f"{self.work}/lock"), secrets.token_hex(8)
+        limit = math.ceil(min(seconds, LOCK_S))
         self.device.run(f"mkdir -p {shlex.quote(self.work)}")
         waited = time.monotonic()
         take = (
-            f"now=$(cut -d. -f1 /proc/uptime); if mkdir {lock} 2>/dev/null; then echo {owner} $now > {lock}/owner; "
-            f"echo taken; else read who since < {lock}/owner 2>/dev/null; "
+            f"now=$(cut -d. -f1 /proc/uptime); if mkdir {lock} 2>/dev/null; then "
+            f"echo {owner} $((now + {limit})) > {lock}/owner; "
+            f"echo taken; else read who until < {lock}/owner 2>/dev/null; "
             f'if [ "$who" = {owner} ]; then echo taken; '
-            f'elif [ -n "$since" ] && [ $((now - since)) -ge 0 ] && [ $((now - since)) -lt {LOCK_S} ]; then echo held; '
+            f'elif [ -n "$until" ] && [ $((until - now)) -gt 0 ] && [ $((until - now)) -le {LOCK_S} ]; then echo held; '
             f"else rm -rf {lock}; echo stale; fi; fi"
         )
         while (answer := self.device.run(take).strip()) != "taken":
@@ -324,7 +327,7 @@ class AdbTarget:
         try:
             yield
         finally:
-            self.device.try_run(f'read who since < {lock}/owner && [ "$who" = {owner} ] && rm -rf {lock}')
+            self.device.try_run(f'read who until < {lock}/owner && [ "$who" = {owner} ] && rm -rf {lock}')
 
     def _cool(self) -> None:
         """Wait for a hot phone; DeviceError where it stays hot."""
