@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ from profilers.predictor import Predictor
 from profilers.profile import WAYS, Anchor, Step, digest, missing_steps, refining_steps, time_network
 from profilers.sampling import random_widths
 from profilers.table import LatencyTable
-from profilers.targets import Network, open_target
+from profilers.targets import Network, Probe, open_target
 from profilers.targets.adb import AdbTarget
 from profilers.timing import ratio_ci95
 
@@ -117,15 +117,16 @@ def list_devices() -> dict[str, Any]:
 
 def check_device(name: str, *, serial: str | None = None) -> dict[str, Any]:
     """What is there and what is missing on a device; `ok` where nothing is."""
-    config = load_device(name)
-    probes = open_target(config if serial is None else replace(config, serial=serial, address="")).probes()
+    return _probed(name, open_target(load_device(name).at(serial)).probes())
+
+
+def _probed(name: str, probes: Sequence[Probe]) -> dict[str, Any]:
     return {"device": name, "ok": all(probe.ok for probe in probes), "probes": [asdict(probe) for probe in probes]}
 
 
 def setup_device(name: str, *, binary: Path | None = None, serial: str | None = None) -> dict[str, Any]:
     """Put a device's runner there; what is there afterwards."""
-    probes = _over_adb(name, serial).setup(binary)
-    return {"device": name, "ok": all(probe.ok for probe in probes), "probes": [asdict(probe) for probe in probes]}
+    return _probed(name, _over_adb(name, serial).setup(binary))
 
 
 def clean_device(name: str, *, serial: str | None = None) -> dict[str, Any]:
@@ -136,10 +137,9 @@ def clean_device(name: str, *, serial: str | None = None) -> dict[str, Any]:
 
 
 def _over_adb(name: str, serial: str | None) -> AdbTarget:
-    config = load_device(name)
-    target = open_target(config if serial is None else replace(config, serial=serial, address=""))
+    target = open_target(load_device(name).at(serial))
     if not isinstance(target, AdbTarget):
-        raise UserError(f"device {name} is a {config.target}: there is nothing to put there or to remove")
+        raise UserError(f"device {name} is a {target.config.target}: there is nothing to put there or to remove")
     return target
 
 
@@ -455,7 +455,7 @@ def open_policy(
     pruned = open_pruned(policy)
     found = pruned.policy
     options |= {"dtype": options.get("dtype") or found.dtype, "keep": found.keep}
-    subject = open_subject(device=device or found.device, model=found.model, input_shape=found.input_shape, **options)
+    subject = open_subject(device=device or found.device, model=found.model, unpruned=pruned, **options)
     if subject.device.dtype != found.dtype:
         raise UserError(
             f"{policy} was searched for {found.dtype}, not for {subject.device.dtype}: leave --dtype out, or search "

@@ -112,11 +112,16 @@ def _no_data_of_ours(context: click.Context, arguments: dict[str, Any]) -> None:
         arguments["data"] = None
 
 
+def _leave_out(context: click.Context, policy: str, *names: str) -> None:
+    """UserError where a flag says what a policy says."""
+    for name in names:
+        if _typed(context, name):
+            raise UserError(f"{policy} says what the network is: leave --{name.replace('_shape', '')} out")
+
+
 def _of_policy(context: click.Context, arguments: dict[str, Any], found: api.Policy) -> None:
     """What a command takes of a policy where no flag says otherwise."""
-    for name in ("model", "input_shape"):
-        if _typed(context, name):
-            raise UserError(f"the policy says what the network is: leave --{name.replace('_shape', '')} out")
+    _leave_out(context, "--from-policy", "model", "input_shape")
     arguments |= {"model": found.model, "input_shape": found.input_shape}
     arguments |= {} if _typed(context, "device") else {"device": found.device}
     if not any(_typed(context, name) for name in TASK):
@@ -132,9 +137,7 @@ def _subject_and_widths(
         subject = _subject(arguments)
         return subject, None if widths is None else subject.graph.parse_widths(widths), None
     arguments.pop("keep")
-    for name in ("model", "widths", "input_shape", "keep"):
-        if _typed(context, name):
-            raise UserError(f"--policy says what the network is: leave --{name.replace('_shape', '')} out")
+    _leave_out(context, "--policy", "model", "widths", "input_shape", "keep")
     options = {name: arguments.pop(name) for name in ("serial", "threads", "dtype", "channel_multiple", "floor")}
     return api.open_policy(policy, device=arguments["device"] if _typed(context, "device") else None, **options)
 
@@ -673,9 +676,8 @@ def compare(
     """
     _no_data_of_ours(context, arguments)
     budgets = tuple((name, value) for name in api.BUDGETS for value in arguments.pop(name))
-    chosen = (
-        tuple(api.METHODS) if methods == "all" else tuple(part.strip() for part in methods.split(",") if part.strip())
-    )
+    named = [part.strip() for part in methods.split(",") if part.strip()]
+    chosen = tuple(api.METHODS if methods == "all" else named)
     try:
         numbers = tuple(int(part) for part in seeds.split(","))
     except ValueError:

@@ -7,8 +7,9 @@ winner is as fast, as measured: only then do their accuracies compare.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,16 +58,17 @@ def compare(subject: Subject, config: CompareConfig, *, progress: Progress) -> d
 
     A search that finds nothing within its budget is a row without a policy, with the reason.
     """
-    config.out.mkdir(parents=True, exist_ok=True)
     arms = list(itertools.product(config.seeds, config.budgets, config.methods))
     rows: list[dict[str, Any]] = []
     with alone_in(config.out):
+        scores = {seed: Scores(config.out / f"scores-{seed}.jsonl") for seed in config.seeds}
+        run = partial(_row, subject, config, scores, progress=_quieter(progress))
         for number, (seed, budget, method) in enumerate(arms):
             progress(number, len(arms), f"{method}, {_named(*budget)}, seed {seed}")
-            row = _row(subject, config, method, budget, seed, progress)
+            row = run(method, budget, seed)
             rows.append(row)
             if config.matched and budget[0] == "latency_ratio" and row["measured_ms"] is not None:
-                rows.append(_matched(subject, config, method, row, seed, progress))
+                rows.append(_matched(run, row, subject.network_at(None).macs))
         result = {
             "schema_version": 1,
             "rows": rows,
@@ -85,11 +87,12 @@ def _named(name: str, value: float) -> str:
 def _row(
     subject: Subject,
     config: CompareConfig,
+    scores: Mapping[int, Scores],
     method: str,
     budget: tuple[str, float],
     seed: int,
-    progress: Progress,
     *,
+    progress: Progress,
     folder: str = "",
 ) -> dict[str, Any]:
     """One search, or what it had found."""
@@ -104,9 +107,8 @@ def _row(
         fallback=False,
     )
     row: dict[str, Any] = {"method": method, "budget": _named(name, value), "seed": seed, "reason": None}
-    scores = Scores(config.out / f"scores-{seed}.jsonl")
     try:
-        found = search(subject, wanted, progress=_quieter(progress), scores=scores)
+        found = search(subject, wanted, progress=progress, scores=scores[seed])
     except BudgetError as error:
         found = {"reason": str(error)}
     keys = ("accuracy", "baseline_accuracy", "predicted_ms", "measured_ms", "baseline_ms", "speedup", "macs", "params")
@@ -119,22 +121,21 @@ def _quieter(progress: Progress) -> Callable[[int, int, str], None]:
     return lambda done, total, text: progress(max(done, 1), max(total, 2), text)
 
 
-def _matched(
-    subject: Subject, config: CompareConfig, method: str, latency: dict[str, Any], seed: int, progress: Progress
-) -> dict[str, Any]:
-    """The same method under a FLOPs budget whose winner is as fast as the latency budget's, within EQUAL.
+def _matched(run: Callable[..., dict[str, Any]], latency: dict[str, Any], full_macs: int) -> dict[str, Any]:
+    """The method of the row `latency` under a FLOPs budget whose winner is as fast as that row's, within EQUAL.
 
     The ratio is bisected, beginning where the latency policy's own MACs lie; the nearest that was found where none
-    is equal, which then says so in `reason`.
+    is equal, which then says so in `reason`. run: method, budget, seed and folder -> row.
     """
     wanted = latency["measured_ms"] / latency["baseline_ms"]
     low, high = 0.0, 1.0
-    ratio = latency["macs"] / subject.network_at(None).macs
+    ratio = latency["macs"] / full_macs
+    method, seed = latency["method"], latency["seed"]
     best: tuple[float, dict[str, Any]] | None = None
     for step in range(STEPS):
         folder = f"{method}-flops-as-fast-as-{wanted:.4f}-{seed}-{step}"
         ratio = round(min(max(ratio, 0.01), 1.0), 4)
-        row = _row(subject, config, method, ("flops_ratio", ratio), seed, progress, folder=folder)
+        row = run(method, ("flops_ratio", ratio), seed, folder=folder)
         if row["measured_ms"] is None:
             low, ratio = ratio, (ratio + high) / 2
             continue

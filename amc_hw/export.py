@@ -107,15 +107,14 @@ class Running(nn.Module):
 
     def __init__(self, runtime: Runtime, model: bytes, batch: int, like: Any) -> None:
         super().__init__()
-        self.runtime, self.model, self.batch = runtime, model, batch
+        self.run, self.batch = runtime.session(model), batch
         _, self.structure = tree_flatten(like)
 
     def forward(self, *inputs: Tensor) -> Any:
         count = len(inputs[0])
         missing = -count % self.batch
         padded = [torch.cat([part, part[:1].expand(missing, *part.shape[1:])]) for part in inputs]
-        run = self.runtime.session(self.model)
-        found = [run(*(part.numpy() for part in chunk)) for chunk in batches(padded, self.batch)]
+        found = [self.run(*(part.numpy() for part in chunk)) for chunk in batches(padded, self.batch)]
         outputs = [torch.from_numpy(np.concatenate(parts)[:count]) for parts in zip(*found, strict=True)]
         return tree_unflatten(outputs, self.structure)
 

@@ -180,9 +180,10 @@ class _Search:
         """A score, from the searches that share theirs where one of them has it."""
         if self.scores is None:
             return compute()
-        header = self._header()
-        same = [header[key] for key in ("model", "checkpoint_sha256", "data", "evaluate", "calibrate", "keep", "refit")]
-        return self.scores.score([*same, self.config.seed, kind, [int(width) for width in widths]], compute)
+        config, model = self.config, self.model
+        asked = [config.data, config.evaluate, config.calibrate, config.refit, config.seed, kind]
+        network = [model.spec, model.checkpoint_sha256, *self.subject.keep]
+        return self.scores.score([network, asked, [int(width) for width in widths]], compute)
 
     def confirm(self, widths: tuple[int, ...]) -> tuple[list[float], list[float]]:
         network = self.network(widths, self.refitted(widths))

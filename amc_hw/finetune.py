@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from amc_hw.data import Splits, load_data, load_tensors
 from amc_hw.errors import FailedError, UserError
 from amc_hw.images import TensorImages
-from amc_hw.models import LoadedModel, load_model
+from amc_hw.models import load_model
 from amc_hw.runs import Journal, alone_in, record_command, save_json, save_weights
 from amc_hw.subject import Pruned, open_pruned
 from amc_hw.task import Classification
@@ -111,9 +111,8 @@ def finetune(policy: Path, config: FinetuneConfig, *, progress: Progress) -> dic
         run = _Run(pruned, splits, config, out, accelerator, progress)
         trained = run.train()
         accelerator.wait_for_everyone()
-        unpruned = _unpruned(pruned, config)
-        modules = [pruned.module, trained] + ([] if unpruned is None else [unpruned.module])
-        before, after, *baseline = Classification(pruned.model, splits, seed=config.seed).test_scores(modules)
+        modules = [pruned.module, trained] + ([] if run.unpruned is None else [run.unpruned.cpu()])
+        before, after, *baseline = run.task.test_scores(modules)
         result = {
             "schema_version": 1,
             "policy": str(out / "policy.json"),
@@ -133,12 +132,12 @@ def finetune(policy: Path, config: FinetuneConfig, *, progress: Progress) -> dic
         return result
 
 
-def _unpruned(pruned: Pruned, config: FinetuneConfig) -> LoadedModel | None:
+def _unpruned(pruned: Pruned, checkpoint: Path | None) -> nn.Module | None:
     """The network before it was pruned, where its weights are given."""
-    if config.checkpoint is None:
+    if checkpoint is None:
         return None
     found = pruned.policy
-    return load_model(found.model, input_shape=found.input_shape, checkpoint=config.checkpoint)
+    return load_model(found.model, input_shape=found.input_shape, checkpoint=checkpoint).module
 
 
 class _Run:
@@ -162,8 +161,10 @@ class _Run:
         optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
         self.module, self.optimizer, self.loader = accelerator.prepare(module, optimizer, loader)
         self.steps = config.epochs * len(self.loader)
-        teacher = _unpruned(pruned, config) if config.distill else None
-        self.teacher = None if teacher is None else teacher.module.to(accelerator.device)
+        self.unpruned = _unpruned(pruned, config.checkpoint)
+        self.teacher = self.unpruned if config.distill else None
+        if self.teacher is not None:
+            self.teacher.to(accelerator.device)
         self.journal = None
         if accelerator.is_main_process:
             self.journal = Journal(out / "metrics.jsonl", self._header(pruned))
@@ -171,9 +172,8 @@ class _Run:
 
     def _header(self, pruned: Pruned) -> dict[str, Any]:
         named = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self.config).items()}
-        return (
-            {"schema_version": 1, "model": pruned.policy.model, "widths": pruned.policy.widths} | named | {"out": None}
-        )
+        found = pruned.policy
+        return {"schema_version": 1, "model": found.model, "widths": found.widths, **named, "out": None}
 
     def _rate(self, step: int) -> float:
         """Learning rate of a step: linear over the first epoch, then a cosine to zero (Loshchilov and Hutter, 2017)."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+from scipy.sparse import coo_array, csgraph
 from torch import Tensor, nn
 
 from amc_hw.errors import UserError
@@ -229,18 +230,20 @@ class _Couplings:
     """Which channels stay or go together.
 
     Every channel of every tensor gets a label. A layer with weights gives its outputs new ones, everything else
-    passes on those that it reads; an addition unites the labels of its two sides. A producer's labels, once united,
-    name its group. A label that something ties to what cannot be pruned is fixed, with the reason.
+    passes on those that it reads; an addition ties the labels of its two sides. Labels that are tied, through others
+    too, have one root, and a producer's roots name its group. A label that something ties to what cannot be pruned is
+    fixed, with the reason.
     """
 
     def __init__(self, traced: TracedOps) -> None:
         self.traced = traced
-        self._parent = np.empty(0, dtype=np.int64)
+        self._count = 0
+        self._ties: list[tuple[np.ndarray, np.ndarray]] = []
         self._fixed: dict[int, str] = {}  # label -> why it cannot be pruned
         self.labels: dict[str, np.ndarray] = {}  # tensor -> label of every channel
         self._producers: dict[str, np.ndarray] = {}  # module -> labels of its outputs
         self._readers: dict[tuple[str, str], np.ndarray] = {}  # (module, "through" or "consumer") -> labels
-        self._group_of: dict[int, int] = {}  # label -> index of its group, once `groups` has found them
+        self._group_of: dict[int, int] = {}  # root -> index of its group, once `groups` has found them
         for name, shape in traced.input_shapes.items():
             self.labels[name] = self._new(shape[0])
             self._fix(self.labels[name], "network input")
@@ -248,30 +251,17 @@ class _Couplings:
             self.labels[op.name] = self._visit(op)
         for name in traced.outputs:
             self._fix(self.labels[name], "network output")
+        pairs = np.concatenate([np.empty((0, 2), int), *(np.stack(tie, axis=1) for tie in self._ties)])
+        edges = coo_array((np.ones(len(pairs)), tuple(pairs.T)), shape=(self._count, self._count))
+        _, self._roots = csgraph.connected_components(edges, directed=False)
 
     def _new(self, count: int) -> np.ndarray:
-        first = len(self._parent)
-        self._parent = np.concatenate([self._parent, np.arange(first, first + count)])
-        return np.arange(first, first + count)
+        self._count += count
+        return np.arange(self._count - count, self._count)
 
     def _fix(self, labels: np.ndarray, reason: str) -> None:
         for label in labels.tolist():
             self._fixed.setdefault(label, reason)
-
-    def _find(self, labels: np.ndarray) -> np.ndarray:
-        """The label that stands for each."""
-        found = self._parent[labels]
-        while (further := self._parent[found]).tolist() != found.tolist():
-            found = further
-        self._parent[labels] = found
-        return found
-
-    def _unite(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-        """Tie channels pairwise; one pair may already be tied through another."""
-        for one, other in zip(first.tolist(), second.tolist(), strict=True):
-            a, b = sorted(int(self._find(np.array([label]))[0]) for label in (one, other))
-            self._parent[b] = a
-        return first
 
     def _visit(self, op: TracedOp) -> np.ndarray:
         """Labels of the operator's output."""
@@ -295,7 +285,7 @@ class _Couplings:
         else:
             out = first
             for source in op.inputs[1:]:
-                out = self._unite(out, self.labels[source])
+                self._ties.append((out, self.labels[source]))
             if kind in ("layer_norm", "softmax"):
                 self._fix(out, f"normalised together at {op.name}")
             elif kind == "affine" and op.parameter:
@@ -307,26 +297,24 @@ class _Couplings:
 
     def _reads(self, module: str, role: str, labels: np.ndarray) -> None:
         """A module reads these channels; where it is called twice, both calls read the same."""
-        before = self._readers.setdefault((module, role), labels)
-        if before is not labels:
-            self._unite(before, labels)
+        self._ties.append((self._readers.setdefault((module, role), labels), labels))
 
     def groups(self, keep: Sequence[str]) -> tuple[tuple[ChannelGroup, ...], tuple[FrozenGroup, ...]]:
         """The groups that can be pruned, and the others."""
         order = {op.module: index for index, op in reversed(list(enumerate(self.traced.ops))) if op.module}
         fixed: dict[int, str] = {}
         for label, reason in self._fixed.items():
-            root = int(self._find(np.array([label]))[0])
+            root = int(self._roots[label])
             if reason == "network output" or root not in fixed:
                 fixed[root] = reason
         found: list[ChannelGroup] = []
         frozen: list[FrozenGroup] = []
         for producers in self._tied():
-            name, roots = producers[0], self._find(self._producers[producers[0]])
+            name, roots = producers[0], self._roots[self._producers[producers[0]]]
             index = {root: channel for channel, root in enumerate(roots.tolist())}
             members = [Member(module, "producer", np.arange(len(roots))) for module in producers]
             for (module, role), labels in self._readers.items():
-                of = np.array([index.get(root, -1) for root in self._find(labels).tolist()])
+                of = np.array([index.get(root, -1) for root in self._roots[labels].tolist()])
                 if (of >= 0).any():
                     members.append(Member(module, role, of))
             members.sort(key=lambda member: (order.get(member.module, len(order)), member.role))
@@ -342,7 +330,7 @@ class _Couplings:
         self, producers: Sequence[str], members: Sequence[Member], fixed: Mapping[int, str], keep: Sequence[str]
     ) -> str | None:
         """Why a group cannot be pruned; None where it can."""
-        roots = [self._find(self._producers[module]).tolist() for module in producers]
+        roots = [self._roots[self._producers[module]].tolist() for module in producers]
         for root in (root for each in roots for root in each):
             if root in fixed:
                 return "added to the network's input" if fixed[root] == "network input" else fixed[root]
@@ -358,7 +346,7 @@ class _Couplings:
         """Producers that share a channel, in network order."""
         sets: list[tuple[list[str], set[int]]] = []
         for module, labels in self._producers.items():
-            roots = set(self._find(labels).tolist())
+            roots = set(self._roots[labels].tolist())
             touching = [one for one in sets if one[1] & roots]
             for one in touching[1:]:
                 touching[0][0].extend(one[0])
@@ -373,7 +361,7 @@ class _Couplings:
 
     def channels(self, labels: np.ndarray, groups: Sequence[ChannelGroup]) -> Channels:
         """How many channels a tensor with these labels has."""
-        counts = Counter(self._group_of.get(root, -1) for root in self._find(labels).tolist())
+        counts = Counter(self._group_of.get(root, -1) for root in self._roots[labels].tolist())
         terms = tuple((group, counts[group] // groups[group].width) for group in sorted(counts) if group >= 0)
         return Channels(counts[-1], terms)
 

@@ -100,34 +100,18 @@ class Journal:
 
 
 class Scores:
-    """Scores that searches share which ask for the same: question -> answer, one line each. A torn last line goes."""
+    """Scores that searches share which ask for the same: question -> answer, in a journal of their own."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self._known = path, dict[str, float]()
-        try:
-            data = path.read_bytes() if path.exists() else b""
-        except OSError as error:
-            raise FailedError(f"cannot read {path}: {error.strerror}") from error
-        for line in data[: data.rfind(b"\n") + 1].splitlines():
-            try:
-                row = json.loads(line)
-                self._known[json.dumps(row["question"])] = float(row["score"])
-            except (ValueError, KeyError, TypeError):
-                raise UserError(f"{path} is damaged: remove it") from None
-        self._whole = len(data) == data.rfind(b"\n") + 1
+        self._journal = Journal(path, {"schema_version": 1, "holds": "scores"})
+        self._known = {json.dumps(row["question"]): float(row["score"]) for row in self._journal.recorded}
 
     def score(self, question: Sequence[Any], compute: Callable[[], float]) -> float:
         """What `compute` gives, or gave to whoever asked first."""
         key = json.dumps(question)
         if key not in self._known:
             self._known[key] = compute()
-            line = json.dumps({"question": question, "score": self._known[key]}).encode() + b"\n"
-            try:
-                with self.path.open("ab", buffering=0) as file:
-                    append_synced(file, line if self._whole else b"\n" + line)
-            except OSError as error:
-                raise FailedError(f"cannot write {self.path}: {error.strerror}") from error
-            self._whole = True
+            self._journal.append({"question": question, "score": self._known[key]})
         return self._known[key]
 
 

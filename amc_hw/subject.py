@@ -112,22 +112,23 @@ def open_subject(
     dtype: str | None = None,
     serial: str | None = None,
     start: Path | None = None,
+    unpruned: Pruned | None = None,
 ) -> Subject:
     """A network with at least one group to prune, on a device; UserError or DeviceError where there is none.
 
-    start: a policy whose pruned network takes the place of the model's.
+    start: a policy whose pruned network takes the place of the model's. unpruned: where the model is loaded already.
     """
-    config = load_device(device)
+    config = load_device(device).at(serial)
     if threads is not None:
         config = replace(config, threads=threads)
     if dtype is not None:
         config = replace(config, dtype=dtype)
-    if serial is not None:
-        config = replace(config, serial=serial, address="")
     if not 0 < floor <= 1:
         raise UserError(f"--floor {floor} must be above 0 and at most 1")
     base: Pruned | None = None
-    if start is None:
+    if unpruned is not None:
+        loaded, graph = unpruned.model, unpruned.graph
+    elif start is None:
         loaded, graph = load_graph(model, input_shape=input_shape, checkpoint=checkpoint, keep=keep)
     else:
         base = open_pruned(start)

@@ -7,6 +7,7 @@ sees, and paired Wi-Fi ones), connections go through the `adb` program.
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import secrets
 import shlex
@@ -38,9 +39,9 @@ class Link(Protocol):
     def shell(self, command: str, *, timeout_s: float) -> bytes:
         """What the command writes, standard error included."""
 
-    def send(self, data: bytes, path: str, *, timeout_s: float) -> None: ...
+    def send(self, data: bytes, path: str) -> None: ...
 
-    def fetch(self, path: str, *, timeout_s: float) -> bytes: ...
+    def fetch(self, path: str) -> bytes: ...
 
     def close(self) -> None: ...
 
@@ -81,9 +82,7 @@ class ShellLink:
         options = {"transport_timeout_s": timeout_s, "read_timeout_s": timeout_s, "decode": False}
         return bytes(self._guarded(lambda: self._device.shell(command, **options)))
 
-    def send(self, data: bytes, path: str, *, timeout_s: float) -> None:
-        import io
-
+    def send(self, data: bytes, path: str) -> None:
         options = {"transport_timeout_s": SILENCE_S, "read_timeout_s": SILENCE_S, "mtime": 1}
         try:
             self._guarded(lambda: self._device.push(io.BytesIO(data), path, **options))
@@ -92,9 +91,7 @@ class ShellLink:
                 raise DeviceError(f"the device refuses a file: {_text(lost.__cause__)}") from None
             raise
 
-    def fetch(self, path: str, *, timeout_s: float) -> bytes:
-        import io
-
+    def fetch(self, path: str) -> bytes:
         stream = io.BytesIO()
         options = {"transport_timeout_s": SILENCE_S, "read_timeout_s": SILENCE_S}
         self._guarded(lambda: self._device.pull(path, stream, **options))
@@ -119,9 +116,9 @@ class ServerLink:
         if state != "device":
             raise DeviceError(_UNAUTHORIZED if "unauthorized" in state else f"device {serial} is {state or 'away'}")
 
-    def _run(self, arguments: list[str], *, timeout_s: float, data: bytes | None = None) -> bytes:
+    def _run(self, arguments: list[str], *, timeout_s: float) -> bytes:
         try:
-            done = subprocess.run([*self._command, *arguments], input=data, capture_output=True, timeout=timeout_s)
+            done = subprocess.run([*self._command, *arguments], capture_output=True, timeout=timeout_s)
         except subprocess.TimeoutExpired:
             raise LinkLost(f"no answer within {timeout_s:.0f} s") from None
         if done.returncode != 0:
@@ -134,15 +131,15 @@ class ServerLink:
     def shell(self, command: str, *, timeout_s: float) -> bytes:
         return self._run(["exec-out", command], timeout_s=timeout_s)
 
-    def send(self, data: bytes, path: str, *, timeout_s: float) -> None:
+    def send(self, data: bytes, path: str) -> None:
         with tempfile.NamedTemporaryFile() as file:
             file.write(data)
             file.flush()
-            self._run(["push", file.name, path], timeout_s=timeout_s)
+            self._run(["push", file.name, path], timeout_s=_transfer_s(len(data)))
 
-    def fetch(self, path: str, *, timeout_s: float) -> bytes:
+    def fetch(self, path: str) -> bytes:
         with tempfile.TemporaryDirectory() as folder:
-            self._run(["pull", path, f"{folder}/file"], timeout_s=timeout_s)
+            self._run(["pull", path, f"{folder}/file"], timeout_s=_transfer_s(0))
             return Path(folder, "file").read_bytes()
 
     def close(self) -> None:
@@ -210,7 +207,7 @@ class AdbDevice:
         """Write a file, whole and with the right bytes or not at all."""
         part, wanted = shlex.quote(f"{path}.part"), hashlib.sha256(data).hexdigest()
         for _ in range(RETRIES):
-            self._with_link(lambda link: link.send(data, f"{path}.part", timeout_s=_transfer_s(len(data))))
+            self._with_link(lambda link: link.send(data, f"{path}.part"))
             if self._checksum(f"{path}.part") == wanted:
                 # repeatable: what moved the file may have been cut before it could say so
                 mode = f"chmod 755 {part}; " if executable else ""
@@ -227,7 +224,7 @@ class AdbDevice:
             wanted = self._checksum(path)
             if wanted is None:
                 raise DeviceError(f"{self.name}: there is no {path}")
-            data = self._with_link(lambda link: link.fetch(path, timeout_s=_transfer_s(0)))
+            data = self._with_link(lambda link: link.fetch(path))
             if hashlib.sha256(data).hexdigest() == wanted:
                 return data
         raise DeviceError(f"{self.name}: {path} does not come back whole after {RETRIES} tries: check the cable")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,10 @@ class DeviceConfig:
             raise UserError(f"device {self.name}: unknown dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
         if not (self.min_time_s > 0 and self.noise_pct > 0):
             raise UserError(f"device {self.name}: min_time_s and noise_pct must be positive")
+
+    def at(self, serial: str | None) -> DeviceConfig:
+        """The same device, of that serial or address; as it is where none is given."""
+        return self if serial is None else replace(self, serial=serial, address="")
 
 
 def shipped(folder: str) -> Path:

@@ -201,9 +201,8 @@ def _range(cost: FamilyCost) -> str:
 @dataclass(frozen=True)
 class Calibration:
     """scales: per family, positive; parts_ms: per class and part of `_network_features`; offset_ms: per operator;
-    constant_ms: per network; error_pct: 90% of the
-    networks that were left out of the fit are predicted within it, None where there was nothing to fit; left_out_pct:
-    their errors, by the digest of the unpruned network."""
+    constant_ms: per network; error_pct: 90% of the networks that were left out of the fit are predicted within it,
+    None where there was nothing to fit; left_out_pct: their errors, by the digest of the unpruned network."""
 
     scales: Mapping[OpSpec, float] = field(default_factory=dict)
     parts_ms: tuple[float, ...] = ()
@@ -292,13 +291,11 @@ class Predictor:
         non-negative coefficients, fitted to sums over networks."""
         lowered = [self.lower(row.graph).ops for row in rows if row.graph is not None]
         families: dict[OpSpec, dict[OpSpec, None]] = {}
-        sums = np.zeros((len(rows), len(_CLASSES), len(_network_features(lowered[0][0]))))
-        for index, ops in enumerate(lowered):
-            for op in ops:
-                sums[index, _op_class(op)] += _network_features(op)
-                families.setdefault(op.family(), {})[op] = None
+        for op in (op for ops in lowered for op in ops):
+            families.setdefault(op.family(), {})[op] = None
+        sums = np.array([_parts(ops).sum(axis=0) for ops in lowered])
         measured = np.array([self.measured_ms(row) for row in rows])
-        coefficients = _relative_fit(sums.reshape(len(rows), -1), measured).reshape(sums.shape[1:])
+        coefficients = _relative_fit(sums, measured).reshape(len(_CLASSES), -1)
         costs = {}
         for family, members in families.items():
             alike = partial(_summed_ms, coefficients[_op_class(family)], family)

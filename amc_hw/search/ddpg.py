@@ -34,6 +34,7 @@ from scipy.special import ndtr, ndtri
 from torch import nn
 
 from amc_hw.env import OBSERVATION, PruningEnv
+from amc_hw.search.method import Method
 
 
 @dataclass(frozen=True)
@@ -200,18 +201,14 @@ class DDPGAgent:
                 torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), config.tau)
 
 
-class DDPGSearch:
+class DDPGSearch(Method):
     """Episodes of one agent in rounds: the first has all of them, later ones repeat the last quarter of the schedule
     in an environment whose budget has moved."""
 
     def __init__(self, floor: float, episodes: int, seed: int) -> None:
-        self.episodes = episodes
+        super().__init__(floor, episodes, seed)
         config = DDPGConfig(episodes=episodes)
         self.agent = DDPGAgent(config, observation_size=len(OBSERVATION), floor=floor, seed=seed)
-
-    def planned(self, number: int) -> int:
-        """Episodes of round `number`."""
-        return self.episodes if number == 0 else min(self.episodes, max(10, self.episodes // 4))
 
     def round(
         self, env: PruningEnv, number: int, demonstrations: Sequence[Sequence[int]] = ()

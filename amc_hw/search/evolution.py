@@ -9,23 +9,20 @@ from typing import Any
 import numpy as np
 
 from amc_hw.env import PruningEnv
-from amc_hw.search.method import later
+from amc_hw.search.method import Method
 from amc_hw.search.random import played
 
 POPULATION, TOURNAMENT = 24, 6
 MOVED, SPREAD = 0.2, 0.2  #: share of the groups, and how far, as a fraction of all channels
 
 
-class EvolutionSearch:
+class EvolutionSearch(Method):
     """The first generation is the demonstrations, then random policies."""
 
     def __init__(self, floor: float, episodes: int, seed: int) -> None:
-        self.floor, self.episodes = floor, episodes
+        super().__init__(floor, episodes, seed)
         self._rng = np.random.default_rng(seed)
         self._alive: deque[dict[str, Any]] = deque(maxlen=min(POPULATION, max(2, episodes // 3)))
-
-    def planned(self, number: int) -> int:
-        return self.episodes if number == 0 else later(self.episodes)
 
     def round(
         self, env: PruningEnv, number: int, demonstrations: Sequence[Sequence[int]] = ()

@@ -7,18 +7,15 @@ from typing import Any
 
 from amc_hw.env import PruningEnv
 from amc_hw.resources import ROUNDING, CostModel
-from amc_hw.search.method import later
+from amc_hw.search.method import Method
 
 
-class GreedySearch:
+class GreedySearch(Method):
     """The steps are as fine as the evaluations allow: every step asks for one policy per group."""
 
     def __init__(self, floor: float, episodes: int, seed: int) -> None:
-        self.episodes = episodes
+        super().__init__(floor, episodes, seed)
         self.at: tuple[int, ...] | None = None
-
-    def planned(self, number: int) -> int:
-        return self.episodes if number == 0 else later(self.episodes)
 
     def round(
         self, env: PruningEnv, number: int, demonstrations: Sequence[Sequence[int]] = ()

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,13 +14,11 @@ import numpy as np
 
 from amc_hw.env import PruningEnv
 from amc_hw.resources import Grids, snap
+from amc_hw.search.method import Method
+from amc_hw.search.uniform import uniform_policies
 
-#: How steeply a rule cuts, from nothing to where all layers but the ends of a ramp are at the floor.
+#: How steeply a ramp cuts, from nothing to where all layers but the ends of a ramp are at the floor.
 CUTS = np.concatenate([np.linspace(0, 1, 300), np.geomspace(1, 100, 100)[1:]])
-
-
-def _uniform(depth: np.ndarray, cut: float) -> np.ndarray:
-    return np.full(len(depth), 1 - cut)
 
 
 def _shallow(depth: np.ndarray, cut: float) -> np.ndarray:
@@ -30,19 +29,11 @@ def _deep(depth: np.ndarray, cut: float) -> np.ndarray:
     return 1 - cut * depth
 
 
-class HandmadeSearch:
-    """The widest policy of a rule within the budget: one evaluation a round.
-
-    shape: depth of the groups in 0..1 (G,), steepness of the cut -> fractions kept, before the floor.
-    """
-
-    shape: Callable[[np.ndarray, float], np.ndarray]
+class HandmadeSearch(Method):
+    """The widest policy of a rule within the budget: one evaluation a round."""
 
     def __init__(self, floor: float, episodes: int, seed: int) -> None:
-        self.floor, self.episodes = floor, 1
-
-    def planned(self, number: int) -> int:
-        return 1
+        super().__init__(floor, 1, seed)
 
     def round(
         self, env: PruningEnv, number: int, demonstrations: Sequence[Sequence[int]] = ()
@@ -53,8 +44,22 @@ class HandmadeSearch:
         # a rule may not reach the budget: then what comes nearest says so when it is timed
         yield env.judge(inside[0] if inside else min(policies, key=env.model.cost))
 
+    @abstractmethod
     def policies(self, grids: Grids) -> list[tuple[int, ...]]:
-        """What the rule gives for steeper and steeper cuts, widest first."""
+        """What the rule gives, widest first."""
+
+
+class UniformSearch(HandmadeSearch):
+    def policies(self, grids: Grids) -> list[tuple[int, ...]]:
+        return uniform_policies(grids)
+
+
+class RampSearch(HandmadeSearch):
+    """shape: depth of the groups in 0..1 (G,), steepness of the cut -> fractions kept, before the floor."""
+
+    shape: Callable[[np.ndarray, float], np.ndarray]
+
+    def policies(self, grids: Grids) -> list[tuple[int, ...]]:
         depth = np.linspace(0, 1, len(grids))
         made = []
         for cut in CUTS:
@@ -63,13 +68,9 @@ class HandmadeSearch:
         return list(dict.fromkeys(made))
 
 
-class UniformSearch(HandmadeSearch):
-    shape = staticmethod(_uniform)
-
-
-class ShallowSearch(HandmadeSearch):
+class ShallowSearch(RampSearch):
     shape = staticmethod(_shallow)
 
 
-class DeepSearch(HandmadeSearch):
+class DeepSearch(RampSearch):
     shape = staticmethod(_deep)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from scipy import optimize, sparse
 from amc_hw.env import PruningEnv
 from amc_hw.min_sum import MinSum
 from amc_hw.resources import ROUNDING, Completer, CostModel
-from amc_hw.search.method import later
+from amc_hw.search.method import Method
 from amc_hw.search.sensitivity import SHARE, Curves, measure_curves
 
 MAX_VARIABLES = 60_000  #: of the integer program; larger ones are solved by Lagrange multipliers alone
@@ -27,17 +28,14 @@ GAP = 1e-6
 PRIOR = 0.002
 
 
-class KnapsackSearch:
+class KnapsackSearch(Method):
     """Curves, the best sum within the budget, then curves around what was found, as far as the evaluations reach."""
 
     def __init__(self, floor: float, episodes: int, seed: int) -> None:
-        self.episodes = episodes
+        super().__init__(floor, episodes, seed)
         self.curves: Curves | None = None
         self.best: dict[str, Any] | None = None
         self.known: dict[tuple[int, ...], dict[str, Any]] = {}
-
-    def planned(self, number: int) -> int:
-        return self.episodes if number == 0 else later(self.episodes)
 
     def round(
         self, env: PruningEnv, number: int, demonstrations: Sequence[Sequence[int]] = ()
@@ -45,16 +43,11 @@ class KnapsackSearch:
         limit = env.model.full_cost if env.budget is None else env.budget.limit
         left = self.planned(number)
         if self.curves is None:
-            for found in measure_curves(env, round(SHARE * left)):
-                if isinstance(found, Curves):
-                    self.curves = found
-                else:
-                    left -= 1
-                    yield self._seen(found)
-        assert self.curves is not None
+            self.curves = yield from measure_curves(env.model, partial(self._judge, env), round(SHARE * left))
+            left -= self.curves.evaluated
         losses = [self.curves.losses(group) + prior(grid) for group, grid in enumerate(env.model.grids)]
         if self.best is None or self.best["cost"] > limit * (1 + ROUNDING):
-            self.best = self._seen(env.judge(solve(env.model, losses, limit)))
+            self.best = self._judge(env, solve(env.model, losses, limit))
             left -= 1
             yield self.best
         while left > 0:
@@ -65,8 +58,8 @@ class KnapsackSearch:
             if self.best["widths"] == before:
                 return
 
-    def _seen(self, found: dict[str, Any]) -> dict[str, Any]:
-        self.known[found["widths"]] = found
+    def _judge(self, env: PruningEnv, widths: Sequence[int]) -> dict[str, Any]:
+        found = self.known[tuple(widths)] = env.judge(widths)
         return found
 
     def _around(self, env: PruningEnv, limit: float, left: int) -> Iterator[dict[str, Any]]:
@@ -85,15 +78,12 @@ class KnapsackSearch:
                 if other != place and left > 1:
                     if widths not in self.known:
                         left -= 1
-                        yield self._seen(env.judge(widths))
+                        yield self._judge(env, widths)
                     curves.add(group, grid[other], self.known[widths]["accuracy"])
-        losses = [
-            _signed(curves, group, model.position(group, base[group])) + prior(grid)
-            for group, grid in enumerate(model.grids)
-        ]
+        losses = [np.interp(grid, *curves.points(group)) + prior(grid) for group, grid in enumerate(model.grids)]
         widths = solve(model, losses, limit, reach=reach)
         if left > 0 and widths not in self.known:
-            yield self._seen(env.judge(widths))
+            yield self._judge(env, widths)
         inside = [one for one in self.known.values() if one["cost"] <= limit * (1 + ROUNDING)]
         self.best = max(inside, key=lambda one: (one["accuracy"], -one["cost"]))
 
@@ -101,14 +91,6 @@ class KnapsackSearch:
 def prior(grid: Sequence[int]) -> np.ndarray:
     """What narrower widths lose at least, too little to be seen in a few hundred held-out images (len(grid),)."""
     return PRIOR * (1 - np.array(grid) / grid[-1]) ** 2
-
-
-def _signed(curves: Curves, group: int, place: int) -> np.ndarray:
-    """Losses around a policy: wider groups gain, so they are negative above its width."""
-    grid, measured = curves.costs.grids[group], curves.measured(group)
-    widths = np.array(sorted({**measured, grid[place]: 0.0}), dtype=float)
-    losses = np.array([{**measured, grid[place]: 0.0}[int(width)] for width in widths])
-    return np.interp(grid, widths, np.maximum.accumulate(losses[::-1])[::-1])
 
 
 def solve(

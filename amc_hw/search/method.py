@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from amc_hw.env import PruningEnv
 
 
-class Method(Protocol):
+class Method(ABC):
     """Proposes policies in rounds; a later round knows more of what the budget allows (`env.budget`).
 
     Every evaluation goes through the environment, so that all methods are given the same number of them.
+    floor: smallest fraction of channels. episodes: evaluations of the first round.
     """
 
-    episodes: int  #: evaluations of the first round
-
-    def __init__(self, floor: float, episodes: int, seed: int) -> None: ...
+    def __init__(self, floor: float, episodes: int, seed: int) -> None:
+        self.floor, self.episodes, self.seed = floor, episodes, seed
 
     def planned(self, number: int) -> int:
         """Evaluations of round `number`, at most."""
+        return self.episodes if number == 0 else min(self.episodes, max(10, self.episodes // 4))
 
+    @abstractmethod
     def round(
         self, env: PruningEnv, number: int, demonstrations: Sequence[Sequence[int]] = ()
     ) -> Iterator[dict[str, Any]]:
         """What `PruningEnv.judge` says of every policy that was evaluated, in order. demonstrations: policies near
         uniform ones, for methods that learn from examples."""
-
-
-def later(episodes: int) -> int:
-    """Evaluations of a round after the first."""
-    return min(episodes, max(10, episodes // 4))

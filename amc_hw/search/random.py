@@ -8,16 +8,13 @@ from typing import Any
 import numpy as np
 
 from amc_hw.env import PruningEnv
-from amc_hw.search.method import later
+from amc_hw.search.method import Method
 
 
-class RandomSearch:
+class RandomSearch(Method):
     def __init__(self, floor: float, episodes: int, seed: int) -> None:
-        self.floor, self.episodes = floor, episodes
+        super().__init__(floor, episodes, seed)
         self._rng = np.random.default_rng(seed)
-
-    def planned(self, number: int) -> int:
-        return self.episodes if number == 0 else later(self.episodes)
 
     def round(
         self, env: PruningEnv, number: int, demonstrations: Sequence[Sequence[int]] = ()

@@ -7,17 +7,18 @@ threshold: every group takes the smallest width that loses at most that much; th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from amc_hw.env import PruningEnv
 from amc_hw.resources import CostModel
-from amc_hw.search.method import later
+from amc_hw.search.method import Method
 
 SHARE = 0.6  #: of the evaluations, spent on curves
 MOST_POINTS = 6  #: per curve
+Judge = Callable[[Sequence[int]], dict[str, Any]]  #: as `PruningEnv.judge`
 
 
 class Curves:
@@ -34,18 +35,22 @@ class Curves:
     def add(self, group: int, width: int, accuracy: float) -> None:
         self._measured[group][width] = self.reference - accuracy
 
-    def measured(self, group: int) -> dict[int, float]:
-        """Width -> loss, of what was measured."""
-        return self._measured[group]
+    @property
+    def evaluated(self) -> int:
+        """How many policies were evaluated for them, the base included."""
+        return 1 + sum(map(len, self._measured))
+
+    def points(self, group: int) -> tuple[np.ndarray, np.ndarray]:
+        """Widths that were measured, ascending, and their losses: a wider layer that seems to lose more is noise."""
+        known = {self.base[group]: 0.0} | self._measured[group]
+        widths = sorted(known)
+        losses = np.array([known[width] for width in widths])
+        return np.array(widths, dtype=float), np.maximum.accumulate(losses[::-1])[::-1]
 
     def losses(self, group: int) -> np.ndarray:
         """Loss at every width of the group's grid, ascending (len(grid),)."""
         grid = self.costs.grids[group]
-        known = {self.base[group]: 0.0} | self._measured[group]
-        widths = np.array(sorted(known), dtype=float)
-        losses = np.array([known[int(width)] for width in widths])
-        # a wider layer that seems to lose more is noise
-        losses = np.maximum.accumulate(losses[::-1])[::-1]
+        widths, losses = self.points(group)
         found = np.interp(grid, widths, losses)
         if len(widths) > 1 and grid[0] < widths[0]:  # below the narrowest that was measured: on as it rose last
             slope = max((losses[0] - losses[1]) / (widths[1] - widths[0]), 0.0)
@@ -63,51 +68,41 @@ def points(grid: Sequence[int], count: int) -> list[int]:
     return [rest[place] for place in places]
 
 
-def measure_curves(env: PruningEnv, budget: int) -> Iterator[dict[str, Any] | Curves]:
-    """What was evaluated, at most `budget` policies, and last the curves."""
-    costs = env.model
-    whole = env.judge(costs.full_widths)
+def measure_curves(costs: CostModel, judge: Judge, budget: int) -> Generator[dict[str, Any], None, Curves]:
+    """Yields what was evaluated, at most `budget` policies, and returns the curves."""
+    whole = judge(costs.full_widths)
     yield whole
     curves = Curves(costs, costs.full_widths, whole["accuracy"])
     each = min(MOST_POINTS, max(1, (budget - 1) // len(costs.grids)))
     wanted = [(group, width) for group, grid in enumerate(costs.grids) for width in points(grid, each)]
     for group, width in wanted[: max(budget - 1, 0)]:
-        found = env.judge(curves.widths(group, width))
+        found = judge(curves.widths(group, width))
         curves.add(group, width, found["accuracy"])
         yield found
-    yield curves
+    return curves
 
 
-class SensitivitySearch:
+class SensitivitySearch(Method):
     """Thresholds on the curves, bisected to the budget; the rest of the evaluations goes to thresholds around it."""
 
     def __init__(self, floor: float, episodes: int, seed: int) -> None:
-        self.episodes = episodes
+        super().__init__(floor, episodes, seed)
         self.curves: Curves | None = None
-
-    def planned(self, number: int) -> int:
-        return self.episodes if number == 0 else later(self.episodes)
 
     def round(
         self, env: PruningEnv, number: int, demonstrations: Sequence[Sequence[int]] = ()
     ) -> Iterator[dict[str, Any]]:
         left = self.planned(number)
         if self.curves is None:
-            for found in measure_curves(env, round(SHARE * left)):
-                if isinstance(found, Curves):
-                    self.curves = found
-                else:
-                    left -= 1
-                    yield found
-        assert self.curves is not None
-        for widths in self._policies(env)[: max(left, 1)]:
+            self.curves = yield from measure_curves(env.model, env.judge, round(SHARE * left))
+            left -= self.curves.evaluated
+        for widths in self._policies(env, self.curves)[: max(left, 1)]:
             yield env.judge(widths)
 
-    def _policies(self, env: PruningEnv) -> list[tuple[int, ...]]:
+    def _policies(self, env: PruningEnv, curves: Curves) -> list[tuple[int, ...]]:
         """Every policy that a threshold gives within the budget, the most costly first."""
-        assert self.curves is not None
         costs, limit = env.model, math.inf if env.budget is None else env.budget.limit
-        losses = [self.curves.losses(group) for group in range(len(costs.grids))]
+        losses = [curves.losses(group) for group in range(len(costs.grids))]
         thresholds = np.unique(np.concatenate(losses))
         made = []
         for threshold in thresholds:

@@ -100,18 +100,7 @@ def _emit(writer: _Writer, node: OpNode, weights: Weights, *, leaves: bool) -> N
     if op.fused_add or op.dtype != "float32" or unknown:
         raise UnsupportedOperatorError(f"{name}: {op} ({op.dtype}, dilation {op.dilation}) cannot be written as ONNX")
     pooled_output = op.kind == "global_avg_pool" and leaves
-    elementwise = op.kind in (
-        "add",
-        "mul",
-        "scale",
-        "concat",
-        "activation",
-        "affine",
-        "prelu",
-        "layer_norm",
-        "softmax",
-        "slice",
-    )
+    elementwise = op.kind in _ANY_RANK
     if op.kind in ("linear", "flatten") or pooled_output or (elementwise and writer.vectors.issuperset(inputs)):
         writer.vectors.add(name)
     else:

@@ -154,8 +154,7 @@ class _Writer:
         subgraph = schema.SubGraphT(self.tensors, *ends, self.operators, "network")
         maps = [[schema.TensorMapT(name, self.index[name]) for name in names] for names in (inputs, outputs)]
         signature = schema.SignatureDefT(*maps, SIGNATURE, 0)
-        model = schema.ModelT(SCHEMA_VERSION, codes, [subgraph], "amc-hw", self.buffers, signatureDefs=[signature])
-        return model
+        return schema.ModelT(SCHEMA_VERSION, codes, [subgraph], "amc-hw", self.buffers, signatureDefs=[signature])
 
 
 class _Network:

@@ -57,6 +57,19 @@ class Target(Protocol):
         """As `time_networks`, in a process that has done nothing else."""
 
 
+def identity_of(config: DeviceConfig, *, soc: str, runtime_version: str, affinity: str = "any") -> Identity:
+    """What measurements with a configuration are of, with what only the device tells."""
+    return Identity(
+        soc=soc,
+        runtime=config.runtime,
+        runtime_version=runtime_version,
+        threads=config.threads,
+        affinity=affinity,
+        dtype=config.dtype,
+        batch=config.batch,
+    )
+
+
 #: Name in a device's configuration -> module and class.
 TARGETS = {
     "host": ("profilers.targets.host", "HostTarget"),

@@ -26,13 +26,13 @@ import numpy as np
 from profilers import device_runner
 from profilers.adb import AdbDevice, open_device
 from profilers.benchmark_log import read_log
-from profilers.builders.weights import random_weights
 from profilers.device import DeviceConfig
 from profilers.errors import DeviceError, UserError
 from profilers.ops import OpGraph
 from profilers.runtimes import load_runtime
 from profilers.table import Identity
-from profilers.targets import Network, Probe
+from profilers.targets import Network, Probe, identity_of
+from profilers.targets.models import Models
 from profilers.timing import TimingPlan
 
 RUNNERS = ("python", "benchmark_model")
@@ -54,6 +54,7 @@ class AdbTarget:
             raise UserError(f"device {config.name}: over ADB only float32 is measured, not {config.dtype}")
         self.config = config
         self.runtime = load_runtime(config.runtime)
+        self._model = Models(self.runtime, config.dtype)
         self.work = config.workdir
         self._given = device
 
@@ -137,16 +138,8 @@ class AdbTarget:
         return f"{sum(1 << core for core, clock in zip(cores, clocks, strict=True) if clock == max(clocks)):x}"
 
     def identity(self) -> Identity:
-        config = self.config
-        return Identity(
-            soc=self._soc,
-            runtime=config.runtime,
-            runtime_version=self._version,
-            threads=config.threads,
-            affinity=f"cores {self._mask}" if self._mask else "any",
-            dtype=config.dtype,
-            batch=config.batch,
-        )
+        affinity = f"cores {self._mask}" if self._mask else "any"
+        return identity_of(self.config, soc=self._soc, runtime_version=self._version, affinity=affinity)
 
     def provenance(self) -> dict[str, Any]:
         _, kernel = self.device.try_run("uname -sr")
@@ -213,10 +206,6 @@ class AdbTarget:
 
     def time_in_fresh_process(self, networks: Sequence[Network], plan: TimingPlan, *, seed: int) -> list[list[float]]:
         return self.time_networks(networks, plan, seed=seed)  # every job is a process of its own
-
-    def _model(self, network: Network) -> bytes:
-        weights = network.weights if network.weights is not None else random_weights(network.graph)
-        return self.runtime.build(network.graph, weights)
 
     def _pushed(self, models: Sequence[bytes]) -> list[str]:
         """Paths of the models on the device, by what they hold: what is there is not pushed again."""

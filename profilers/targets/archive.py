@@ -10,7 +10,7 @@ from profilers.device import DeviceConfig
 from profilers.errors import DeviceError, UserError
 from profilers.ops import OpGraph
 from profilers.table import Identity
-from profilers.targets import Network, Probe
+from profilers.targets import Network, Probe, identity_of
 from profilers.timing import TimingPlan
 
 
@@ -24,15 +24,7 @@ class ArchiveTarget:
         self.config = config
 
     def identity(self) -> Identity:
-        config = self.config
-        return Identity(
-            soc=config.soc,
-            runtime=config.runtime,
-            runtime_version=config.runtime_version,
-            threads=config.threads,
-            dtype=config.dtype,
-            batch=config.batch,
-        )
+        return identity_of(self.config, soc=self.config.soc, runtime_version=self.config.runtime_version)
 
     def provenance(self) -> dict[str, Any]:
         return {"description": self.config.description, "source": self.config.source}

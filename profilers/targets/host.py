@@ -14,18 +14,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from profilers.builders.weights import Weights, random_weights
 from profilers.device import DeviceConfig
 from profilers.errors import DeviceError
 from profilers.ops import OpGraph
 from profilers.runtimes import load_runtime
 from profilers.table import Identity
-from profilers.targets import Network, Probe
+from profilers.targets import Network, Probe, identity_of
+from profilers.targets.models import Models
 from profilers.timing import TimingPlan, time_interleaved
-
-KEPT = 3  #: models of networks without weights that are built once
 
 
 class HostTarget:
@@ -34,18 +30,10 @@ class HostTarget:
     def __init__(self, config: DeviceConfig) -> None:
         self.config = config
         self.runtime = load_runtime(config.runtime)
-        self._models: dict[OpGraph, bytes] = {}
+        self._model = Models(self.runtime, config.dtype)
 
     def identity(self) -> Identity:
-        config = self.config
-        return Identity(
-            soc=_processor(),
-            runtime=config.runtime,
-            runtime_version=self.runtime.version(),
-            threads=config.threads,
-            dtype=config.dtype,
-            batch=config.batch,
-        )
+        return identity_of(self.config, soc=_processor(), runtime_version=self.runtime.version())
 
     def provenance(self) -> dict[str, Any]:
         governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
@@ -71,22 +59,6 @@ class HostTarget:
 
     def lower(self, graph: OpGraph) -> OpGraph:
         return self.runtime.lower(graph)
-
-    def _model(self, network: Network) -> bytes:
-        if network.weights is None:
-            if network.graph not in self._models:  # the anchor comes again and again
-                self._models = dict([*self._models.items()][-KEPT:])
-                self._models[network.graph] = self._built(network.graph, random_weights(network.graph))
-            return self._models[network.graph]
-        return self._built(network.graph, network.weights)
-
-    def _built(self, graph: OpGraph, weights: Weights) -> bytes:
-        model = self.runtime.build(graph, weights)
-        if self.config.dtype == "float32":
-            return model
-        rng, batch = np.random.default_rng(0), graph.nodes[0].op.batch
-        inputs = [rng.standard_normal((batch, *shape)).astype(np.float32) for shape in graph.inputs.values()]
-        return self.runtime.quantized(model, [inputs])
 
     def time_networks(self, networks: Sequence[Network], plan: TimingPlan, *, seed: int) -> list[list[float]]:
         runs = [self.runtime.loaded(self._model(network), threads=self.config.threads) for network in networks]

@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import runpy
+import shutil
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
+from amc_hw import api
 from amc_hw import cli as command_line
+
+NETS = Path(__file__).parents[1] / "crash_worker.py"  # a user's file with a network of its own weights
+
+
+@pytest.fixture(scope="session")
+def profiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny network, its images and its latency table; to be copied, not worked in."""
+    folder = tmp_path_factory.mktemp("profiled")
+    shutil.copy(NETS, folder / "nets.py")
+    runpy.run_path(str(NETS))["write_images"](folder / "images.npz")
+    with contextlib.chdir(folder):
+        api.profile(api.open_subject(device="fake", model="nets.py:tiny"), progress=lambda *_: None)
+    return folder
 
 
 class Done(NamedTuple):

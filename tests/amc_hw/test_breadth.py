@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from networks import Net, frozen_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,19 +20,6 @@ from amc_hw.prune import keep_channels, mask_channels, slice_channels
 from profilers.ops import OpGraph, OpSpec
 
 
-class Net(nn.Module):
-    """A network from named parts and a function of (parts, x)."""
-
-    def __init__(self, forward, **parts: nn.Module) -> None:
-        super().__init__()
-        self.function = forward
-        for name, part in parts.items():
-            self.add_module(name, part)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(self, x)
-
-
 def same_when_sliced(net: nn.Module, *inputs: Tensor, keep: float = 0.5) -> LayerGraph:
     """Half the channels of every group: the smaller network computes what the masked one does. Its graph."""
     graph = build_graph(net.eval(), tuple(inputs[0].shape[1:]), examples=[value[:1] for value in inputs])
@@ -40,10 +28,6 @@ def same_when_sliced(net: nn.Module, *inputs: Tensor, keep: float = 0.5) -> Laye
     with torch.no_grad():
         torch.testing.assert_close(small(*inputs), masked(*inputs), rtol=1e-4, atol=1e-5)
     return graph
-
-
-def frozen_of(graph: LayerGraph) -> dict[str, str]:
-    return {frozen.name: frozen.reason for frozen in graph.frozen}
 
 
 def test_a_depthwise_convolution_over_a_concatenation_keeps_the_parts_apart() -> None:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from networks import Net, frozen_of
+from torch import nn
 from torch.nn import functional as F
 
 from amc_hw.errors import UnsupportedOperatorError, UserError
@@ -19,29 +20,12 @@ from amc_hw.prune import mask_channels, slice_channels
 from profilers.ops import OpGraph, OpSpec
 
 
-class Net(nn.Module):
-    """A network from named parts and a function of (parts, x)."""
-
-    def __init__(self, forward, **parts: nn.Module) -> None:
-        super().__init__()
-        self.function = forward
-        for name, part in parts.items():
-            self.add_module(name, part)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(self, x)
-
-
 def graph_of(forward, *, shape=(3, 8, 8), keep=(), **parts: nn.Module) -> LayerGraph:
     return build_graph(Net(forward, **parts).eval(), shape, keep=keep)
 
 
 def groups_of(graph: LayerGraph) -> dict[str, tuple[int, list[tuple[str, str]]]]:
     return {g.name: (g.width, [(member.module, member.role) for member in g.members]) for g in graph.groups}
-
-
-def frozen_of(graph: LayerGraph) -> dict[str, str]:
-    return {frozen.name: frozen.reason for frozen in graph.frozen}
 
 
 def small() -> LayerGraph:

@@ -30,7 +30,6 @@ from amc_hw.runs import alone_in
 
 Disk = Callable[[int], AbstractContextManager[None]]
 
-NETS = Path(__file__).parents[1] / "crash_worker.py"  # a user's file with a network of its own weights
 TABLE = Path("latency_tables/fake.jsonl")
 TINY = ("--device", "fake", "--model", "nets.py:tiny")
 DATA = ("--data", "npz:images.npz")
@@ -52,14 +51,12 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workshop(profiled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny network, its images, its latency table, and a search that has ended, in `whole`."""
-    folder = tmp_path_factory.mktemp("workshop")
-    shutil.copy(NETS, folder / "nets.py")
-    runpy.run_path(str(NETS))["write_images"](folder / "images.npz")
+    folder = tmp_path_factory.mktemp("workshop") / "folder"
+    shutil.copytree(profiled, folder)
     with contextlib.chdir(folder):
         subject = api.open_subject(device="fake", model="nets.py:tiny")
-        api.profile(subject, progress=lambda *_: None)
         config = api.SearchConfig(Path("whole"), data="npz:images.npz", latency_ratio=0.6, episodes=6)
         api.search(subject, config, progress=lambda *_: None)
     return folder

@@ -50,10 +50,10 @@ class Folder:
         done = subprocess.run(["sh", "-c", command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         return self._passed("shell", done.stdout)
 
-    def send(self, data: bytes, path: str, *, timeout_s: float) -> None:
+    def send(self, data: bytes, path: str) -> None:
         Path(path).write_bytes(self._passed("send", data))
 
-    def fetch(self, path: str, *, timeout_s: float) -> bytes:
+    def fetch(self, path: str) -> bytes:
         return self._passed("fetch", Path(path).read_bytes())
 
     def close(self) -> None:
