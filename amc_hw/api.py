@@ -37,6 +37,7 @@ from amc_hw.tables import export_csv, list_tables, merge_tables, plot_table, sho
 from amc_hw.task import load_task
 from profilers import import_log as import_logs
 from profilers.device import DTYPES, device_names, load_device
+from profilers.farm import run_steps
 from profilers.files import write_whole
 from profilers.multiple import channel_multiple
 from profilers.predictor import Predictor
@@ -115,32 +116,35 @@ def list_devices() -> dict[str, Any]:
     return {"devices": devices}
 
 
-def check_device(name: str, *, serial: str | None = None) -> dict[str, Any]:
-    """What is there and what is missing on a device; `ok` where nothing is."""
-    return _probed(name, open_target(load_device(name).at(serial)).probes())
+def check_device(name: str, *, serials: Sequence[str] = ()) -> dict[str, Any]:
+    """What is there and what is missing on a device, or on each of several; `ok` where nothing is."""
+    members = load_device(name).at(serials).members()
+    return _probed(name, [probe for member in members for probe in open_target(member).probes()])
 
 
 def _probed(name: str, probes: Sequence[Probe]) -> dict[str, Any]:
     return {"device": name, "ok": all(probe.ok for probe in probes), "probes": [asdict(probe) for probe in probes]}
 
 
-def setup_device(name: str, *, binary: Path | None = None, serial: str | None = None) -> dict[str, Any]:
-    """Put a device's runner there; what is there afterwards."""
-    return _probed(name, _over_adb(name, serial).setup(binary))
+def setup_device(name: str, *, binary: Path | None = None, serials: Sequence[str] = ()) -> dict[str, Any]:
+    """Put a device's runner there, or on each of several; what is there afterwards."""
+    return _probed(name, [probe for target in _over_adb(name, serials) for probe in target.setup(binary)])
 
 
-def clean_device(name: str, *, serial: str | None = None) -> dict[str, Any]:
-    """Remove all that was put on a device."""
-    target = _over_adb(name, serial)
-    target.clean()
-    return {"device": name, "removed": target.config.workdir}
+def clean_device(name: str, *, serials: Sequence[str] = ()) -> dict[str, Any]:
+    """Remove all that was put on a device, or on each of several."""
+    targets = _over_adb(name, serials)
+    for target in targets:
+        target.clean()
+    return {"device": name, "removed": targets[0].config.workdir}
 
 
-def _over_adb(name: str, serial: str | None) -> AdbTarget:
-    target = open_target(load_device(name).at(serial))
-    if not isinstance(target, AdbTarget):
-        raise UserError(f"device {name} is a {target.config.target}: there is nothing to put there or to remove")
-    return target
+def _over_adb(name: str, serials: Sequence[str]) -> list[AdbTarget]:
+    config = load_device(name).at(serials)
+    targets = [target for target in map(open_target, config.members()) if isinstance(target, AdbTarget)]
+    if not targets:
+        raise UserError(f"device {name} is a {config.target}: there is nothing to put there or to remove")
+    return targets
 
 
 def describe_graph(
@@ -258,8 +262,8 @@ def plan_profile(subject: Subject, *, seed: int = 0, way: str = "auto") -> dict[
     steps = missing_steps(subject.job(seed=seed, way=way), table, subject.target)
     start = time.monotonic()
     if steps:
-        steps[0].run()
-    seconds = (time.monotonic() - start) * len(steps)
+        steps[0].run(Anchor(subject.target, subject.network_at(None), table))
+    seconds = (time.monotonic() - start) * len(steps) / len(subject.targets)
     return {"table": str(path), "rows_total": len(table.rows), "steps": len(steps), "minutes": seconds / 60}
 
 
@@ -283,14 +287,12 @@ def profile(
         raise DeviceError(target.probes()[0].text)
     table = _open_table(subject)
     before = len(table.rows)
+    anchors = [Anchor(each, job.unpruned, table) for each in subject.targets]
 
     def measured(steps: Sequence[Step]) -> bool:
-        for index, step in enumerate(steps):
-            if time.monotonic() - start > 60 * max_minutes:
-                return False
-            progress(index, len(steps), step.name)
-            table.append(step.run())
-        return True
+        return run_steps(
+            steps, anchors, table.append, progress, over=lambda: time.monotonic() - start > 60 * max_minutes
+        )
 
     whole = measured(missing_steps(job, table, target))
     predictor, unpruned = read_predictor(subject, table), digest(subject.network_at(None))

@@ -37,7 +37,12 @@ _OPTIONS = {
     ),
     "input": click.option("--input", "input_shape", callback=_shape, help="Input shape, such as 1x3x224x224."),
     "threads": click.option("--threads", type=click.IntRange(1), help="Of the runtime; default: the device's."),
-    "serial": click.option("--serial", help="Of a phone, or HOST:PORT; default: ANDROID_SERIAL, or the only one."),
+    "serial": click.option(
+        "--serial",
+        "serials",
+        multiple=True,
+        help="Of a phone, or HOST:PORT; default: ANDROID_SERIAL, or the only one. Repeatable: profile uses them all.",
+    ),
     "dtype": click.option("--dtype", type=click.Choice(api.DTYPES), help="Of the network on the device."),
     "multiple": click.option("--channel-multiple", type=click.IntRange(1), help="Widths are multiples of it."),
     "floor": click.option("--floor", default=0.2, show_default=True, help="Smallest fraction of channels kept."),
@@ -96,7 +101,7 @@ class _Progress:
 
 
 def _subject(arguments: dict[str, Any], **options: Any) -> api.Subject:
-    names = ("device", "serial", "model", "input_shape", "threads", "dtype", "channel_multiple", "floor", "keep")
+    names = ("device", "serials", "model", "input_shape", "threads", "dtype", "channel_multiple", "floor", "keep")
     return api.open_subject(**{name: arguments.pop(name) for name in names}, **options)
 
 
@@ -138,7 +143,7 @@ def _subject_and_widths(
         return subject, None if widths is None else subject.graph.parse_widths(widths), None
     arguments.pop("keep")
     _leave_out(context, "--policy", "model", "widths", "input_shape", "keep")
-    options = {name: arguments.pop(name) for name in ("serial", "threads", "dtype", "channel_multiple", "floor")}
+    options = {name: arguments.pop(name) for name in ("serials", "threads", "dtype", "channel_multiple", "floor")}
     return api.open_policy(policy, device=arguments["device"] if _typed(context, "device") else None, **options)
 
 
@@ -201,13 +206,13 @@ def devices(context: click.Context, as_json: bool) -> None:
 @click.argument("name")
 @_options("serial", "json")
 @click.pass_context
-def check_device(context: click.Context, name: str, serial: str | None, as_json: bool) -> None:
+def check_device(context: click.Context, name: str, serials: tuple[str, ...], as_json: bool) -> None:
     """What is there and what is missing on a device.
 
     \b
     amc-hw devices check host-litert
     """
-    result = api.check_device(name, serial=serial)
+    result = api.check_device(name, serials=serials)
     _print(result, as_json, _probe_lines)
     context.exit(0 if result["ok"] else 3)
 
@@ -221,13 +226,15 @@ def _probe_lines(r: dict[str, Any]) -> list[str]:
 @click.option("--binary", type=_PATH, help="The runner's program, built for the device.")
 @_options("serial", "json")
 @click.pass_context
-def setup_device(context: click.Context, name: str, binary: Path | None, serial: str | None, as_json: bool) -> None:
+def setup_device(
+    context: click.Context, name: str, binary: Path | None, serials: tuple[str, ...], as_json: bool
+) -> None:
     """Put the runner on a phone or board, and check it.
 
     \b
     amc-hw devices setup pixel --binary android_aarch64_benchmark_model
     """
-    result = api.setup_device(name, binary=binary, serial=serial)
+    result = api.setup_device(name, binary=binary, serials=serials)
     _print(result, as_json, _probe_lines)
     context.exit(0 if result["ok"] else 3)
 
@@ -235,13 +242,13 @@ def setup_device(context: click.Context, name: str, binary: Path | None, serial:
 @devices.command("clean")
 @click.argument("name")
 @_options("serial", "json")
-def clean_device(name: str, serial: str | None, as_json: bool) -> None:
+def clean_device(name: str, serials: tuple[str, ...], as_json: bool) -> None:
     """Remove all that was put on a phone or board.
 
     \b
     amc-hw devices clean pixel
     """
-    _print(api.clean_device(name, serial=serial), as_json, lambda r: [f"removed {r['removed']} from {r['device']}"])
+    _print(api.clean_device(name, serials=serials), as_json, lambda r: [f"removed {r['removed']} from {r['device']}"])
 
 
 @cli.command()

@@ -25,7 +25,7 @@ from profilers.ops import OpGraph
 from profilers.predictor import Predictor
 from profilers.profile import ProfileJob
 from profilers.table import Identity, LatencyTable
-from profilers.targets import Target, open_target
+from profilers.targets import Target, open_targets
 
 USUAL_MULTIPLE = 8  #: where neither a flag nor the device's configuration nor its table says another
 
@@ -33,7 +33,8 @@ USUAL_MULTIPLE = 8  #: where neither a flag nor the device's configuration nor i
 @dataclass(frozen=True)
 class Subject:
     """A network on a device. grids: the widths that every group may take, ascending; floor: the smallest fraction;
-    keep: patterns of the modules that stay at full width; base: the policy that the network was pruned by before."""
+    keep: patterns of the modules that stay at full width; base: the policy that the network was pruned by before;
+    targets: all devices that a table may be measured on, `target` first."""
 
     model: LoadedModel
     graph: LayerGraph
@@ -43,6 +44,7 @@ class Subject:
     floor: float
     keep: tuple[str, ...] = ()
     base: Policy | None = None
+    targets: tuple[Target, ...] = ()
 
     def job(self, *, seed: int = 0, way: str = "auto") -> ProfileJob:
         """What its table should hold: widths on and off the channel multiple. way: of `profilers.profile.WAYS`."""
@@ -110,7 +112,7 @@ def open_subject(
     threads: int | None = None,
     keep: Sequence[str] = (),
     dtype: str | None = None,
-    serial: str | None = None,
+    serials: Sequence[str] = (),
     start: Path | None = None,
     unpruned: Pruned | None = None,
 ) -> Subject:
@@ -118,7 +120,7 @@ def open_subject(
 
     start: a policy whose pruned network takes the place of the model's. unpruned: where the model is loaded already.
     """
-    config = load_device(device).at(serial)
+    config = load_device(device).at(serials)
     if threads is not None:
         config = replace(config, threads=threads)
     if dtype is not None:
@@ -139,7 +141,8 @@ def open_subject(
     if not graph.groups:
         reasons = "; ".join(f"{frozen.name}: {frozen.reason}" for frozen in graph.frozen)
         raise UserError(f"{model} has no prunable layer ({reasons})")
-    target = open_target(config)
+    targets = open_targets(config)
+    target = targets[0]
     multiple = channel_multiple or config.channel_multiple or _detected_multiple(config, target) or USUAL_MULTIPLE
     full = dict(zip((group.name for group in graph.groups), graph.full_widths, strict=True))
     if base is not None:  # the widths of the network that was unpruned at first, as far as they are left
@@ -149,7 +152,9 @@ def open_subject(
         + (group.width,)
         for group in graph.groups
     )
-    return Subject(loaded, graph, config, target, grids, floor, tuple(keep), base.policy if base else None)
+    return Subject(
+        loaded, graph, config, target, grids, floor, tuple(keep), base.policy if base else None, tuple(targets)
+    )
 
 
 def _detected_multiple(config: DeviceConfig, target: Target) -> int | None:

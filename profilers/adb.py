@@ -12,6 +12,7 @@ import os
 import secrets
 import shlex
 import shutil
+import socket
 import subprocess
 import tempfile
 import time
@@ -24,6 +25,7 @@ from profilers.errors import DeviceError, FailedError
 
 CONNECT_S, COMMAND_S = 20.0, 30.0
 SILENCE_S = 10.0  #: in the middle of a file, after which the connection is given up
+KEEP_ALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}  #: seconds, seconds, probes
 RETRIES = 3  #: of a transfer that came out wrong, and of whatever a lost connection cut short
 WAITS_S = (0.5, 2.0, 5.0)
 Result = TypeVar("Result")
@@ -58,18 +60,22 @@ class ShellLink:
         self._errors: tuple[type[BaseException], ...] = (OSError, *_exceptions(exceptions))
         self._refused = exceptions.PushFailedError
         signer = PythonRSASigner(*_keys())
+        asked: list[Any] = []  # whether the phone's screen asks for its owner's consent
         try:
             if address:
                 host, _, port = address.rpartition(":")
-                self._device: Any = adb_device.AdbDeviceTcp(host, int(port), default_transport_timeout_s=CONNECT_S)
+                transport = _socket(host, int(port))
+                self._device: Any = adb_device.AdbDevice(transport, default_transport_timeout_s=CONNECT_S)
             else:
                 self._device = adb_device.AdbDeviceUsb(serial=serial or None, default_transport_timeout_s=CONNECT_S)
-            self._device.connect(rsa_keys=[signer], auth_timeout_s=CONNECT_S)
+            self._device.connect(rsa_keys=[signer], auth_timeout_s=CONNECT_S, auth_callback=asked.append)
         except exceptions.DeviceAuthError:
             raise DeviceError(_UNAUTHORIZED) from None
         except exceptions.InvalidTransportError:
             raise DeviceError("USB devices need libusb: pip install 'adb-shell[usb]', or start 'adb'") from None
         except self._errors as error:
+            if asked:
+                raise DeviceError(_UNAUTHORIZED) from None
             raise LinkLost(str(error) or type(error).__name__) from error
 
     def _guarded(self, call: Callable[[], Result]) -> Result:
@@ -235,6 +241,34 @@ class AdbDevice:
         return word[0] if code == 0 and word and len(word[0]) == 64 else None
 
 
+def _socket(host: str, port: int) -> Any:
+    """adb-shell's connection, with what it lacks: it waits for more from a connection that has ended, and leaves out
+    what did not fit into one write. A peer that vanished is noticed by keep-alive, also in a long silence."""
+    from adb_shell.transport.tcp_transport import TcpTransport
+
+    class Socket(TcpTransport):  # type: ignore[misc]
+        def connect(self, transport_timeout_s: float) -> None:
+            super().connect(transport_timeout_s)
+            self._connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in KEEP_ALIVE.items():
+                if hasattr(socket, option):
+                    self._connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+        def bulk_read(self, numbytes: int, transport_timeout_s: float) -> bytes:
+            data: bytes = super().bulk_read(numbytes, transport_timeout_s)
+            if numbytes and not data:
+                raise ConnectionResetError("the device ended the connection")
+            return data
+
+        def bulk_write(self, data: bytes, transport_timeout_s: float) -> int:
+            sent = 0
+            while sent < len(data):
+                sent += super().bulk_write(data[sent:], transport_timeout_s)
+            return sent
+
+    return Socket(host, port)
+
+
 def _transfer_s(size: int) -> float:
     return COMMAND_S + size / 200_000
 
@@ -271,6 +305,16 @@ def _keys() -> tuple[str, str]:
         raise FailedError(f"cannot keep the ADB key in {folder}: {error.strerror}") from error
 
 
+def on_usb() -> list[str]:
+    """Serials of devices on USB; empty without libusb."""
+    try:
+        from adb_shell.transport.usb_transport import UsbTransport
+
+        return [str(device.serial_number) for device in UsbTransport.find_all_adb_devices()]
+    except Exception:  # libusb that is not there, or may not, fails in many ways
+        return []
+
+
 def attached() -> list[str]:
     """Serials that the adb server knows; empty without one."""
     program = shutil.which("adb")
@@ -297,14 +341,13 @@ def open_device(name: str, *, address: str = "", serial: str = "") -> AdbDevice:
             raise DeviceError(f"device {name}: address {address!r} is not HOST:PORT, such as 192.168.1.20:5555")
         return AdbDevice(f"{name} at {address}", lambda: ShellLink(address=address))
     known = attached()
-    if serial and serial in known:
-        return AdbDevice(f"{name} ({serial})", lambda: ServerLink(serial))
-    if not serial and len(known) > 1:
-        raise DeviceError(f"several devices are attached ({', '.join(known)}): give --serial, or ANDROID_SERIAL")
-    if not serial and known:
-        return AdbDevice(f"{name} ({known[0]})", lambda: ServerLink(known[0]))
-    if serial:
-        return AdbDevice(f"{name} ({serial})", lambda: ShellLink(serial=serial))
+    there = [serial] if serial else known or on_usb()
+    if len(there) > 1:
+        raise DeviceError(f"several devices are attached ({', '.join(there)}): give --serial, or ANDROID_SERIAL")
+    if there:
+        (found,) = there
+        direct = found not in known
+        return AdbDevice(f"{name} ({found})", lambda: ShellLink(serial=found) if direct else ServerLink(found))
     raise DeviceError(
         f"{name}: no device is attached. On the phone: Settings, About, tap 'Build number' seven times; then System, "
         "Developer options, switch on 'USB debugging'; plug it in, accept the key on its screen, check 'adb devices'"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
+import re
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +25,13 @@ class DeviceConfig:
     0: of what the table tells, or 8.
     soc, runtime_version, source: of an archive, which cannot be asked; source says where its rows come from.
     extrapolate: whether predictions may leave the widths that were measured, for tables that hold a few networks only.
-    address (HOST:PORT) or serial: of a device over ADB, the only one attached where both are empty; runner: what times
-    there (in `profilers.targets.adb.RUNNERS`); program: its path on the device, of a runner that is not ours; python:
-    the interpreter there; affinity: "any", "big" or a hexadecimal mask of cores; workdir: a folder for our files.
+    address (HOST:PORT) or serial: of a device over ADB, the only one attached where both are empty; serials: of several
+    that are alike, addresses included: measurements are spread over them; runner: what times there (in
+    `profilers.targets.adb.RUNNERS`); program: its path on the device, of a runner that is not ours; download, sha256:
+    where that program is to be had, and its checksum; python: the interpreter there; affinity: "any", "big" or a
+    hexadecimal mask of cores; workdir: a folder for our files; lock: a path there, empty for one in workdir, and
+    lock_wait_s: how long to wait for who holds it; fixed_performance: whether Android is to keep its clocks while it is
+    timed; root: whether governors may be set.
     min_time_s: how long a network is timed at least; noise_pct: the spread above which a machine is too unstable.
     """
 
@@ -42,11 +49,18 @@ class DeviceConfig:
     extrapolate: bool = False
     address: str = ""
     serial: str = ""
+    serials: tuple[str, ...] = ()
     runner: str = "python"
     program: str = ""
+    download: str = ""
+    sha256: str = ""
     python: str = "python3"
     affinity: str = "any"
     workdir: str = "/data/local/tmp/amc-hw"
+    lock: str = ""
+    lock_wait_s: float = 120.0
+    fixed_performance: bool = True
+    root: bool = False
     min_time_s: float = 0.3
     noise_pct: float = 25.0
 
@@ -58,10 +72,28 @@ class DeviceConfig:
             raise UserError(f"device {self.name}: unknown dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
         if not (self.min_time_s > 0 and self.noise_pct > 0):
             raise UserError(f"device {self.name}: min_time_s and noise_pct must be positive")
+        if not re.fullmatch("any|big|[0-9a-f]+", self.affinity):
+            raise UserError(
+                f"device {self.name}: affinity {self.affinity!r} must be any, big, or a hexadecimal mask such as f0"
+            )
+        if self.lock_wait_s < 0:
+            raise UserError(f"device {self.name}: lock_wait_s must not be negative")
+        if self.serials and (self.serial or self.address):
+            raise UserError(f"device {self.name}: serials stand alone: leave serial and address out")
 
-    def at(self, serial: str | None) -> DeviceConfig:
-        """The same device, of that serial or address; as it is where none is given."""
-        return self if serial is None else replace(self, serial=serial, address="")
+    def at(self, serials: Sequence[str]) -> DeviceConfig:
+        """The same device, of these serials or addresses; as it is where none is given."""
+        return replace(self, serial="", address="", serials=tuple(serials)) if serials else self
+
+    def members(self) -> list[DeviceConfig]:
+        """One configuration for each of the `serials`; itself where there are none."""
+        return [replace(self, serial=each, serials=()) for each in dict.fromkeys(self.serials)] or [self]
+
+    @property
+    def member(self) -> str:
+        """Which of several devices: a name that tells nothing of its serial or address; empty where none is given."""
+        named = self.serial or self.address
+        return hashlib.sha256(named.encode()).hexdigest()[:8] if named else ""
 
 
 def shipped(folder: str) -> Path:
@@ -105,14 +137,15 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _checked(name: str, path: Path, data: dict[str, Any]) -> DeviceConfig:
-    types = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
+    types = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,), "tuple[str, ...]": (list,)}
     known = {field.name: types[str(field.type)] for field in fields(DeviceConfig) if field.name != "name"}
     for key, value in data.items():
         if key not in known:
             raise UserError(f"{path}: unknown key {key!r}; known: {', '.join(known)}")
-        if type(value) not in known[key]:
+        if type(value) not in known[key] or (type(value) is list and not all(type(each) is str for each in value)):
             raise UserError(f"{path}: {key} = {value!r} is of the wrong type")
     for key in ("target", "runtime"):
         if key not in data:
             raise UserError(f"{path}: {key} is missing")
-    return DeviceConfig(name=name, **data)
+    lists = {key: tuple(value) for key, value in data.items() if type(value) is list}
+    return DeviceConfig(name=name, **data | lists)

@@ -47,6 +47,10 @@ class ProfileJob:
     calibration: int = 24
     way: str = "auto"
 
+    @property
+    def unpruned(self) -> OpGraph:
+        return self.network_at([grid[-1] for grid in self.grids])
+
     def random(self, count: int, *seed: int) -> list[OpGraph]:
         widths = random_widths(self.grids, count, seed=seed if len(seed) > 1 else seed[0], fine=self.fine)
         return [self.network_at(each) for each in widths]
@@ -54,10 +58,10 @@ class ProfileJob:
 
 @dataclass(frozen=True)
 class Step:
-    """One measurement to make: `run` returns the rows to append at once."""
+    """One measurement to make, beside an anchor on any device: `run` returns the rows to append at once."""
 
     name: str
-    run: Callable[[], list[Measurement]]
+    run: Callable[[Anchor], list[Measurement]]
 
 
 def digest(graph: OpGraph) -> str:
@@ -67,15 +71,14 @@ def digest(graph: OpGraph) -> str:
 
 def missing_steps(job: ProfileJob, table: LatencyTable, target: Target) -> list[Step]:
     """What remains to be measured, in a fixed order; empty where the table has it all."""
-    anchor = Anchor(target, job.network_at([grid[-1] for grid in job.grids]), table)
     sampled = _sampled(job)
-    steps = list(_op_steps(_way(job, anchor), sampled, table, anchor))
+    steps = list(_op_steps(_way(job, target), sampled, table, target))
     # networks whose operators are read as they run would tell too small an error
     done = {row.details.get("digest") for row in table.of_type("calibration")} | set(sampled)
     for graph in job.random(job.calibration, job.seed + 1):
         if digest(graph) not in done:
             done.add(digest(graph))
-            steps.append(Step(RANDOM, partial(_calibration, graph, anchor)))
+            steps.append(Step(RANDOM, partial(_calibration, graph)))
     return steps
 
 
@@ -85,10 +88,9 @@ def refining_steps(job: ProfileJob, table: LatencyTable, target: Target, predict
 
     They follow from the rows of the table, so a killed run goes on as it would have. Empty after MAX_REFINEMENTS.
     """
-    anchor = Anchor(target, job.network_at([grid[-1] for grid in job.grids]), table)
     done = {row.details.get("digest") for row in table.rows}
-    way = _way(job, anchor)
-    calibrated = sum(row.details.get("anchor") == anchor.name for row in table.of_type("calibration"))
+    way, unpruned = _way(job, target), digest(job.unpruned)
+    calibrated = sum(row.details.get("anchor") == unpruned for row in table.of_type("calibration"))
     planned = job.calibration + (len(_sampled(job)) if way == "networks" else 0)
     if calibrated >= planned + REFINE_NETWORKS * MAX_REFINEMENTS:
         return []
@@ -98,9 +100,9 @@ def refining_steps(job: ProfileJob, table: LatencyTable, target: Target, predict
     unsure = {name: float((predictor.deviation_ms(ops) ** 2).sum()) for name, ops in lowered.items()}
     chosen = sorted(fresh, key=lambda name: -unsure[name])[:REFINE_NETWORKS]
     if way == "networks":
-        return [Step(RANDOM, partial(_calibration, fresh[name], anchor)) for name in chosen]
+        return [Step(RANDOM, partial(_calibration, fresh[name])) for name in chosen]
     if way == "context":
-        steps = [Step(READ, partial(_in_context, fresh[name], anchor)) for name in chosen]
+        steps = [Step(READ, partial(_in_context, fresh[name])) for name in chosen]
     else:
         measured = {row.op for row in table.of_type("op")}
         asked = dict.fromkeys(each for name in fresh for op in lowered[name] for each in _alike(op))
@@ -108,17 +110,23 @@ def refining_steps(job: ProfileJob, table: LatencyTable, target: Target, predict
         order = np.argsort(-predictor.deviation_ms(ops), kind="stable")[:REFINE_OPS]
         wanted = [ops[index] for index in order]
         chunks = [wanted[start : start + OPS_AT_ONCE] for start in range(0, len(wanted), OPS_AT_ONCE)]
-        steps = [Step(ALONE, partial(_alone, chunk, anchor)) for chunk in chunks]
+        steps = [Step(ALONE, partial(_alone, chunk)) for chunk in chunks]
     others = [name for name in fresh if name not in chosen][:REFINE_NETWORKS]
-    return steps + [Step(RANDOM, partial(_calibration, fresh[name], anchor)) for name in others]
+    return steps + [Step(RANDOM, partial(_calibration, fresh[name])) for name in others]
 
 
 class Anchor:
-    """The unpruned network, timed in between whatever else is: drift of the machine is divided out by it."""
+    """The unpruned network on a device, timed in between whatever else is: drift of the machine, and the difference
+    between devices that are alike, is divided out by it."""
 
     def __init__(self, target: Target, graph: OpGraph, table: LatencyTable) -> None:
         self.target, self.graph, self.name = target, graph, digest(graph)
-        known = [row.details["anchor_ms"] for row in table.rows if row.details.get("anchor") == self.name]
+        member = target.config.member
+        known = [
+            row.details["anchor_ms"]
+            for row in table.rows
+            if row.details.get("anchor") == self.name and row.details.get("member", "") == member
+        ]
         self._steady = Steady(float(np.median(known)) if known else None)
 
     def time(
@@ -139,7 +147,9 @@ class Anchor:
             ratios = [np.divide(samples, anchor_ms) for samples in rest]
             if all(median_half_width(each) <= precision for each in ratios):
                 break
-        return {"anchor": self.name, "anchor_ms": float(np.median(anchor_ms))}, rest
+        details: dict[str, Any] = {"anchor": self.name, "anchor_ms": float(np.median(anchor_ms))}
+        told = {"member": self.target.config.member, "conditions": self.target.conditions()}
+        return details | {key: value for key, value in told.items() if value}, rest
 
 
 def time_network(graph: OpGraph, anchor: Anchor, kind: str, *, seed: int = 0) -> Measurement:
@@ -152,41 +162,40 @@ def _calibration(graph: OpGraph, anchor: Anchor) -> list[Measurement]:
     return [time_network(graph, anchor, "calibration")]
 
 
-def _way(job: ProfileJob, anchor: Anchor) -> str:
+def _way(job: ProfileJob, target: Target) -> str:
     """How operators are measured: as asked, or read in context where the runtime shows them; DeviceError where it
     is asked to and does not."""
     if job.way in ("alone", "networks"):
         return job.way
-    if job.way == "auto" and anchor.target.config.dtype != "float32":
+    if job.way == "auto" and target.config.dtype != "float32":
         return "networks"
-    if anchor.target.profile_ops(anchor.graph, time_s=0.01) is not None:
+    if target.profile_ops(job.unpruned, time_s=0.01) is not None:
         return "context"
     if job.way == "context":
-        raise DeviceError(f"{anchor.target.config.runtime} shows no operators in context: profile with --way alone")
+        raise DeviceError(f"{target.config.runtime} shows no operators in context: profile with --way alone")
     return "alone"
 
 
-def _op_steps(way: str, graphs: Mapping[str, OpGraph], table: LatencyTable, anchor: Anchor) -> Iterator[Step]:
+def _op_steps(way: str, graphs: Mapping[str, OpGraph], table: LatencyTable, target: Target) -> Iterator[Step]:
     """graphs: the networks whose operators are measured, by digest."""
-    target = anchor.target
     if way == "networks":
         done = {row.details.get("digest") for row in table.of_type("calibration")}
         for name, graph in graphs.items():
             if name not in done:
-                yield Step(RANDOM, partial(_calibration, graph, anchor))
+                yield Step(RANDOM, partial(_calibration, graph))
         return
     if way == "context":
         done = {row.details.get("digest") for row in table.of_type("network")}
         for name, graph in graphs.items():
             if name not in done:
-                yield Step(READ, partial(_in_context, graph, anchor))
+                yield Step(READ, partial(_in_context, graph))
         return
     measured = {row.op for row in table.of_type("op")}
     wanted = [each for graph in graphs.values() for op in target.lower(graph).ops for each in _alike(op)]
     missing = [op for op in dict.fromkeys(wanted) if op not in measured]
     for start in range(0, len(missing), OPS_AT_ONCE):
         chunk = missing[start : start + OPS_AT_ONCE]
-        yield Step(ALONE, partial(_alone, chunk, anchor))
+        yield Step(ALONE, partial(_alone, chunk))
 
 
 def _sampled(job: ProfileJob) -> dict[str, OpGraph]:
@@ -210,7 +219,7 @@ def _in_context(graph: OpGraph, anchor: Anchor) -> list[Measurement]:
     target = anchor.target
     network = time_network(graph, anchor, "network")
     found = target.profile_ops(graph, time_s=0.2) or {}
-    details = {key: network.details[key] for key in ("anchor", "anchor_ms")}
+    details = {key: value for key, value in network.details.items() if key != "digest"}
     rows = [
         Measurement("op", (max(found[node.name], 1e-6),), op=node.op, context="in_context", details=details)
         for node in target.lower(graph).nodes

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol, cast
 
 from profilers.builders.weights import Weights
 from profilers.device import DeviceConfig
-from profilers.errors import UserError
+from profilers.errors import DeviceError, UserError
 from profilers.ops import OpGraph
 from profilers.table import Identity
 from profilers.timing import TimingPlan
@@ -41,6 +42,9 @@ class Target(Protocol):
     def identity(self) -> Identity: ...
 
     def provenance(self) -> dict[str, Any]: ...
+
+    def conditions(self) -> dict[str, Any]:
+        """What changes from one measurement to the next (clocks, temperatures, battery), where the device tells."""
 
     def probes(self) -> list[Probe]: ...
 
@@ -85,3 +89,31 @@ def open_target(config: DeviceConfig) -> Target:
         raise UserError(f"device {config.name}: unknown target {config.target!r}; known: {', '.join(TARGETS)}")
     module, name = TARGETS[config.target]
     return cast(Target, getattr(importlib.import_module(module), name)(config))
+
+
+def open_targets(config: DeviceConfig) -> list[Target]:
+    """The targets of all devices that `config` names, those that answer; DeviceError where none does, or where they are
+    not alike."""
+    targets = [open_target(member) for member in config.members()]
+    if len(targets) == 1:
+        return targets
+    found: list[Target] = []
+    away: DeviceError | None = None
+    for target in targets:
+        try:
+            identity = target.identity()
+        except DeviceError as error:
+            warnings.warn(f"one of {config.name}'s devices is left out: {error}", stacklevel=2)
+            away = error
+            continue
+        if found and identity != found[0].identity():
+            first, other = asdict(found[0].identity()), asdict(identity)
+            unlike = [f"{key} {other[key]}, not {first[key]}" for key in first if first[key] != other[key]]
+            raise DeviceError(
+                f"device {config.name}: {target.config.serial} is not like {found[0].config.serial} "
+                f"({'; '.join(unlike)}): leave it out"
+            )
+        found.append(target)
+    if away is not None and not found:
+        raise away
+    return found

@@ -1,8 +1,7 @@
 """An Android phone or a Linux board over ADB.
 
-A job (models, plan, seed) is pushed, run by a runner on the device, and its result pulled; every file is verified, and
-what a lost connection cut short is run again as a whole. Two runners: a Python script where the device has Python, and
-Google's `benchmark_model` where it has not.
+Models are pushed, timed by a runner on the device (adb_runners.py), and its result pulled; every file is verified, and
+what a lost connection cut short is run again as a whole.
 """
 
 from __future__ import annotations
@@ -14,34 +13,47 @@ import re
 import secrets
 import shlex
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from profilers import device_runner
 from profilers.adb import AdbDevice, open_device
-from profilers.benchmark_log import read_log
 from profilers.device import DeviceConfig
 from profilers.errors import DeviceError, UserError
 from profilers.ops import OpGraph
 from profilers.runtimes import load_runtime
 from profilers.table import Identity
 from profilers.targets import Network, Probe, identity_of
+from profilers.targets.adb_runners import RUNNERS, RUNTIME, Runner
 from profilers.targets.models import Models
 from profilers.timing import TimingPlan
 
-RUNNERS = ("python", "benchmark_model")
-JOB_S = 60.0  #: of a job beyond what its plan takes
 LOCK_S = 900  #: that a job may hold the lock, at most
-LOCK_WAIT_S = 120
+LOCK_POLL_S = 0.5
 SEVERE = 3  #: Android's thermal status from which clocks are cut hard
 COOL_S = (10.0, 30.0, 60.0, 120.0)
 KEPT_MODELS = 24
+DOWNLOAD_S = 120.0
+RECORD = "runner.json"  #: in the work folder: where the user's program came from
+GOVERNORS = "governors.txt"  #: in the work folder, while ours are set: those that were
+CONDITIONS = """
+for core in /sys/devices/system/cpu/cpu[0-9]*/cpufreq; do
+    [ -r "$core/scaling_cur_freq" ] && echo "clock_mhz $(($(cat "$core/scaling_cur_freq") / 1000))"
+done
+for zone in /sys/class/thermal/thermal_zone*/temp; do [ -r "$zone" ] && echo "temperature_mc $(cat "$zone")"; done
+governor=/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor
+[ -r $governor ] && echo "governor $(cat $governor)"
+dumpsys battery 2>/dev/null | sed -n 's/^ *level: /battery_pct /p'
+dumpsys thermalservice 2>/dev/null | sed -n 's/^Thermal Status: /thermal_status /p'
+true
+"""
+FIXED = "cmd power set-fixed-performance-mode-enabled"
+CPUFREQ = "/sys/devices/system/cpu/cpufreq"
 
 
 class AdbTarget:
@@ -52,6 +64,10 @@ class AdbTarget:
             raise UserError(f"device {config.name}: unknown runner {config.runner!r}; known: {', '.join(RUNNERS)}")
         if config.dtype != "float32":
             raise UserError(f"device {config.name}: over ADB only float32 is measured, not {config.dtype}")
+        if RUNTIME.get(config.runner, config.runtime) != config.runtime:
+            raise UserError(
+                f"device {config.name}: {config.runner} runs {RUNTIME[config.runner]}, not {config.runtime}"
+            )
         self.config = config
         self.runtime = load_runtime(config.runtime)
         self._model = Models(self.runtime, config.dtype)
@@ -82,44 +98,12 @@ class AdbTarget:
         return " ".join(named[1].split()) if named else machine.strip() or "unknown"
 
     @cached_property
-    def _runner(self) -> str:
-        """The runner's path on the device, put there or updated where it is ours."""
-        if self.config.runner == "benchmark_model":
-            return self.config.program or f"{self.work}/benchmark_model"
-        self.device.run(f"mkdir -p {shlex.quote(self.work)}")
-        path = f"{self.work}/device_runner.py"
-        self.device.push(Path(device_runner.__file__).read_bytes(), path)
-        return path
+    def _runner(self) -> Runner:
+        return RUNNERS[self.config.runner](self.config, self.device)
 
     @cached_property
-    def _installed(self) -> dict[str, Any]:
-        """What the Python runner finds; DeviceError where it does not run, or lacks the runtime."""
-        command = f"{shlex.quote(self.config.python)} {shlex.quote(self._runner)} --probe"
-        code, text = self.device.try_run(command)
-        try:
-            found: dict[str, Any] = json.loads(text.strip().splitlines()[-1])
-        except (ValueError, IndexError):
-            raise DeviceError(
-                f"{self.device.name}: {self.config.python} does not run there (exit code {code}): install Python, or "
-                'set runner = "benchmark_model" in the device\'s configuration'
-            ) from None
-        return found
-
-    @cached_property
-    def _version(self) -> str:
-        if self.config.runner == "benchmark_model":
-            code, text = self.device.try_run(f"sha256sum < {shlex.quote(self._runner)}")
-            if code != 0:
-                raise DeviceError(
-                    f"{self.device.name}: there is no {self._runner}: "
-                    f"amc-hw devices setup {self.config.name} --binary PATH"
-                )
-            return f"benchmark_model {text.split()[0][:12]}"
-        version = self._installed["runtimes"].get(self.config.runtime)
-        if version is None:
-            found = ", ".join(self._installed["runtimes"]) or "none"
-            raise DeviceError(f"{self.device.name}: {self.config.runtime} is not installed there (found: {found})")
-        return str(version)
+    def _android(self) -> str:
+        return self._property("ro.build.fingerprint")
 
     @cached_property
     def _mask(self) -> str | None:
@@ -139,28 +123,35 @@ class AdbTarget:
 
     def identity(self) -> Identity:
         affinity = f"cores {self._mask}" if self._mask else "any"
-        return identity_of(self.config, soc=self._soc, runtime_version=self._version, affinity=affinity)
+        return identity_of(self.config, soc=self._soc, runtime_version=self._runner.version(), affinity=affinity)
 
     def provenance(self) -> dict[str, Any]:
         _, kernel = self.device.try_run("uname -sr")
+        code, record = self.device.try_run(f"cat {shlex.quote(f'{self.work}/{RECORD}')}")
         return {
             "transport": "adb",
             "runner": self.config.runner,
-            "android": self._property("ro.build.fingerprint") or None,
+            "program": json.loads(record) if code == 0 and self._runner.program else None,
+            "android": self._android or None,
             "kernel": kernel.strip(),
-            **self._state(),
+            "fixed_performance": self._fixed,
+            "governor_set": self.config.root,
+            **self.conditions(),
         }
 
-    def _state(self) -> dict[str, Any]:
-        """Clocks, temperature and battery as they are, null where the device does not tell."""
-        _, governor = self.device.try_run("cat /sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
-        code, battery = self.device.try_run("dumpsys battery")
-        level = re.search(r"level: (\d+)", battery) if code == 0 else None
-        return {
-            "governor": governor.strip() if governor and "No such" not in governor else None,
-            "thermal_status": self._thermal(),
-            "battery_pct": int(level[1]) if level else None,
-        }
+    def conditions(self) -> dict[str, Any]:
+        """Clocks of all cores, the highest temperature, battery and thermal status: those that the device tells."""
+        _, text = self.device.try_run(CONDITIONS)
+        told: dict[str, list[str]] = {}
+        for line in text.splitlines():
+            key, _, value = line.partition(" ")
+            told.setdefault(key, []).append(value.strip())
+        numbers = {key: [int(each) for each in values if each.lstrip("-").isdigit()] for key, values in told.items()}
+        found: dict[str, Any] = {"clocks_mhz": numbers.get("clock_mhz")}
+        found["temperature_c"] = max(numbers.get("temperature_mc") or [0]) / 1000 or None
+        found |= {key: numbers[key][0] for key in ("battery_pct", "thermal_status") if numbers.get(key)}
+        found["governor"] = told.get("governor", [None])[0]
+        return {key: value for key, value in found.items() if value}
 
     def _thermal(self) -> int | None:
         code, text = self.device.try_run("dumpsys thermalservice")
@@ -171,8 +162,8 @@ class AdbTarget:
         probes = []
         for name, look in (
             ("device", lambda: f"{self.device.name}: {self._soc}"),
-            ("runner", lambda: f"{self.config.runner} at {self._runner}"),
-            ("runtime", lambda: f"{self.config.runtime} {self._version}"),
+            ("runner", lambda: f"{self.config.runner} at {self._runner.path}"),
+            ("runtime", lambda: f"{self.config.runtime} {self._runner.version()}"),
             ("cores", lambda: f"mask {self._mask}" if self._mask else "any"),
         ):
             try:
@@ -197,12 +188,13 @@ class AdbTarget:
 
     def time_networks(self, networks: Sequence[Network], plan: TimingPlan, *, seed: int) -> list[list[float]]:
         models = [self._model(network) for network in networks]
-        with self._alone(_job_s(plan, len(models))):
+        runner = self._runner
+        runner.version()  # where there is none, nothing is pushed
+        with self._alone(runner.seconds(plan, len(models))):
             self._cool()
             names = self._pushed(models)
-            if self.config.runner == "python":
-                return self._by_python(names, plan, seed)
-            return self._by_benchmark_model(names, plan, seed)
+            with self._steady_clocks():
+                return runner.time(names, plan, seed, self._prefix)
 
     def time_in_fresh_process(self, networks: Sequence[Network], plan: TimingPlan, *, seed: int) -> list[list[float]]:
         return self.time_networks(networks, plan, seed=seed)  # every job is a process of its own
@@ -221,72 +213,15 @@ class AdbTarget:
                 self.device.push(model, f"{folder}/{name}")
         return [f"{folder}/{name}" for name in names]
 
-    def _by_python(self, models: Sequence[str], plan: TimingPlan, seed: int) -> list[list[float]]:
-        job = {
-            "id": secrets.token_hex(8),
-            "runtime": self.config.runtime,
-            "threads": self.config.threads,
-            "models": list(models),
-            "plan": asdict(plan),
-            "seed": seed,
-        }
-        result_path = f"{self.work}/result.json"
-        runner = self._runner
-        self.device.push(json.dumps(job).encode(), f"{self.work}/job.json")
-        python, work = shlex.quote(self.config.python), shlex.quote(self.work)
-        command = (
-            f"cd {work} && rm -f result.json && {self._prefix}{python} {shlex.quote(runner)} job.json result.json "
-            "> log.txt 2>&1"
-        )
-        code, _ = self.device.try_run(command, timeout_s=_job_s(plan, len(models)))
-        if code != 0:
-            _, log = self.device.try_run(f"tail -n 1 {work}/log.txt")
-            raise DeviceError(f"{self.device.name}: the runner ended with {code}: {log.strip() or 'no output'}")
-        try:
-            result = json.loads(self.device.pull(result_path))
-            samples = result["samples_ms"]
-            if result["job"] != job["id"]:
-                raise ValueError("of another job")
-        except (ValueError, KeyError, TypeError) as error:
-            raise DeviceError(f"{self.device.name}: the runner's result is damaged: {error}") from None
-        return _checked(samples, len(models), plan.rounds, self.device.name)
-
-    def _by_benchmark_model(self, models: Sequence[str], plan: TimingPlan, seed: int) -> list[list[float]]:
-        """One process per model and round, in random order; its mean is the sample."""
-        order = np.random.default_rng(seed)
-        visits = [int(index) for _ in range(plan.rounds) for index in order.permutation(len(models))]
-        lines = ["#!/bin/sh", f"cd {shlex.quote(self.work)} || exit 90"]
-        for number, index in enumerate(visits):
-            graph = shlex.quote(f"--graph={models[index]}")
-            flags = (
-                f"{graph} --num_threads={self.config.threads} --warmup_runs=1 --warmup_min_secs=0 "
-                f"--num_runs={plan.min_runs} --min_secs={plan.burst_s} --max_secs={max(1.0, 20 * plan.burst_s)}"
-            )
-            run = f"{self._prefix}{shlex.quote(self._runner)} {flags}"
-            lines.append(f"{run} > run{number}.txt 2>&1 || exit 1")
-        self.device.push("\n".join(lines).encode() + b"\n", f"{self.work}/job.sh")
-        work = shlex.quote(self.work)
-        code, _ = self.device.try_run(
-            f"cd {work} && rm -f run*.txt && sh job.sh", timeout_s=_job_s(plan, len(models)) + 2.0 * len(visits)
-        )
-        samples: list[list[float]] = [[] for _ in models]
-        for number, index in enumerate(visits):
-            there, _ = self.device.try_run(f"test -f {work}/run{number}.txt")
-            if there != 0:
-                raise DeviceError(f"{self.device.name}: benchmark_model ended with {code} before run {number}")
-            log = self.device.pull(f"{self.work}/run{number}.txt")
-            try:
-                samples[index].append(read_log(log, name=f"{self.device.name}, run {number}").timed.mean_ms)
-            except UserError as error:
-                raise DeviceError(str(error)) from None
-        self.device.run(f"rm -f {work}/run*.txt")
-        return _checked(samples, len(models), plan.rounds, self.device.name)
-
     @property
     def _prefix(self) -> str:
         return f"taskset {self._mask} " if self._mask else ""
 
-    # Keeping the device to ourselves, and cool
+    # Keeping the device to ourselves, cool and at steady clocks
+
+    @property
+    def _lock(self) -> str:
+        return self.config.lock or f"{self.work}/lock"
 
     @contextmanager
     def _alone(self, seconds: float) -> Iterator[None]:
@@ -295,28 +230,28 @@ class AdbTarget:
         Time on the device is counted since it was started: its clock may jump. A lock that holds for longer than LOCK_S
         from now is from before that.
         """
-        lock, owner = shlex.quote(f"{self.work}/lock"), secrets.token_hex(8)
+        lock, owner = shlex.quote(self._lock), secrets.token_hex(8)
         limit = math.ceil(min(seconds, LOCK_S))
-        self.device.run(f"mkdir -p {shlex.quote(self.work)}")
+        self.device.run(f"mkdir -p {shlex.quote(self.work)} {shlex.quote(str(Path(self._lock).parent))}")
         waited = time.monotonic()
-        take = (
-            f"now=$(cut -d. -f1 /proc/uptime); if mkdir {lock} 2>/dev/null; then "
-            f"echo {owner} $((now + {limit})) > {lock}/owner; "
-            f"echo taken; else read who until < {lock}/owner 2>/dev/null; "
-            f'if [ "$who" = {owner} ]; then echo taken; '
-            f'elif [ -n "$until" ] && [ $((until - now)) -gt 0 ] && [ $((until - now)) -le {LOCK_S} ]; then echo held; '
-            f"else rm -rf {lock}; echo stale; fi; fi"
+        take = (  # a link is made with all that it says, or not at all
+            "now=$(cut -d. -f1 /proc/uptime); "
+            f"if ln -s {owner}:$((now + {limit})) {lock} 2>/dev/null; then echo taken; "
+            f"else held=$(readlink {lock}); end=${{held#*:}}; "
+            f'if [ "${{held%%:*}}" = {owner} ]; then echo taken; '
+            f'elif [ -n "$end" ] && [ $((end - now)) -gt 0 ] && [ $((end - now)) -le {LOCK_S} ]; then echo held; '
+            f'else [ "$(readlink {lock})" = "$held" ] && rm -f {lock}; echo stale; fi; fi'
         )
         while (answer := self.device.run(take).strip()) != "taken":
-            if answer == "held" and time.monotonic() - waited > LOCK_WAIT_S:
+            if answer == "held" and time.monotonic() - waited >= self.config.lock_wait_s:
                 raise DeviceError(
-                    f"{self.device.name} is being measured by someone else: wait, or remove {self.work}/lock there"
+                    f"{self.device.name} is being measured by someone else: wait, or remove {self._lock} there"
                 )
-            time.sleep(0.1 if answer == "stale" else 2.0)
+            time.sleep(0.1 if answer == "stale" else LOCK_POLL_S)
         try:
             yield
         finally:
-            self.device.try_run(f'read who until < {lock}/owner && [ "$who" = {owner} ] && rm -rf {lock}')
+            self.device.try_run(f'case "$(readlink {lock})" in {owner}:*) rm -f {lock} ;; esac')
 
     def _cool(self) -> None:
         """Wait for a hot phone; DeviceError where it stays hot."""
@@ -328,43 +263,96 @@ class AdbTarget:
                 time.sleep(wait_s)
         raise DeviceError(f"{self.device.name} is too hot (thermal status {status}): let it cool, and run this again")
 
+    @contextmanager
+    def _steady_clocks(self) -> Iterator[None]:
+        """Hold Android's fixed-performance mode and the governors, as far as the configuration lets us."""
+        if self._fixed:
+            self.device.run(f"{FIXED} true")
+        if self.config.root:
+            self._as_root(
+                f"cd {shlex.quote(self.work)} || exit; files={CPUFREQ}/policy*/scaling_governor; [ -f {GOVERNORS} ] || "
+                f'for file in $files; do echo "$file $(cat "$file")"; done > {GOVERNORS}; '
+                "for file in $files; do echo performance > $file; done"
+            )
+        try:
+            yield
+        finally:
+            self._free_clocks()
+
+    def _free_clocks(self) -> None:
+        if self._fixed:
+            self.device.try_run(f"{FIXED} false")
+        if self.config.root:
+            self._as_root(
+                f"cd {shlex.quote(self.work)} 2>/dev/null && [ -f {GOVERNORS} ] && "
+                f'while read file governor; do echo "$governor" > "$file"; done < {GOVERNORS}; rm -f {GOVERNORS}'
+            )
+
+    @cached_property
+    def _fixed(self) -> bool:
+        """Whether the clocks can be kept by the operating system: Android 11 and newer, some phones only."""
+        return bool(self.config.fixed_performance and self._android) and self.device.try_run(f"{FIXED} false")[0] == 0
+
+    @cached_property
+    def _shell_of_root(self) -> str:
+        for shell in ("sh -c", "su -c", "su 0 sh -c"):
+            code, text = self.device.try_run(f"{shell} 'id -u'")
+            if code == 0 and text.strip() == "0":
+                return shell
+        raise DeviceError(
+            f"{self.device.name} gives no root: set root = false in the configuration of {self.config.name}"
+        )
+
+    def _as_root(self, command: str) -> None:
+        self.device.run(f"{self._shell_of_root} {shlex.quote(command)}")
+
     # Setting up
 
     def setup(self, binary: Path | None) -> list[Probe]:
         """Put the runner on the device; what is there afterwards."""
-        if self.config.runner == "benchmark_model":
-            if binary is None:
-                raise UserError(
-                    "--binary PATH is missing: a benchmark_model built for the device (see docs/devices.md)"
-                )
+        runner = self._runner
+        if not runner.program:
+            if binary is not None:
+                raise UserError(f"device {self.config.name} runs Python: leave --binary out")
+            return self.probes()
+        if binary is not None:
+            source = binary.name
             try:
                 data = binary.read_bytes()
             except OSError as error:
                 raise UserError(f"cannot read {binary}: {error.strerror}") from None
-            self.device.run(f"mkdir -p {shlex.quote(self.work)}")
-            self.device.push(data, self._runner, executable=True)
-        elif binary is not None:
-            raise UserError(f"device {self.config.name} runs Python: leave --binary out")
+        elif self.config.download:
+            source, data = self.config.download, _downloaded(self.config.download)
+        else:
+            raise UserError(
+                f"--binary PATH is missing: a {self.config.runner} built for the device (see docs/devices.md), or "
+                "'download' in its configuration"
+            )
+        digest = hashlib.sha256(data).hexdigest()
+        if self.config.sha256 not in ("", digest):
+            raise UserError(
+                f"{source} has the SHA-256 {digest}, not {self.config.sha256}: nothing was put on the device"
+            )
+        self.device.run(f"mkdir -p {shlex.quote(self.work)}")
+        self.device.push(data, runner.path, executable=True)
+        record = {"source": source, "sha256": digest, "date": datetime.now(UTC).isoformat(timespec="seconds")}
+        self.device.push(json.dumps(record).encode(), f"{self.work}/{RECORD}")
         return self.probes()
 
     def clean(self) -> None:
-        """Remove all that was put on the device."""
+        """Remove all that was put on the device, and set back what was changed."""
+        self._free_clocks()
         self.device.run(f"rm -rf {shlex.quote(self.work)}")
 
 
-def _job_s(plan: TimingPlan, models: int) -> float:
-    """How long a job may take: bursts of slow models are as long as their least number of runs."""
-    return JOB_S + models * (plan.rounds + 1) * max(10 * plan.burst_s, 5.0)
-
-
-def _checked(samples: Any, models: int, rounds: int, name: str) -> list[list[float]]:
-    """Samples of all models and rounds, finite and above zero; DeviceError where a runner gave anything else."""
-    whole = (
-        isinstance(samples, list)
-        and len(samples) == models
-        and all(isinstance(each, list) and len(each) == rounds for each in samples)
-        and all(isinstance(ms, float | int) and math.isfinite(ms) and ms > 0 for each in samples for ms in each)
-    )
-    if not whole:
-        raise DeviceError(f"{name}: the runner did not give {rounds} times above zero for each of {models} models")
-    return [[float(ms) for ms in each] for each in samples]
+def _downloaded(address: str) -> bytes:
+    if not address.startswith(("https://", "http://")):
+        raise UserError(f"cannot download {address}: it is no web address")
+    try:
+        with urllib.request.urlopen(address, timeout=DOWNLOAD_S) as reply:
+            data: bytes = reply.read()
+    except (urllib.error.URLError, OSError, ValueError) as error:
+        raise UserError(
+            f"cannot download {address} ({error}): fetch it by hand, and give its path by --binary"
+        ) from None
+    return data

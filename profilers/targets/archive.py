@@ -29,6 +29,9 @@ class ArchiveTarget:
     def provenance(self) -> dict[str, Any]:
         return {"description": self.config.description, "source": self.config.source}
 
+    def conditions(self) -> dict[str, Any]:
+        return {}
+
     def probes(self) -> list[Probe]:
         return [Probe("device", False, self._absent)]
 

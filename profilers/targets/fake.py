@@ -46,6 +46,9 @@ class FakeTarget:
     def provenance(self) -> dict[str, Any]:
         return {"formula": f"blocks of {STEP} channels, {MACS_PER_MS:.0f} MACs per ms"}
 
+    def conditions(self) -> dict[str, Any]:
+        return {}
+
     def probes(self) -> list[Probe]:
         return [Probe("formula", True, "always there; nothing is measured")]
 

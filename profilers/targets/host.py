@@ -45,6 +45,9 @@ class HostTarget:
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
         }
 
+    def conditions(self) -> dict[str, Any]:
+        return {}
+
     def probes(self) -> list[Probe]:
         probes = [Probe("processor", True, f"{_processor()}, {os.cpu_count()} cores")]
         try:

@@ -6,24 +6,31 @@ is real: the runner is started as a process and times LiteRT.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from profilers.adb import RETRIES, AdbDevice, LinkLost, open_device
-from profilers.device import DeviceConfig
+from profilers.device import DeviceConfig, load_device
 from profilers.errors import DeviceError, UserError
 from profilers.ops import OpGraph, OpNode, OpSpec
 from profilers.targets import Network, open_target
 from profilers.targets.adb import LOCK_S, AdbTarget
+from profilers.targets.adb_runners import VISIT
 from profilers.timing import TimingPlan
 
 PLAN = TimingPlan(rounds=3, burst_s=0.002)
@@ -127,7 +134,7 @@ def test_a_link_that_fails_now_and_then_costs_time_and_nothing_else(config: Devi
     target = AdbTarget(config, device(link))
     samples = target.time_networks(NETWORKS, PLAN, seed=0)
     assert [len(each) for each in samples] == [3, 3] and all(0 < ms < 1000 for each in samples for ms in each)
-    assert not Path(config.workdir, "lock").exists()
+    assert not Path(config.workdir, "lock").is_symlink()
 
 
 ALWAYS: dict[str, tuple[Callable[[str, int, bytes], bytes], str]] = {
@@ -190,7 +197,7 @@ def test_a_runner_that_fails_is_an_error_and_no_number(config: DeviceConfig, tmp
     target = AdbTarget(replace(config, python=str(python)), device(Folder()))
     with pytest.raises(DeviceError, match=words) as caught:
         target.time_networks(NETWORKS, PLAN, seed=0)
-    assert "\n" not in str(caught.value) and not Path(config.workdir, "lock").exists()
+    assert "\n" not in str(caught.value) and not Path(config.workdir, "lock").is_symlink()
 
 
 def test_no_python_or_no_runtime_there_is_told(config: DeviceConfig, tmp_path: Path) -> None:
@@ -257,11 +264,19 @@ def test_benchmark_model_is_run_and_read(config: DeviceConfig, tmp_path: Path) -
     samples = target.time_networks(NETWORKS, PLAN, seed=0)
     sizes = [len(target._model(network)) for network in NETWORKS]
     assert samples == [[size / 1000] * 3 for size in sizes]
-    assert not list(Path(config.workdir).glob("run*.txt"))
 
 
 @needs_litert
-@pytest.mark.parametrize(("reply", "words"), [("exit 1", "an empty log"), ("echo rubbish", "did not finish")])
+@pytest.mark.parametrize(
+    ("reply", "words"),
+    [
+        ("exit 1", "benchmark_model ended with 1: no output"),
+        ("echo 'ERROR: no such op'; exit 7", "benchmark_model ended with 7: ERROR: no such op"),
+        ("exit 0", "an empty log"),
+        ("echo rubbish", "did not finish"),
+        (f"echo; echo {VISIT}", "4 of 6 runs have an output|12 of 6 runs have an output"),
+    ],
+)
 def test_a_benchmark_model_that_fails_is_an_error(config: DeviceConfig, tmp_path: Path, reply: str, words: str) -> None:
     program = tmp_path / "benchmark_model"
     program.write_text(f"#!/bin/sh\n{reply}\n")
@@ -271,6 +286,292 @@ def test_a_benchmark_model_that_fails_is_an_error(config: DeviceConfig, tmp_path
         target.time_networks(NETWORKS, PLAN, seed=0)
 
 
+PERF_TEST = """#!{python}
+import os, sys, time
+import numpy, onnxruntime
+flags, (model, result) = sys.argv[1:-2], sys.argv[-2:]
+given = dict(zip(flags, flags[1:]))
+assert given["-e"] == "cpu" and given["-m"] == "times" and "-I" in flags, flags
+options = onnxruntime.SessionOptions()
+options.intra_op_num_threads = int(given["-x"])
+session = onnxruntime.InferenceSession(model, options)
+feed = {{each.name: numpy.ones(each.shape, numpy.float32) for each in session.get_inputs()}}
+with open(result, "a") as file:
+    for index in range(int(given["-r"])):
+        start = time.perf_counter()
+        session.run(None, feed)
+        file.write(f"{{os.path.basename(model)}},{{time.perf_counter() - start:g}},1000,50,{{index}}\\n")
+print("Average inference time cost: 1 ms")
+"""
+
+
+def test_onnxruntime_perf_test_is_run_and_read(config: DeviceConfig, tmp_path: Path) -> None:
+    program = tmp_path / "perf test"
+    program.write_text(PERF_TEST.format(python=sys.executable))
+    config = replace(config, runtime="onnxruntime", runner="onnxruntime_perf_test")
+    target = AdbTarget(config, device(Folder()))
+    assert all(probe.ok for probe in target.setup(program))
+    assert target.identity().runtime_version.startswith("onnxruntime_perf_test ")
+    assert target.provenance()["program"]["source"] == "perf test"
+    here = open_target(replace(load_device("host-ort"), threads=config.threads))
+    network = [Network(small(256))]
+    there, direct = (float(np.median(each.time_networks(network, PLAN, seed=0)[0])) for each in (target, here))
+    assert direct / 3 < there < 3 * direct
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "",
+        "m,0.01,1,1,0",
+        "m,0.01,1,1,{i}x",
+        "m,0,1,1,{i}",
+        "m,-0.01,1,1,{i}",
+        "m,nan,1,1,{i}",
+        "m,1e400,1,1,{i}",
+        "m,0.0",
+    ],
+)
+def test_a_file_of_times_that_is_not_whole_is_an_error(config: DeviceConfig, tmp_path: Path, lines: str) -> None:
+    program = tmp_path / "perf_test"
+    body = "\n".join(f"echo '{lines.format(i=index)}' >> \"$last\"" for index in range(10 if "{" in lines else 1))
+    program.write_text(f"#!/bin/sh\nfor last; do :; done\n{body}\n")
+    target = AdbTarget(replace(config, runtime="onnxruntime", runner="onnxruntime_perf_test"), device(Folder()))
+    target.setup(program)
+    with pytest.raises(DeviceError, match="its file of times is damaged|did not give 3 times above zero"):
+        target.time_networks(NETWORKS, PLAN, seed=0)
+
+
+@needs_litert
+@pytest.mark.parametrize("name", ["$(touch pwned)", "it's; touch pwned", "two\nlines", '`touch pwned` && "x"'])
+def test_names_do_no_harm_in_the_devices_shell(config: DeviceConfig, tmp_path: Path, name: str) -> None:
+    target = AdbTarget(replace(config, name=name, workdir=str(tmp_path / name)), device(Folder()))
+    assert target.time_networks(NETWORKS[:1], PLAN, seed=0)
+    target.clean()
+    assert not list(tmp_path.rglob("pwned")) and not Path("pwned").exists() and not (tmp_path / name).exists()
+
+
+def test_a_mask_is_a_number(config: DeviceConfig) -> None:
+    with pytest.raises(UserError, match="affinity 'f0; reboot' must be any, big, or a hexadecimal mask"):
+        replace(config, affinity="f0; reboot")
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Iterator[str]:
+    """An address below which the files of `tmp_path`/web are to be had."""
+    folder = tmp_path / "web"
+    folder.mkdir()
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_a_program_is_downloaded_checked_and_recorded(config: DeviceConfig, tmp_path: Path, web: str) -> None:
+    (tmp_path / "web" / "benchmark_model").write_text(BENCHMARK_MODEL)
+    digest = hashlib.sha256(BENCHMARK_MODEL.encode()).hexdigest()
+    config = replace(config, runner="benchmark_model", download=f"{web}/benchmark_model")
+    with pytest.raises(UserError, match=f"has the SHA-256 {digest}, not 00: nothing was put on the device"):
+        AdbTarget(replace(config, sha256="00"), device(Folder())).setup(None)
+    assert not Path(config.workdir, "benchmark_model").exists()
+    target = AdbTarget(replace(config, sha256=digest), device(Folder()))
+    assert all(probe.ok for probe in target.setup(None))
+    record = target.provenance()["program"]
+    assert record["source"] == config.download and record["sha256"] == digest
+    for address, words in (
+        (f"{web}/nothing", "cannot download .*404.*by --binary"),
+        ("file:///etc/passwd", "no web addr"),
+    ):
+        with pytest.raises(UserError, match=words):
+            AdbTarget(replace(config, download=address), device(Folder())).setup(None)
+
+
+# Jobs that do not end, or are left behind
+
+
+@needs_litert
+def test_a_runner_that_hangs_is_ended_on_the_device(
+    config: DeviceConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("profilers.targets.adb_runners.Runner.seconds", lambda *_: 1.0)
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/sh\n[ "$2" = --probe ] && exec {shlex.quote(sys.executable)} "$@"\n'
+        f"echo $$ > {shlex.quote(str(tmp_path))}/pid; sleep 60\n"
+    )
+    python.chmod(0o755)
+    target = AdbTarget(replace(config, python=str(python)), device(Folder()))
+    with pytest.raises(DeviceError, match="the runner ended with 124: it hangs: no end within 1 s"):
+        target.time_networks(NETWORKS, PLAN, seed=0)
+    assert not Path("/proc", (tmp_path / "pid").read_text().strip()).exists()
+
+
+class Cut(Folder):
+    """One that loses the connection while the first job runs, which goes on without us."""
+
+    cut = False
+
+    def shell(self, command: str, *, timeout_s: float) -> bytes:
+        if "wait $!" not in command or self.cut:
+            return super().shell(command, timeout_s=timeout_s)
+        self.cut = True
+        subprocess.Popen(["sh", "-c", command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(1.0)
+        raise LinkLost("the cable was pulled")
+
+
+@needs_litert
+def test_a_job_that_a_lost_connection_left_does_not_run_beside_the_next(config: DeviceConfig, tmp_path: Path) -> None:
+    log, python = shlex.quote(str(tmp_path / "log")), tmp_path / "python"
+    python.write_text(
+        f'#!/bin/sh\n[ "$2" = --probe ] && exec {shlex.quote(sys.executable)} "$@"\n'
+        f'echo begins >> {log}; {shlex.quote(sys.executable)} "$@" || exit; sleep 2; echo ends >> {log}\n'
+    )
+    python.chmod(0o755)
+    target = AdbTarget(replace(config, python=str(python)), device(Cut()))
+    assert target.time_networks(NETWORKS, PLAN, seed=0)
+    time.sleep(2.5)
+    assert (tmp_path / "log").read_text().split() == ["begins", "begins", "ends"]
+
+
+@needs_litert
+def test_a_clock_that_jumps_changes_no_time(config: DeviceConfig, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import random, time\ntime.time = lambda: random.uniform(0, 4e9)\n"
+        "time.time_ns = lambda: int(1e9 * time.time())\n"
+    )
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={shlex.quote(str(tmp_path))} exec {shlex.quote(sys.executable)} "$@"\n')
+    python.chmod(0o755)
+    jumping, steady = (
+        AdbTarget(replace(config, python=each), device(Folder())) for each in (str(python), sys.executable)
+    )
+    found = [float(np.median(each.time_networks([NETWORKS[1]], PLAN, seed=0)[0])) for each in (jumping, steady)]
+    assert found[1] / 3 < found[0] < 3 * found[1]
+
+
+# Clocks, cores and temperatures
+
+
+class Phone(Folder):
+    """A folder that has an Android phone's /sys, programs and root."""
+
+    def __init__(self, root: Path, *, android: bool = True) -> None:
+        super().__init__()
+        self.root, self.said = root, root / "said"
+        for core, clock in enumerate((1800000, 1800000, 2400000, 2400000)):
+            folder = root / f"cpu/cpu{core}/cpufreq"
+            folder.mkdir(parents=True)
+            (folder / "cpuinfo_max_freq").write_text(f"{clock}\n")
+            (folder / "scaling_cur_freq").write_text(f"{clock - 300000}\n")
+            (folder / "scaling_governor").write_text("schedutil\n")
+        for policy in (0, 2):
+            (root / f"cpu/cpufreq/policy{policy}").mkdir(parents=True)
+            (root / f"cpu/cpufreq/policy{policy}/scaling_governor").write_text("schedutil\n")
+        for zone, temperature in enumerate((31000, 44500)):
+            (root / f"thermal/thermal_zone{zone}").mkdir(parents=True)
+            (root / f"thermal/thermal_zone{zone}/temp").write_text(f"{temperature}\n")
+        self.programs = root / "bin"
+        self.programs.mkdir()
+        self.program("getprop", "case $1 in ro.build.fingerprint) echo brand/x ;; ro.soc.model) echo Chip ;; esac")
+        self.program("cmd", f'echo "$@" >> {shlex.quote(str(self.said))}')
+        self.program(
+            "dumpsys",
+            'case $1 in battery) echo "  level: 83" ;; thermalservice) echo "Thermal Status: 1" ;; esac',
+        )
+        self.program("taskset", '[ "$1" = --help ] && exit; shift; exec "$@"')
+
+    def program(self, name: str, body: str) -> None:
+        (self.programs / name).write_text(f"#!/bin/sh\n{body}\n")
+        (self.programs / name).chmod(0o755)
+
+    def shell(self, command: str, *, timeout_s: float) -> bytes:
+        command = command.replace("/sys/devices/system/cpu", str(self.root / "cpu"))
+        command = command.replace("/sys/class/thermal", str(self.root / "thermal"))
+        return super().shell(f"PATH={shlex.quote(str(self.programs))}:$PATH; {command}", timeout_s=timeout_s)
+
+    def governors(self) -> set[str]:
+        return {path.read_text().strip() for path in self.root.glob("cpu/cpufreq/policy*/scaling_governor")}
+
+
+@needs_litert
+def test_a_phone_tells_its_clocks_and_is_held_to_them(config: DeviceConfig, tmp_path: Path) -> None:
+    phone = Phone(tmp_path / "phone")
+    target = AdbTarget(replace(config, affinity="big", root=True), device(phone))
+    assert target.identity().affinity == "cores c" and target.identity().soc == "Chip"
+    assert target.conditions() == {
+        "clocks_mhz": [1500, 1500, 2100, 2100],
+        "temperature_c": 44.5,
+        "battery_pct": 83,
+        "thermal_status": 1,
+        "governor": "schedutil",
+    }
+    seen = []
+    runner = target._runner
+    timed = runner.time
+    runner.time = lambda *args: (seen.append((phone.governors(), phone.said.read_text().split()[-1])), timed(*args))[1]
+    assert target.time_networks(NETWORKS, PLAN, seed=0)
+    assert seen == [({"performance"}, "true")]
+    assert phone.governors() == {"schedutil"} and phone.said.read_text().split()[-1] == "false"
+    provenance = target.provenance()
+    assert provenance["fixed_performance"] is True and provenance["governor_set"] is True
+
+
+@needs_litert
+def test_governors_that_a_killed_job_left_are_set_back(config: DeviceConfig, tmp_path: Path) -> None:
+    phone = Phone(tmp_path / "phone")
+    target = AdbTarget(replace(config, root=True), device(phone))
+    target.device.run(f"mkdir -p {shlex.quote(config.workdir)}")
+    killed = [each._steady_clocks() for each in (target, target)]
+    killed[0].__enter__()  # and never left
+    assert phone.governors() == {"performance"}
+    again = AdbTarget(replace(config, root=True), device(phone))
+    assert again.time_networks(NETWORKS, PLAN, seed=0)
+    assert phone.governors() == {"schedutil"}
+    killed[1].__enter__()
+    AdbTarget(replace(config, root=True), device(phone)).clean()
+    assert phone.governors() == {"schedutil"} and not Path(config.workdir).exists()
+
+
+@needs_litert
+def test_a_phone_without_the_mode_or_without_root_says_so(config: DeviceConfig, tmp_path: Path) -> None:
+    phone = Phone(tmp_path / "phone")
+    phone.program("cmd", "echo 'Unknown command'; exit 255")
+    phone.program("sh", "exit 1")
+    phone.program("su", "exit 1")
+    target = AdbTarget(config, device(phone))
+    assert target.provenance()["fixed_performance"] is False
+    with pytest.raises(DeviceError, match="phone gives no root: set root = false in the configuration of phone"):
+        AdbTarget(replace(config, root=True), device(phone)).time_networks(NETWORKS, PLAN, seed=0)
+
+
+@needs_litert
+def test_a_hot_phone_is_waited_for_and_given_up(
+    config: DeviceConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phone, waits = Phone(tmp_path / "phone"), []
+
+    def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 2:
+            phone.program("dumpsys", 'echo "Thermal Status: 2"')
+
+    monkeypatch.setattr("profilers.targets.adb.time.sleep", sleep)
+    phone.program("dumpsys", 'echo "Thermal Status: 4"')
+    target = AdbTarget(config, device(phone))
+    assert not target.probes()[-1].ok
+    assert target.time_networks(NETWORKS, PLAN, seed=0) and waits == [10, 30]
+    phone.program("dumpsys", 'echo "Thermal Status: 3"')
+    with pytest.raises(DeviceError, match="too hot .thermal status 3.: let it cool, and run this again"):
+        target.time_networks(NETWORKS, PLAN, seed=0)
+    assert waits[2:] == [10, 30, 60, 120]
+
+
 # The lock
 
 
@@ -278,21 +579,43 @@ def test_a_benchmark_model_that_fails_is_an_error(config: DeviceConfig, tmp_path
 def test_a_lock_that_someone_holds_is_waited_for_and_then_respected(
     config: DeviceConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("profilers.targets.adb.LOCK_WAIT_S", 0)
     monkeypatch.setattr("profilers.targets.adb.time.sleep", lambda seconds: None)
     lock = Path(config.workdir, "lock")
-    lock.mkdir(parents=True)
+    lock.parent.mkdir(parents=True)
     uptime = int(float(Path("/proc/uptime").read_text().split()[0]))
-    (lock / "owner").write_text(f"somebody {uptime + 600}\n")
-    target = AdbTarget(config, device(Folder()))
+    lock.symlink_to(f"somebody:{uptime + 600}")
+    target = AdbTarget(replace(config, lock_wait_s=0), device(Folder()))
     with pytest.raises(DeviceError, match="being measured by someone else"):
         target.time_networks(NETWORKS, PLAN, seed=0)
-    assert (lock / "owner").read_text().startswith("somebody")
+    assert str(lock.readlink()).startswith("somebody")
+    lock.unlink()
     for stale in (uptime - 1, uptime + LOCK_S + 100):  # expired; or from before the device was started anew
-        lock.mkdir(exist_ok=True)
-        (lock / "owner").write_text(f"somebody {stale}\n")
+        lock.symlink_to(f"somebody:{stale}")
         assert target.time_networks(NETWORKS, PLAN, seed=0)
-        assert not lock.exists()
+        assert not lock.is_symlink()
+
+
+@needs_litert
+def test_a_lock_is_never_held_by_two(config: DeviceConfig) -> None:
+    """Jobs of several clients on one device: from taking to freeing, nobody else takes."""
+    inside: list[int] = []
+    most = []
+
+    def client(number: int) -> None:
+        target = AdbTarget(replace(config, lock_wait_s=60), device(Folder()))
+        for _ in range(8):
+            with target._alone(30):
+                inside.append(number)
+                most.append(len(inside))
+                time.sleep(0.002)
+                inside.remove(number)
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(most) == 32 and max(most) == 1
 
 
 # Which device
@@ -301,7 +624,13 @@ def test_a_lock_that_someone_holds_is_waited_for_and_then_respected(
 def test_a_device_is_named_or_the_only_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ANDROID_SERIAL", raising=False)
     monkeypatch.setattr("profilers.adb.attached", lambda: [])
+    monkeypatch.setattr("profilers.adb.on_usb", lambda: [])
     with pytest.raises(DeviceError, match="pixel: no device is attached. On the phone: Settings, About"):
+        open_device("pixel")
+    monkeypatch.setattr("profilers.adb.on_usb", lambda: ["U1"])
+    assert open_device("pixel").name == "pixel (U1)"
+    monkeypatch.setattr("profilers.adb.on_usb", lambda: ["U1", "U2"])
+    with pytest.raises(DeviceError, match="several devices are attached .U1, U2."):
         open_device("pixel")
     monkeypatch.setattr("profilers.adb.attached", lambda: ["A1", "B2"])
     with pytest.raises(DeviceError, match="several devices are attached .A1, B2.: give --serial, or ANDROID_SERIAL"):
@@ -323,10 +652,12 @@ def test_nobody_at_the_address_is_a_line(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_unknown_runners_and_dtypes_are_named() -> None:
-    with pytest.raises(UserError, match="unknown runner 'abacus'; known: python, benchmark_model"):
+    with pytest.raises(UserError, match="unknown runner 'abacus'; known: python, benchmark_model, onnx"):
         open_target(DeviceConfig("x", "adb", "litert", runner="abacus"))
     with pytest.raises(UserError, match="only float32"):
         open_target(DeviceConfig("x", "adb", "litert", dtype="int8"))
+    with pytest.raises(UserError, match="onnxruntime_perf_test runs onnxruntime, not litert"):
+        open_target(DeviceConfig("x", "adb", "litert", runner="onnxruntime_perf_test"))
 
 
 assert RETRIES > 2  # the faults above come twice in a row at most

@@ -24,8 +24,11 @@ import pytest
 from profilers.adb import AdbDevice, ShellLink, open_device
 from profilers.device import DeviceConfig, load_device
 from profilers.errors import DeviceError
+from profilers.farm import run_steps
 from profilers.ops import OpGraph, OpNode, OpSpec
-from profilers.targets import Network, open_target
+from profilers.profile import Anchor, ProfileJob, missing_steps
+from profilers.table import LatencyTable, Measurement
+from profilers.targets import Network, open_target, open_targets
 from profilers.targets.adb import AdbTarget
 from profilers.timing import TimingPlan
 
@@ -37,23 +40,28 @@ PORT = 5571
 PLAN = TimingPlan(rounds=3, burst_s=0.005)
 
 
+def loopback(action: str, *, port: int = PORT, count: int = 1) -> subprocess.CompletedProcess[str]:
+    command = [str(SCRIPT), action, "--port", str(port), "--count", str(count)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     if os.geteuid() != 0 or shutil.which("unshare") is None:
         pytest.skip("a loopback device needs root: the tests over a real ADB daemon are left out")
-    started = subprocess.run([str(SCRIPT), "start", "--port", str(PORT)], capture_output=True, text=True)
+    started = loopback("start")
     if started.returncode != 0:
         pytest.skip(
             f"no loopback device ({started.stderr.strip()[-200:]}): the tests over a real ADB daemon are left out"
         )
     yield started.stdout.strip()
-    subprocess.run([str(SCRIPT), "stop", "--port", str(PORT)], check=True)
+    assert loopback("stop").returncode == 0
 
 
 @pytest.fixture
 def config(address: str) -> DeviceConfig:
     name = f"/data/local/tmp/amc hw's {random.randrange(10**9)}"
-    return replace(load_device("loopback"), address=address, workdir=name)
+    return replace(load_device("loopback"), address=address, workdir=name, lock="/tmp/amc-hw-tests.lock")
 
 
 def graph(channels: int = 64, size: int = 56) -> OpGraph:
@@ -129,13 +137,13 @@ def test_times_over_adb_are_those_of_this_machine(config: DeviceConfig) -> None:
     network, plan = [Network(graph())], TimingPlan(rounds=9, burst_s=0.02)
     here = open_target(load_device("host-litert"))
     there = AdbTarget(config)
-    ratios = []
-    for attempt in range(6):
-        pair = [float(np.median(target.time_networks(network, plan, seed=attempt)[0])) for target in (here, there)]
-        ratios.append(pair[1] / pair[0])
-        if abs(float(np.median(ratios)) - 1) < 0.05 and attempt >= 2:
+    least = [np.inf, np.inf]  # others use this machine: what they do only slows
+    for attempt in range(15):
+        for index, target in enumerate((here, there)):
+            least[index] = min(least[index], *target.time_networks(network, plan, seed=attempt)[0])
+        if attempt >= 2 and abs(least[1] / least[0] - 1) < 0.05:
             break
-    assert abs(float(np.median(ratios)) - 1) < 0.10, ratios  # 5% on a quiet machine; others use this one
+    assert abs(least[1] / least[0] - 1) < 0.05, least
 
 
 def cut_after(limit: int, direction: str, connections: int = 1) -> Callable[[int, str, int, bytes], bytes | None]:
@@ -175,19 +183,153 @@ def test_a_wire_that_fails_costs_time_and_nothing_else(config: DeviceConfig, fau
         proxy.close()
 
 
-def test_a_wire_that_stalls_is_given_up_and_taken_up_again(config: DeviceConfig) -> None:
+@pytest.mark.parametrize("stall_s", [3, 30])
+def test_a_wire_that_stalls_is_given_up_and_taken_up_again(config: DeviceConfig, stall_s: float) -> None:
     def fault(number: int, way: str, passed: int, data: bytes) -> bytes | None:
         if number == 0 and way == "down" and passed > 300:
-            time.sleep(3)
+            time.sleep(stall_s)
         return data
 
     proxy = Proxy(config.address, fault)
     phone = AdbDevice("phone", lambda: ShellLink(address=proxy.address), sleep=lambda seconds: None)
     try:
+        begun = time.monotonic()
         assert phone.try_run("echo one; sleep 0.1; head -c 2000 /dev/zero | tr '\\0' x", timeout_s=1.5)[0] == 0
     finally:
         proxy.close()
-    assert proxy.connections >= 2
+    assert proxy.connections >= 2 and time.monotonic() - begun < 10
+
+
+def test_a_connection_that_is_half_open_is_made_anew(config: DeviceConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing comes back any more, and nobody says so: as after a router has forgotten the connection."""
+    monkeypatch.setattr("profilers.adb.SILENCE_S", 1.0)
+    for method in (AdbDevice.run, AdbDevice.try_run):
+        monkeypatch.setattr(method, "__kwdefaults__", {"timeout_s": 2.0})
+    cut = threading.Event()
+
+    def fault(number: int, way: str, passed: int, data: bytes) -> bytes | None:
+        if number == 0 and way == "down" and passed > 2_000:
+            cut.wait(60)
+            return None
+        return data
+
+    proxy = Proxy(config.address, fault)
+    try:
+        samples = AdbTarget(replace(config, address=proxy.address)).time_networks(NETWORKS, PLAN, seed=0)
+        assert [len(each) for each in samples] == [3, 3] and proxy.connections >= 2
+    finally:
+        cut.set()
+        proxy.close()
+
+
+def test_a_key_that_is_not_accepted_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A daemon that answers every key with another token, as a phone whose owner does not tap "allow"."""
+    monkeypatch.setattr("profilers.adb.CONNECT_S", 1.0)
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def message(command: bytes, argument: int, data: bytes) -> bytes:
+        number = int.from_bytes(command, "little")
+        fields = (number, argument, 0, len(data), sum(data), number ^ 0xFFFFFFFF)
+        return b"".join(field.to_bytes(4, "little") for field in fields) + data
+
+    def serve() -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = listener.accept()
+                with suppress(OSError):
+                    while len(head := client.recv(24, socket.MSG_WAITALL)) == 24:
+                        client.recv(int.from_bytes(head[12:16], "little"), socket.MSG_WAITALL)
+                        if head[:4] == b"CNXN" or head[4:8] == (2).to_bytes(4, "little"):  # a signature
+                            client.sendall(message(b"AUTH", 1, bytes(range(20))))
+
+    threading.Thread(target=serve, daemon=True).start()
+    phone = open_device("phone", address=f"127.0.0.1:{listener.getsockname()[1]}")
+    phone._sleep = lambda seconds: None
+    try:
+        with pytest.raises(DeviceError, match="does not trust this computer yet: unlock its screen, accept the key"):
+            phone.run("true")
+    finally:
+        listener.close()
+
+
+def test_a_device_that_starts_anew_is_measured_or_told(config: DeviceConfig) -> None:
+    """It goes away while it measures, and comes back as after a reboot: with nothing of ours, its lock included."""
+    target = AdbTarget(replace(config, address=f"127.0.0.1:{PORT + 8}", lock=""))
+    assert loopback("start", port=PORT + 8).returncode == 0
+    try:
+        assert target.time_networks(NETWORKS, PLAN, seed=0)
+
+        def restart() -> None:
+            time.sleep(1.0)
+            loopback("stop", port=PORT + 8)
+            loopback("start", port=PORT + 8)
+
+        thread = threading.Thread(target=restart)
+        thread.start()
+        long = TimingPlan(rounds=40, burst_s=0.05)
+        with pytest.raises(DeviceError, match="is gone: was the device started anew|cannot be reached|there is no"):
+            target.time_networks(NETWORKS, long, seed=0)
+        thread.join()
+        # the same command again, as the message says
+        assert AdbTarget(target.config).time_networks(NETWORKS, PLAN, seed=0)
+    finally:
+        loopback("stop", port=PORT + 8)
+
+
+def test_benchmark_model_end_to_end(config: DeviceConfig) -> None:
+    """A stand-in for Google's program that runs LiteRT on the device, put there and driven as the real one is."""
+    target = AdbTarget(replace(config, runner="benchmark_model"))
+    probes = target.setup(Path(__file__).with_name("benchmark_model.py"))
+    assert all(probe.ok for probe in probes), probes
+    assert target.identity().runtime_version.startswith("benchmark_model ")
+    network = [Network(graph())]
+    python = AdbTarget(config)
+    program, script = (
+        float(np.median(each.time_networks(network, TimingPlan(rounds=5), seed=0)[0])) for each in (target, python)
+    )
+    assert 0.5 < program / script < 2
+    target.clean()
+
+
+def test_onnxruntime_is_there_too(config: DeviceConfig) -> None:
+    target = AdbTarget(replace(config, runtime="onnxruntime"))
+    assert all(probe.ok for probe in target.probes()), target.probes()
+    samples = target.time_networks(NETWORKS, PLAN, seed=0)
+    assert np.median(samples[0]) < np.median(samples[1])
+
+
+# Several devices
+
+
+def test_a_farm_of_three_loses_one_and_no_row(config: DeviceConfig, tmp_path: Path) -> None:
+    """Three daemons behind one lock; one is killed half-way, and what it had begun is measured by the others."""
+    port, full = PORT + 10, graph(32, 16)
+    assert loopback("start", port=port, count=3).returncode == 0
+    try:
+        targets = open_targets(config.at([f"127.0.0.1:{port + index}" for index in range(3)]))
+        assert len(targets) == 3
+        table = LatencyTable.open(tmp_path / "loopback.jsonl", targets[0].identity(), targets[0].provenance())
+        fine = (tuple(range(4, 33)),)
+        job = ProfileJob(lambda widths: graph(widths[0], 16), ((8, 16, 32),), fine, networks=2, calibration=12)
+        steps = missing_steps(job, table, targets[0])
+        assert len(steps) >= 8
+        anchors, appended = [Anchor(target, full, table) for target in targets], 0
+
+        def append(rows: list[Measurement]) -> None:
+            nonlocal appended
+            table.append(rows)
+            appended += 1
+            if appended == len(steps) // 2:
+                assert loopback("stop", port=port + 1).returncode == 0
+
+        with pytest.warns(UserWarning, match=f"a device is left out from here on: loopback at 127.0.0.1:{port + 1}"):
+            assert run_steps(steps, anchors, append, lambda *_: None)
+        assert missing_steps(job, table, targets[0]) == []
+        ops = [row.op for row in table.of_type("op")]
+        assert len(ops) == len(set(ops)) and appended == len(steps)
+        assert len({row.details["member"] for row in table.rows}) == 3
+    finally:
+        loopback("stop", port=port, count=3)
 
 
 def test_a_daemon_that_is_gone_is_a_line(address: str) -> None:

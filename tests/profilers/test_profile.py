@@ -96,6 +96,10 @@ def in_memory(rows: Sequence[Measurement] = ()) -> LatencyTable:
     return LatencyTable(Path("fake.jsonl"), Identity("fake", "formula", "1"), {}, list(rows))
 
 
+def beside(target: FakeTarget | None = None, table: LatencyTable | None = None) -> Anchor:
+    return Anchor(target or Told(), UNPRUNED, table or in_memory())
+
+
 def digests(rows: Sequence[Measurement]) -> list[str]:
     return [row.details["digest"] for row in rows]
 
@@ -126,7 +130,7 @@ def test_a_step_reads_all_operators_of_a_network_and_its_own_row_comes_last(tmp_
     target, table = Told(), new_table(tmp_path)
     step = missing_steps(JOB, table, target)[0]
     assert step.name == IN_CONTEXT
-    *ops, network = step.run()
+    *ops, network = step.run(beside(target))
     assert [row.type for row in ops] == ["op"] * 6
     assert network.type == "network"
     assert network.graph is not None
@@ -144,7 +148,7 @@ def test_a_step_reads_all_operators_of_a_network_and_its_own_row_comes_last(tmp_
 
 
 def test_operators_are_read_as_the_runtime_runs_them() -> None:
-    *ops, network = missing_steps(JOB, in_memory(), Fusing())[0].run()
+    *ops, network = missing_steps(JOB, in_memory(), Fusing())[0].run(beside(Fusing()))
     assert network.graph is not None
     assert [str(row.op).split()[0] for row in ops] == ["conv", "conv", "conv", "global_avg_pool", "linear"]
     assert [row.op.fused_add for row in ops if row.op] == [False, False, True, False, False]
@@ -153,7 +157,7 @@ def test_operators_are_read_as_the_runtime_runs_them() -> None:
 
 def test_the_steps_cover_the_corners_the_random_networks_and_the_calibration() -> None:
     steps = missing_steps(JOB, in_memory(), Told())
-    rows = [step.run()[-1] for step in steps]
+    rows = [step.run(beside())[-1] for step in steps]
     read, timed = expected_digests(JOB)
     assert [step.name for step in steps] == [IN_CONTEXT] * len(read) + [RANDOM] * len(timed)
     assert [row.type for row in rows] == ["network"] * len(read) + ["calibration"] * len(timed)
@@ -164,7 +168,7 @@ def test_the_steps_cover_the_corners_the_random_networks_and_the_calibration() -
 def test_the_steps_are_the_same_every_time_and_follow_from_the_seed() -> None:
     def measured(seed: int) -> list[Measurement]:
         steps = missing_steps(replace(JOB, seed=seed), in_memory(), Told())
-        return [row for step in steps for row in step.run()]
+        return [row for step in steps for row in step.run(beside())]
 
     assert measured(0) == measured(0) != measured(5)
 
@@ -173,7 +177,7 @@ def test_the_steps_are_the_same_every_time_and_follow_from_the_seed() -> None:
 def test_a_complete_table_has_nothing_missing(tmp_path: Path, kind: type[Told]) -> None:
     target, table = kind(), new_table(tmp_path)
     for step in missing_steps(JOB, table, target):
-        table.append(step.run())
+        table.append(step.run(beside(target)))
     calls = len(target.timed)
     assert missing_steps(JOB, table, target) == []
     assert missing_steps(JOB, LatencyTable.read(table.path), target) == []
@@ -184,22 +188,22 @@ def test_a_complete_table_has_nothing_missing(tmp_path: Path, kind: type[Told]) 
 @settings(deadline=None, max_examples=8)
 @given(kills=st.lists(st.integers(0, 4), max_size=6))
 def test_a_run_that_is_killed_again_and_again_measures_every_step_once(kind: type[Told], kills: list[int]) -> None:
-    whole = [row for step in missing_steps(JOB, in_memory(), kind()) for row in step.run()]
+    whole = [row for step in missing_steps(JOB, in_memory(), kind()) for row in step.run(beside(kind()))]
     table = in_memory()
     for survived in kills:
         for step in missing_steps(JOB, table, kind())[:survived]:
-            table.rows += step.run()
+            table.rows += step.run(beside(kind()))
     for step in missing_steps(JOB, table, kind()):
-        table.rows += step.run()
+        table.rows += step.run(beside(kind()))
     assert [(row.type, row.op, row.graph) for row in table.rows] == [(row.type, row.op, row.graph) for row in whole]
 
 
 def test_operators_without_their_networks_row_are_read_again(tmp_path: Path) -> None:
     table = new_table(tmp_path)
     first, second, *_ = missing_steps(JOB, table, Told())
-    network = second.run()[-1]
-    table.append(first.run())
-    table.append(second.run())
+    network = second.run(beside())[-1]
+    table.append(first.run(beside()))
+    table.append(second.run(beside()))
     data = table.path.read_bytes()
     table.path.write_bytes(data[: data.rstrip(b"\n").rfind(b"\n") + 20])  # killed inside the last row
     with pytest.warns(UserWarning, match="torn last line"):
@@ -207,26 +211,26 @@ def test_operators_without_their_networks_row_are_read_again(tmp_path: Path) -> 
     assert [row.type for row in torn.rows].count("op") == 12
     left = missing_steps(JOB, torn, Told())
     assert len(left) == len(missing_steps(JOB, in_memory(), Told())) - 1
-    assert digests([left[0].run()[-1]]) == digests([network])
+    assert digests([left[0].run(beside())[-1]]) == digests([network])
 
 
 @pytest.mark.parametrize("kind", ["calibration", "validation"])
 def test_a_network_that_was_only_timed_is_still_to_be_read(kind: str) -> None:
     target = Told()
     steps = missing_steps(JOB, in_memory(), target)
-    corner = steps[0].run()[-1].graph
+    corner = steps[0].run(beside(target))[-1].graph
     assert corner is not None
     timed = time_network(corner, Anchor(target, UNPRUNED, in_memory()), kind)
     left = [step for step in missing_steps(JOB, in_memory([timed]), target) if step.name == IN_CONTEXT]
-    assert digests([step.run()[-1] for step in left]) == expected_digests(JOB)[0]
+    assert digests([step.run(beside(target))[-1] for step in left]) == expected_digests(JOB)[0]
 
 
 def test_a_larger_job_measures_only_what_it_adds() -> None:
     table = in_memory()
     for step in missing_steps(JOB, table, Told()):
-        table.rows += step.run()
+        table.rows += step.run(beside())
     larger = replace(JOB, networks=12, calibration=12)
-    more = [step.run()[-1] for step in missing_steps(larger, table, Told())]
+    more = [step.run(beside())[-1] for step in missing_steps(larger, table, Told())]
     (read, timed), (all_read, all_timed) = expected_digests(JOB), expected_digests(larger)
     assert digests(more) == all_read[len(read) :] + [name for name in all_timed if name not in timed]
     assert len(more) > 4
@@ -234,14 +238,14 @@ def test_a_larger_job_measures_only_what_it_adds() -> None:
 
 def test_networks_that_round_to_the_same_widths_are_measured_once() -> None:
     narrow = replace(JOB, grids=((8, 64), (16,)), networks=30, calibration=30)
-    rows = [step.run()[-1] for step in missing_steps(narrow, in_memory(), Told())]
+    rows = [step.run(beside())[-1] for step in missing_steps(narrow, in_memory(), Told())]
     assert {row.type for row in rows} == {"network"}  # none is left to calibrate with
     assert sorted(digests(rows)) == sorted({digest(network_at((8, 16))), digest(network_at((64, 16)))})
 
 
 def test_what_tells_the_error_is_never_what_was_read() -> None:
     job = replace(JOB, grids=((8, 16, 24), (8, 16, 24)), networks=40, calibration=24)
-    rows = [step.run()[-1] for step in missing_steps(job, in_memory(), Told())]
+    rows = [step.run(beside())[-1] for step in missing_steps(job, in_memory(), Told())]
     read = digests([row for row in rows if row.type == "network"])
     assert not set(read) & set(digests([row for row in rows if row.type == "calibration"]))
 
@@ -256,10 +260,10 @@ def test_two_networks_in_one_table_are_each_measured_beside_their_own() -> None:
     other = replace(JOB, network_at=without_block)
     table = in_memory()
     for step in missing_steps(JOB, table, Told()):
-        table.rows += step.run()
+        table.rows += step.run(beside())
     target = Told()
     for step in missing_steps(other, table, target):
-        table.rows += step.run()
+        table.rows += step.run(Anchor(target, other.unpruned, table))
     assert missing_steps(other, table, target) == missing_steps(JOB, table, Told()) == []
     assert {timed[0] for timed in target.timed} == {without_block((64, 64))}
     predictor = Predictor(table, target.lower)
@@ -275,7 +279,7 @@ def test_where_a_runtime_shows_no_operators_each_is_timed_alone_and_once() -> No
     target, table = Opaque(), in_memory()
     steps = missing_steps(JOB, table, target)
     assert {step.name for step in steps} == {ALONE, RANDOM}
-    rows = [row for step in steps if step.name == ALONE for row in step.run()]
+    rows = [row for step in steps if step.name == ALONE for row in step.run(beside(target))]
     assert {(row.type, row.context, row.graph) for row in rows} == {("op", "alone", None)}
     sampled = [(8, 8), (8, 64), (64, 8), (64, 64), *random_widths(JOB.grids, JOB.networks, seed=JOB.seed)]
     assert len(rows) == len({row.op for row in rows})
@@ -288,7 +292,7 @@ def test_where_a_runtime_shows_no_operators_each_is_timed_alone_and_once() -> No
 
 def test_an_operator_alone_is_n_copies_and_2n_copies_side_by_side_on_one_input() -> None:
     target = Opaque()
-    missing_steps(JOB, in_memory(), target)[0].run()
+    missing_steps(JOB, in_memory(), target)[0].run(beside(target))
     anchor, *copies = target.timed[0]
     assert anchor == UNPRUNED
     assert len(copies) == 2 * 8  # eight operators share one anchor
@@ -307,10 +311,10 @@ def test_operators_that_were_timed_are_not_timed_again() -> None:
     table = in_memory()
     steps = [step for step in missing_steps(JOB, table, Opaque()) if step.name == ALONE]
     for step in steps[:2]:
-        table.rows += step.run()
+        table.rows += step.run(beside(Opaque()))
     left = [step for step in missing_steps(JOB, table, Opaque()) if step.name == ALONE]
     assert len(left) == len(steps) - 2
-    assert not {row.op for step in left for row in step.run()} & {row.op for row in table.rows}
+    assert not {row.op for step in left for row in step.run(beside(Opaque()))} & {row.op for row in table.rows}
 
 
 def test_copies_of_a_concat_are_as_wide_as_the_concat() -> None:
@@ -325,7 +329,7 @@ def test_copies_of_a_concat_are_as_wide_as_the_concat() -> None:
 
     target = Opaque()
     for step in missing_steps(replace(JOB, network_at=joined_at), in_memory(), target):
-        step.run()
+        step.run(beside(target))
     concats = [op for timed in target.timed for graph in timed for op in graph.ops if op.kind == "concat"]
     assert concats
     assert all(sum(op.in_channels) == op.out_channels for op in concats)
@@ -337,10 +341,10 @@ def test_copies_of_a_concat_are_as_wide_as_the_concat() -> None:
 def test_a_machine_slower_than_the_table_knows_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Steady, "WAITS_S", (0.0, 0.0))
     target = Told()
-    table = in_memory(missing_steps(JOB, in_memory(), target)[0].run())
+    table = in_memory(missing_steps(JOB, in_memory(), target)[0].run(beside(target)))
     target.slow = 1.2
     with pytest.warns(UserWarning, match="disturbed"), pytest.raises(DeviceError, match="too unstable"):
-        missing_steps(JOB, table, target)[0].run()
+        missing_steps(JOB, table, target)[0].run(beside(target, table))
     larger = network_at((128, 128))  # another network: what the table knows of the first does not bind it
     assert time_network(UNPRUNED, Anchor(target, larger, table), "validation").details["anchor"] == digest(larger)
 
@@ -350,7 +354,7 @@ def test_drift_within_the_limit_is_kept_in_the_row_and_divided_out_by_the_predic
     table = in_memory()
     for index, step in enumerate(missing_steps(JOB, table, target)):
         target.slow = 1.06 if index == 5 else 1.0
-        table.rows += step.run()
+        table.rows += step.run(beside(target))
     drifted = table.of_type("network")[5]
     assert drifted.graph is not None
     truth = OVERHEAD_MS + sum(map(op_latency_ms, drifted.graph.ops))
@@ -376,7 +380,7 @@ def test_a_profiled_table_predicts_networks_it_has_not_seen(tmp_path: Path, kind
     target, table = kind(), new_table(tmp_path)
     job = replace(JOB, networks=20, calibration=20)
     for step in missing_steps(job, table, target):
-        table.append(step.run())
+        table.append(step.run(beside(target)))
     predictor = Predictor(LatencyTable.read(table.path), target.lower)
     fresh = [network_at(widths) for widths in random_widths(JOB.grids, 30, seed=99)]
     truth = [OVERHEAD_MS + sum(map(op_latency_ms, graph.ops)) for graph in fresh]
@@ -393,14 +397,14 @@ def test_a_profiled_table_predicts_networks_it_has_not_seen(tmp_path: Path, kind
 def test_operators_can_be_measured_alone_where_the_runtime_would_show_them(tmp_path: Path) -> None:
     steps = missing_steps(replace(JOB, way="alone"), in_memory(), Told())
     assert {step.name for step in steps} == {ALONE, RANDOM}
-    assert steps[0].run()[0].context == "alone"
+    assert steps[0].run(beside())[0].context == "alone"
 
 
 def test_whole_networks_alone_predict_what_adds_up() -> None:
     job, table, target = replace(JOB, way="networks", networks=30, calibration=12), in_memory(), Told()
     for step in missing_steps(job, table, target):
         assert step.name == RANDOM
-        table.rows += step.run()
+        table.rows += step.run(beside(target))
     assert {row.type for row in table.rows} == {"calibration"} and not missing_steps(job, table, target)
     predictor = Predictor(table, target.lower)
     fresh = [network_at((a, b)) for a in EIGHTHS[1:-1] for b in EIGHTHS[1:-1]]
@@ -421,7 +425,7 @@ def test_a_runtime_that_shows_no_operators_cannot_be_read_in_context() -> None:
 def filled(job: ProfileJob, target: FakeTarget) -> LatencyTable:
     table = in_memory()
     for step in missing_steps(job, table, target):
-        table.rows += step.run()
+        table.rows += step.run(beside(target))
     return table
 
 
@@ -441,12 +445,14 @@ def test_refining_measures_what_the_table_does_not_hold_and_calibrates_more(targ
         RANDOM,
         ALONE if type(target) is Opaque else IN_CONTEXT,
     }
-    found = [row for step in steps for row in step.run()]
+    found = [row for step in steps for row in step.run(beside(target))]
     new = [row.details["digest"] for row in found if row.type != "op"]
     assert len(new) == len(set(new)) and not known & set(new)
     if type(target) is Opaque:
         assert not measured & {row.op for row in found if row.type == "op"}
-    again = [row.to_json() for step in refining_steps(FINE_JOB, table, target, predictor) for row in step.run()]
+    again = [
+        row.to_json() for step in refining_steps(FINE_JOB, table, target, predictor) for row in step.run(beside(target))
+    ]
     assert [row.to_json() for row in found] == again  # they follow from the rows
 
 
@@ -455,7 +461,7 @@ def test_operators_that_are_least_sure_are_measured_first() -> None:
     table = filled(FINE_JOB, target)
     predictor = Predictor(table, target.lower)
     steps = [step for step in refining_steps(FINE_JOB, table, target, predictor) if step.name == ALONE]
-    asked = [row.op for step in steps for row in step.run() if row.op]
+    asked = [row.op for step in steps for row in step.run(beside(target)) if row.op]
     sure = predictor.deviation_ms(asked)
     assert list(sure) == sorted(sure, reverse=True) and sure[0] > 0
 
@@ -465,7 +471,7 @@ def test_refining_ends() -> None:
     table = filled(FINE_JOB, target)
     rounds = 0
     while steps := refining_steps(FINE_JOB, table, target, Predictor(table, target.lower)):
-        table.rows += steps[-1].run()  # the calibration alone
+        table.rows += steps[-1].run(beside(target))  # the calibration alone
         rounds += 1
     assert 0 < rounds <= REFINE_NETWORKS * MAX_REFINEMENTS
 
@@ -493,7 +499,7 @@ def test_several_seeds_are_one_seed_of_several_parts() -> None:
 
 def test_a_job_with_fine_grids_reads_their_corners_and_calibrates_on_and_off_the_multiple() -> None:
     low = replace(FINE_JOB, fine=(range(5, 65),) * 2)
-    rows = [step.run()[-1] for step in missing_steps(low, in_memory(), Told())]
+    rows = [step.run(beside())[-1] for step in missing_steps(low, in_memory(), Told())]
     read, timed = expected_digests(low)
     assert digests(rows) == read + timed
     assert set(read[:4]) == {digest(network_at(widths)) for widths in [(5, 5), (5, 64), (64, 5), (64, 64)]}
@@ -506,7 +512,7 @@ def refining(job: ProfileJob, table: LatencyTable, target: Told) -> list[Step]:
 
 
 def rows_of(steps: Sequence[Step]) -> list[Measurement]:
-    return [row for step in steps for row in step.run()]
+    return [row for step in steps for row in step.run(beside())]
 
 
 def pool(job: ProfileJob, table: LatencyTable) -> dict[str, OpGraph]:
@@ -520,7 +526,7 @@ def pool(job: ProfileJob, table: LatencyTable) -> dict[str, OpGraph]:
 def test_refining_is_the_same_after_a_table_was_written_and_read_again(tmp_path: Path, kind: type[Told]) -> None:
     target, table = kind(), new_table(tmp_path)
     for step in missing_steps(FINE_JOB, table, target):
-        table.append(step.run())
+        table.append(step.run(beside(target)))
     first = rows_of(refining(FINE_JOB, table, target))
     again = rows_of(refining(FINE_JOB, LatencyTable.read(table.path), kind()))
     assert [(row.type, row.op, row.graph) for row in again] == [(row.type, row.op, row.graph) for row in first]
