@@ -580,6 +580,7 @@ def measure(context: click.Context, as_json: bool, seed: int, max_ms: float | No
 @click.option("--method", default="ddpg", show_default=True)
 @click.option("--reward", default="err", show_default=True, help="err; flops, params or latency need no budget.")
 @click.option("--refit", default="faithful", show_default=True, help="Of every policy tried: faithful or fast.")
+@click.option("--eval-device", default="cpu", show_default=True, help="Where networks are scored: cpu, cuda, cuda:1.")
 @click.option("--episodes", default=400, show_default=True, type=click.IntRange(1))
 @click.option("--slack", default=0.02, show_default=True, help="How far a measurement may exceed the budget.")
 @click.option("--expect-accuracy", type=float, help="Refuse to go on where the unpruned accuracy is not this.")
@@ -661,6 +662,7 @@ def _search_lines(r: dict[str, Any]) -> list[str]:
     "--matched/--no-matched", default=True, show_default=True, help="FLOPs budgets of equal measured latency."
 )
 @click.option("--refit", default="faithful", show_default=True, help="Of every policy tried: faithful or fast.")
+@click.option("--eval-device", default="cpu", show_default=True, help="Where networks are scored: cpu, cuda, cuda:1.")
 @click.option("--episodes", default=150, show_default=True, type=click.IntRange(1), help="Evaluations of each search.")
 @click.option("--slack", default=0.02, show_default=True, help="How far a measurement may exceed the budget.")
 @click.option("--expect-accuracy", type=float, help="Refuse to go on where the unpruned accuracy is not this.")
@@ -689,7 +691,7 @@ def compare(
         numbers = tuple(int(part) for part in seeds.split(","))
     except ValueError:
         raise UserError(f"--seeds {seeds!r}: expected whole numbers such as 0,1,2") from None
-    names = ("data", "evaluate", "calibrate", "refit", "episodes", "slack", "expect_accuracy")
+    names = ("data", "evaluate", "calibrate", "refit", "eval_device", "episodes", "slack", "expect_accuracy")
     shared = api.SearchConfig(**{name: arguments.pop(name) for name in names})
     matched = arguments.pop("matched")
     config = api.CompareConfig(chosen, budgets, numbers, matched, shared, out)

@@ -35,7 +35,7 @@ from amc_hw.resources import (
 from amc_hw.runs import Journal, Scores, alone_in, numbered, record_command, save_json, save_weights
 from amc_hw.search.loop import CANDIDATES, METHODS, Outcome, Problem, Timed, run_search
 from amc_hw.subject import Subject, read_predictor
-from amc_hw.task import Task, load_task
+from amc_hw.task import Task, check_eval_device, load_task
 from profilers.profile import NETWORK_PLAN, digest
 from profilers.targets import Network
 from profilers.timing import Steady, TimingPlan, ratio_ci95, refuse_noise
@@ -48,8 +48,8 @@ Progress = Callable[[int, int, str], None]  # (done, total, what there is to say
 @dataclass(frozen=True)
 class SearchConfig:
     """One budget, in milliseconds or as a share of the unpruned cost; where the run is kept (None: a folder of its own
-    in `runs`); how long to search. data, evaluate, calibrate: as of `amc_hw.task.load_task`. fallback: uniform policies
-    take part in the end, too."""
+    in `runs`); how long to search. data, evaluate, calibrate: as of `amc_hw.task.load_task`. eval_device: where the
+    networks are scored, as torch names it. fallback: uniform policies take part in the end, too."""
 
     out: Path | None = None
     data: str | None = DEFAULT_DATA
@@ -63,6 +63,7 @@ class SearchConfig:
     episodes: int = 400
     reward: str = "err"
     refit: str = REFITS[0]
+    eval_device: str = "cpu"
     seed: int = 0
     slack: float = 0.02
     expect_accuracy: float | None = None
@@ -76,6 +77,7 @@ class SearchConfig:
         if self.method not in METHODS:
             raise UserError(f"unknown --method {self.method!r}; known: {', '.join(METHODS)}")
         check_refit(self.refit)
+        check_eval_device(self.eval_device)
         if not (self.slack >= 0 and math.isfinite(self.slack)):
             raise UserError(f"--slack {self.slack} must be a number of at least 0")
         given = [(name, getattr(self, name)) for name in BUDGETS if getattr(self, name) is not None]
@@ -135,7 +137,8 @@ class _Search:
 
     def costs(self, name: str) -> CostModel:
         if name.startswith("latency"):
-            return latency_model(self.graph, self.subject.grids, self.predictor)
+            batch = self.subject.device.batch
+            return latency_model(self.graph, self.subject.grids, self.predictor, batch=batch)
         return (params_model if name.startswith("params") else macs_model)(self.graph, self.subject.grids)
 
     def _costs_and_budget(self) -> tuple[CostModel, Budget | None]:
@@ -206,7 +209,12 @@ class _Search:
     def _task(self) -> Task:
         config = self.config
         return load_task(
-            self.model, data=config.data, evaluate=config.evaluate, calibrate=config.calibrate, seed=config.seed
+            self.model,
+            data=config.data,
+            evaluate=config.evaluate,
+            calibrate=config.calibrate,
+            seed=config.seed,
+            device=config.eval_device,
         )
 
     def _run(self, costs: CostModel, budget: Budget | None, task: Task, start: float) -> dict[str, Any]:

@@ -128,8 +128,11 @@ def params_model(graph: LayerGraph, grids: Sequence[Sequence[int]]) -> CostModel
     return _counted(graph, grids, lambda op: op.params, "params")
 
 
-def latency_model(graph: LayerGraph, grids: Sequence[Sequence[int]], predictor: Predictor) -> CostModel:
-    """Predicted milliseconds for one image, from a latency table; the noise is the predictor's known error.
+def latency_model(
+    graph: LayerGraph, grids: Sequence[Sequence[int]], predictor: Predictor, *, batch: int = 1
+) -> CostModel:
+    """Predicted milliseconds for one inference of `batch` images, from a latency table; the noise is the predictor's known
+    error.
 
     Raises UserError for an operator that depends on so many groups that its table would not fit.
     """
@@ -138,7 +141,7 @@ def latency_model(graph: LayerGraph, grids: Sequence[Sequence[int]], predictor: 
     seen: dict[tuple[OpSpec, bytes], np.ndarray] = {}
     places: list[tuple[tuple[int, ...], tuple[int, ...], np.ndarray]] = []  # groups, shape, indices into op_ms
     layers = {layer.name: layer for layer in graph.layers}
-    for node in predictor.lower(graph.op_graph()).nodes:
+    for node in predictor.lower(graph.op_graph(batch=batch)).nodes:
         layer = replace(layers[node.name], op=node.op)
         shape = _term_shape(layer, checked)
         counts = [_counts(part, layer.groups, checked).reshape(-1) for part in (*layer.sources, layer.out)]

@@ -6,7 +6,8 @@ Images with labels make a classification task; a user's own functions make any o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from amc_hw.data import Splits, load_data, load_tensors
-from amc_hw.errors import UserError
+from amc_hw.errors import DeviceError, UserError
 from amc_hw.models import LoadedModel
 from amc_hw.specs import Spec, load_function, one_line, parse_spec
 
@@ -39,10 +40,33 @@ class Task(Protocol):
         """For the report, of each module; computed once."""
 
 
+def check_eval_device(device: str) -> None:
+    """UserError or DeviceError where networks cannot be scored on `device`: cpu, cuda or cuda:1."""
+    try:
+        kind = torch.device(device).type
+        if kind != "cpu":
+            torch.empty(1, device=device)
+    except Exception as error:  # what PyTorch lacks for a device, it says in many ways
+        known = isinstance(error, RuntimeError) and "device type" in str(error)
+        raise (UserError if known else DeviceError)(f"--eval-device {device}: {one_line(error)}") from None
+
+
+@contextmanager
+def on(module: nn.Module, device: torch.device | str) -> Iterator[nn.Module]:
+    """The module, which is on the CPU, on another device, and back."""
+    if torch.device(device).type == "cpu":
+        yield module
+        return
+    try:
+        yield module.to(device)
+    finally:
+        module.to("cpu")
+
+
 def accuracy(module: nn.Module, images: Tensor, labels: Tensor, *, batch: int = 250) -> float:
-    """Fraction of `images` (N, C, H, W) whose largest output is the label (N,)."""
+    """Fraction of `images` (N, C, H, W) whose largest output is the label (N,); computed where the images are."""
     right = 0
-    with torch.inference_mode():
+    with torch.inference_mode(), on(module, images.device):
         for chunk, wanted in zip(images.split(batch), labels.split(batch), strict=True):
             logits = module(chunk)
             if not isinstance(logits, Tensor) or logits.dim() != 2:
@@ -53,23 +77,25 @@ def accuracy(module: nn.Module, images: Tensor, labels: Tensor, *, batch: int = 
 
 
 class Classification:
-    """Accuracy on the splits of a data set. Images are decoded and normalised once."""
+    """Accuracy on the splits of a data set, computed on a device. Images are decoded and normalised once."""
 
     split = "test"
 
-    def __init__(self, model: LoadedModel, splits: Splits, *, seed: int = 0, val_images: int = 1000) -> None:
+    def __init__(
+        self, model: LoadedModel, splits: Splits, *, seed: int = 0, val_images: int = 1000, device: str = "cpu"
+    ) -> None:
         if len(model.example_inputs) > 1:
             raise UserError(f"{model.spec} takes {len(model.example_inputs)} inputs: give --evaluate and --calibrate")
-        self.model, self.splits, self.seed = model, splits, seed
+        self.model, self.splits, self.seed, self.device = model, splits, seed, device
         self.val = self._images(splits.val, val_images)
 
     def _images(self, split: torch.utils.data.Dataset, limit: int | None) -> tuple[Tensor, Tensor]:
         images, labels = load_tensors(split, limit=limit, seed=self.seed)
-        return self.model.normalised(images), labels
+        return self.model.normalised(images).to(self.device), labels.to(self.device)
 
     def inputs(self, limit: int) -> tuple[Tensor, ...]:
-        images, _ = self._images(self.splits.train, limit)
-        return (images,)
+        images, _ = load_tensors(self.splits.train, limit=limit, seed=self.seed)
+        return (self.model.normalised(images),)
 
     def score(self, module: nn.Module) -> float:
         return accuracy(module, *self.val)
@@ -95,11 +121,16 @@ class OwnTask:
     """
 
     def __init__(
-        self, model: LoadedModel, evaluate: Spec | None, calibrate: Spec | None, labelled: Task | None
+        self,
+        model: LoadedModel,
+        evaluate: Spec | None,
+        calibrate: Spec | None,
+        labelled: Task | None,
+        device: str = "cpu",
     ) -> None:
         if evaluate is None and calibrate is None:
             raise ValueError("a task of one's own has a function of one's own")
-        self.model, self.labelled = model, labelled
+        self.model, self.labelled, self.device = model, labelled, device
         self._evaluate = None if evaluate is None else load_function(evaluate, kind="evaluate function")
         self._calibrate = None if calibrate is None else load_function(calibrate, kind="calibrate function")
         self._names = (str(evaluate), str(calibrate))
@@ -115,7 +146,8 @@ class OwnTask:
         if self._evaluate is None:
             assert self.labelled is not None
             return self.labelled.score(module)
-        return own_score(self._evaluate, self._names[0], module)
+        with on(module, self.device):
+            return own_score(self._evaluate, self._names[0], module)
 
     def final_score(self, module: nn.Module) -> float:
         if self._evaluate is None:
@@ -137,22 +169,24 @@ def load_task(
     evaluate: str | None = None,
     calibrate: str | None = None,
     seed: int = 0,
+    device: str = "cpu",
 ) -> Task:
     """The task of `data`, or of a user's functions in its place; UserError where something is missing or wrong.
 
-    data: None where the user names none: then both functions are needed.
+    data: None where the user names none: then both functions are needed. device: where networks are scored.
     """
+    check_eval_device(device)
     labelled = None
     if evaluate is None or calibrate is None:
         if data is None:
             missing = "--evaluate" if evaluate is None else "--calibrate"
             raise UserError(f"{missing} is missing: give it, or --data with images and labels")
-        labelled = Classification(model, load_data(data, input_shape=model.input_shape), seed=seed)
+        labelled = Classification(model, load_data(data, input_shape=model.input_shape), seed=seed, device=device)
     if evaluate is None and calibrate is None:
         assert labelled is not None
         return labelled
     score, inputs = (None if text is None else parse_spec(text) for text in (evaluate, calibrate))
-    return OwnTask(model, score, inputs, labelled)
+    return OwnTask(model, score, inputs, labelled, device)
 
 
 def own_score(evaluate: Callable[..., Any], name: str, module: nn.Module) -> float:

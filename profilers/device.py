@@ -13,7 +13,7 @@ from typing import Any
 
 from profilers.errors import UserError
 
-DTYPES = ("float32", "int8")
+DTYPES = ("float32", "int8", "tf32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class DeviceConfig:
     target: where it runs (a name in `profilers.targets.TARGETS`); runtime: how (in `profilers.runtimes.RUNTIMES`).
     threads: of the runtime. channel_multiple: widths are searched in multiples of it;
     0: of what the table tells, or 8.
-    soc, runtime_version, source: of an archive, which cannot be asked; source says where its rows come from.
+    soc, runtime_version, source: of an archive, which cannot be asked; source says where its rows come from. soc of a
+    GPU: a part of its name, and no other is taken.
     extrapolate: whether predictions may leave the widths that were measured, for tables that hold a few networks only.
     address (HOST:PORT) or serial: of a device over ADB, the only one attached where both are empty; serials: of several
     that are alike, addresses included: measurements are spread over them; runner: what times there (in
@@ -32,6 +33,9 @@ class DeviceConfig:
     hexadecimal mask of cores; workdir: a folder for our files; lock: a path there, empty for one in workdir, and
     lock_wait_s: how long to wait for who holds it; fixed_performance: whether Android is to keep its clocks while it is
     timed; root: whether governors may be set.
+    gpu: index or UUID of a CUDA GPU; execution: PyTorch's "eager", "compile" or "graph"; layout: "channels_first" or
+    "channels_last"; provider: of ONNX Runtime on a GPU, "cuda" or "tensorrt"; clock: "events" of the GPU, or "host",
+    launches included; flush_l2: whether the L2 cache is emptied before every run; shared: whether others may use it.
     min_time_s: how long a network is timed at least; noise_pct: the spread above which a machine is too unstable.
     """
 
@@ -61,6 +65,13 @@ class DeviceConfig:
     lock_wait_s: float = 120.0
     fixed_performance: bool = True
     root: bool = False
+    gpu: str = ""
+    execution: str = "eager"
+    layout: str = "channels_first"
+    provider: str = "cuda"
+    clock: str = "events"
+    flush_l2: bool = False
+    shared: bool = False
     min_time_s: float = 0.3
     noise_pct: float = 25.0
 

@@ -8,7 +8,7 @@ from scipy.optimize import nnls
 from profilers.ops import OpSpec
 from profilers.table import LatencyTable
 
-MULTIPLES = (1, 4, 8, 16, 32)
+MULTIPLES = (1, 4, 8, 16, 32, 64)
 POINTS = 12  #: of an operator, at least
 GAIN = 0.1  #: what a multiple must explain, of the root mean square error left without one
 

@@ -78,6 +78,7 @@ def identity_of(config: DeviceConfig, *, soc: str, runtime_version: str, affinit
 TARGETS = {
     "host": ("profilers.targets.host", "HostTarget"),
     "fake": ("profilers.targets.fake", "FakeTarget"),
+    "cuda": ("profilers.targets.cuda", "CudaTarget"),
     "adb": ("profilers.targets.adb", "AdbTarget"),
     "archive": ("profilers.targets.archive", "ArchiveTarget"),
 }

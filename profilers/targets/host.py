@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from profilers.device import DeviceConfig
-from profilers.errors import DeviceError
+from profilers.errors import DeviceError, UserError
 from profilers.ops import OpGraph
 from profilers.runtimes import load_runtime
 from profilers.table import Identity
@@ -28,6 +28,8 @@ class HostTarget:
     can_time = True
 
     def __init__(self, config: DeviceConfig) -> None:
+        if config.dtype not in ("float32", "int8"):
+            raise UserError(f"device {config.name}: on this machine float32 and int8 are measured, not {config.dtype}")
         self.config = config
         self.runtime = load_runtime(config.runtime)
         self._model = Models(self.runtime, config.dtype)

@@ -18,15 +18,14 @@ from torch.nn import functional as F
 
 from profilers.builders import onnx as onnx_builder
 from profilers.builders import tflite as tflite_builder
+from profilers.builders import torch as torch_builder
 from profilers.builders.weights import Weights, random_weights
 from profilers.errors import DeviceError, UnsupportedOperatorError
 from profilers.ops import ACTIVATIONS, KINDS, OpGraph, OpNode, OpSpec
 
 needs_litert = pytest.mark.skipif(importlib.util.find_spec("ai_edge_litert") is None, reason="LiteRT is not installed")
-both_builders = pytest.mark.parametrize(
-    "builder",
-    [pytest.param(onnx_builder, id="onnx"), pytest.param(tflite_builder, id="tflite", marks=needs_litert)],
-)
+FILES = [pytest.param(onnx_builder, id="onnx"), pytest.param(tflite_builder, id="tflite", marks=needs_litert)]
+every_builder = pytest.mark.parametrize("builder", [*FILES, pytest.param(torch_builder, id="torch")])
 
 REFERENCE_ACTIVATIONS = {
     "none": lambda x: x,
@@ -138,6 +137,15 @@ def run_tflite(model: bytes, inputs: dict[str, np.ndarray]) -> dict[str, np.ndar
     return results
 
 
+def run_torch(model: torch_builder.Network, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    with torch.inference_mode():
+        outputs = model(*map(torch.from_numpy, inputs.values()))
+    return {name: value.numpy() for name, value in zip(model.graph.outputs, outputs, strict=True)}
+
+
+RUN: dict[ModuleType, Any] = {onnx_builder: run_onnx, tflite_builder: run_tflite, torch_builder: run_torch}
+
+
 def check(builder: ModuleType, graph: OpGraph, weights: Weights | None = None) -> None:
     """Asserts that the built model agrees with the reference on random input with both signs."""
     weights = random_weights(graph) if weights is None else weights
@@ -147,8 +155,7 @@ def check(builder: ModuleType, graph: OpGraph, weights: Weights | None = None) -
         name: (2.0 * rng.standard_normal((batch, *shape))).astype(np.float32) for name, shape in graph.inputs.items()
     }
     expected = reference(graph, weights, inputs)
-    run = run_onnx if builder is onnx_builder else run_tflite
-    found = run(builder.build(graph, weights), inputs)
+    found = RUN[builder](builder.build(graph, weights), inputs)
     assert set(found) == set(expected)
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, rtol=1e-4, atol=1e-4, err_msg=name)
@@ -193,7 +200,7 @@ def linear(c_in: int, c_out: int, activation: str = "none") -> OpSpec:
 # One operator at a time
 
 
-@both_builders
+@every_builder
 @pytest.mark.parametrize("kind", ["conv", "depthwise_conv"])
 @pytest.mark.parametrize("kernel", [1, 3, 5, 7])
 @pytest.mark.parametrize("stride", [1, 2])
@@ -202,7 +209,7 @@ def test_convolutions_agree(builder: ModuleType, kind: str, kernel: int, stride:
     check(builder, alone(window_op(kind, 5, size, kernel, stride=(stride, stride))))
 
 
-@both_builders
+@every_builder
 @pytest.mark.parametrize("kind", ["conv", "depthwise_conv", "max_pool", "avg_pool"])
 @pytest.mark.parametrize("size", [(15, 16), (16, 15)])
 @pytest.mark.parametrize(
@@ -215,7 +222,7 @@ def test_windows_agree_at_every_padding(
     check(builder, alone(window_op(kind, 3, size, kernel, stride=(stride, stride), padding=(padding, padding))))
 
 
-@both_builders
+@every_builder
 @pytest.mark.parametrize("kind", ["conv", "depthwise_conv"])
 @pytest.mark.parametrize("stride", [(1, 1), (2, 1)])
 @pytest.mark.parametrize("padding", [(0, 0), (2, 2), (3, 1)])
@@ -225,14 +232,14 @@ def test_dilated_convolutions_agree(
     check(builder, alone(window_op(kind, 4, (11, 12), 3, stride=stride, padding=padding, dilation=(2, 2))))
 
 
-@both_builders
+@every_builder
 def test_kernels_that_are_not_square_agree(builder: ModuleType) -> None:
     across = OpSpec("conv", (3,), 9, 10, 6, kernel=(1, 7), padding=(0, 3))
     down = OpSpec("conv", (6,), 9, 10, 4, kernel=(7, 1), stride=(2, 1), padding=(3, 0), activation="relu")
     check(builder, chain(across, down, input_shape=(3, 9, 10)))
 
 
-@both_builders
+@every_builder
 def test_grouped_convolutions_agree(builder: ModuleType) -> None:
     check(builder, alone(OpSpec("conv", (12,), 8, 8, 18, kernel=(3, 3), padding=(1, 1), groups=3, activation="relu")))
 
@@ -263,7 +270,7 @@ SMALL_OPS = {
 }
 
 
-@both_builders
+@every_builder
 @pytest.mark.parametrize(
     ("kind", "activation"), [(k, a) for k in KINDS for a in ACTIVATIONS if (k, a) != ("activation", "none")]
 )
@@ -275,25 +282,25 @@ def test_every_kind_with_every_activation_agrees(builder: ModuleType, kind: str,
         check(builder, alone(op))
 
 
-@both_builders
+@every_builder
 @pytest.mark.parametrize("start", [0, 2])
 def test_slices_begin_where_they_say(builder: ModuleType, start: int) -> None:
     check(builder, alone(SMALL_OPS["slice"]), {"slice0": {"start": np.array(start)}})
 
 
-@both_builders
+@every_builder
 def test_one_slope_does_for_all_channels(builder: ModuleType) -> None:
     check(builder, alone(SMALL_OPS["prelu"]), {"prelu0": {"weight": np.array([0.1], np.float32)}})
 
 
-@both_builders
+@every_builder
 @pytest.mark.parametrize("kind", ["affine", "layer_norm", "prelu", "softmax"])
 def test_vectors_are_scaled_and_normalised_like_images(builder: ModuleType, kind: str) -> None:
     ops = (OpSpec("global_avg_pool", (5,), 6, 7, 5), OpSpec(kind, (5,), 1, 1, 5), linear(5, 3))
     check(builder, chain(*ops, input_shape=(5, 6, 7)))
 
 
-@both_builders
+@every_builder
 @pytest.mark.parametrize("size", [(7, 8), (12, 13), (4, 5)])
 @pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 2, 0), (2, 2, 0), (3, 3, 1), (3, 2, 1)])
 def test_poolings_that_round_up_agree(
@@ -305,14 +312,14 @@ def test_poolings_that_round_up_agree(
     )
 
 
-@both_builders
+@every_builder
 @pytest.mark.parametrize(("kernel", "stride"), [(2, 2), (3, 2), (4, 4), (2, 3)])
 def test_transposed_convolutions_agree(builder: ModuleType, kernel: int, stride: int) -> None:
     op = OpSpec("conv_transpose", (4,), 5, 6, 3, kernel=(kernel, kernel), stride=(stride, stride), activation="relu")
     check(builder, alone(op))
 
 
-@both_builders
+@every_builder
 @pytest.mark.parametrize("index", [[3, 0, -1, 4], [2], [-1, -1, 0, 1, 2, 3, 4, -1]])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_channel_maps_copy_reorder_and_zero(builder: ModuleType, index: list[int], stride: int) -> None:
@@ -320,7 +327,7 @@ def test_channel_maps_copy_reorder_and_zero(builder: ModuleType, index: list[int
     check(builder, alone(op), {"channel_map0": {"index": np.array(index)}})
 
 
-@both_builders
+@every_builder
 def test_every_image_of_a_batch_agrees(builder: ModuleType) -> None:
     conv = OpSpec("conv", (3,), 8, 8, 5, kernel=(3, 3), stride=(2, 2), padding=(1, 1), activation="relu", batch=3)
     flatten = OpSpec("flatten", (5,), 4, 4, 80, batch=3)
@@ -378,18 +385,18 @@ def gated_network(batch: int) -> OpGraph:
     return OpGraph(nodes, (3, 7, 7), ("scale", "gate"))
 
 
-@both_builders
+@every_builder
 def test_a_residual_network_agrees(builder: ModuleType) -> None:
     check(builder, residual_network())
 
 
-@both_builders
+@every_builder
 @pytest.mark.parametrize("activation", ["relu6", "hardswish", "silu"])
 def test_a_mobile_network_agrees(builder: ModuleType, activation: str) -> None:
     check(builder, mobile_network(activation))
 
 
-@both_builders
+@every_builder
 def test_a_flattened_image_keeps_the_order_of_pytorch(builder: ModuleType) -> None:
     conv = window_op("conv", 3, (4, 4), 3)
     ops = (
@@ -441,14 +448,14 @@ def small_networks(draw: st.DrawFn) -> OpGraph:
     return chain(*ops, input_shape=input_shape)
 
 
-@both_builders
+@every_builder
 @settings(max_examples=25, deadline=None)
 @given(graph=small_networks())
 def test_random_convolutions_agree(builder: ModuleType, graph: OpGraph) -> None:
     check(builder, graph)
 
 
-@both_builders
+@every_builder
 def test_the_node_whose_weights_do_not_fit_is_named(builder: ModuleType) -> None:
     graph = alone(SMALL_OPS["conv"])
     with pytest.raises(ValueError, match="conv0: no weight given"):
@@ -459,7 +466,7 @@ def test_the_node_whose_weights_do_not_fit_is_named(builder: ModuleType) -> None
         builder.build(graph, weights)
 
 
-@both_builders
+@pytest.mark.parametrize("builder", FILES)
 def test_the_same_input_gives_the_same_bytes(builder: ModuleType) -> None:
     graph = residual_network()
     weights = random_weights(graph)
@@ -469,13 +476,13 @@ def test_the_same_input_gives_the_same_bytes(builder: ModuleType) -> None:
 # TFLite alone
 
 
-@both_builders
+@every_builder
 @pytest.mark.parametrize("batch", [1, 2])
 def test_gates_scale_images(builder: ModuleType, batch: int) -> None:
     check(builder, gated_network(batch))
 
 
-@both_builders
+@every_builder
 def test_a_linear_alone_runs(builder: ModuleType) -> None:
     check(builder, alone(linear(12, 7, "relu")))
 

@@ -1,0 +1,148 @@
+"""`OpGraph` + weights -> a PyTorch module that runs it, for GPUs. Names of nodes kept, batch-norms already folded."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from profilers.builders.weights import Weights, checked_weights
+from profilers.errors import UnsupportedOperatorError
+from profilers.ops import OpGraph, OpNode, OpSpec
+
+ACTIVATIONS = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "hardswish": F.hardswish,
+    "hardsigmoid": F.hardsigmoid,
+    "sigmoid": torch.sigmoid,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "tanh": torch.tanh,
+}
+#: Kinds that work on vectors (N, C) as they do on images (N, C, H, W).
+_ANY_RANK = ("add", "mul", "scale", "concat", "activation", "affine", "prelu", "layer_norm", "softmax", "slice")
+
+
+class Network(nn.Module):
+    """Takes the graph's inputs in order, (N, C, H, W) or (N, C) each; returns its outputs likewise.
+
+    labelled: whether every node runs under `torch.profiler.record_function` with its name.
+    """
+
+    def __init__(self, graph: OpGraph, weights: Weights, *, labelled: bool = False) -> None:
+        super().__init__()
+        checked_weights(graph, weights)
+        self.graph, self.labelled = graph, labelled
+        self.numbers: dict[str, float] = {}  # of nodes that have them, by buffer name
+        self.vectors = {name for name, shape in graph.inputs.items() if len(shape) == 1}
+        for node in graph.nodes:
+            unknown = (node.op.kind == "max_pool" and node.op.dilation != (1, 1)) or (
+                node.op.kind == "avg_pool" and node.op.ceil
+            )
+            if node.op.fused_add or node.op.dtype != "float32" or unknown:
+                raise UnsupportedOperatorError(f"{node.name}: {node.op} cannot be run by PyTorch")
+            if self._gives_vector(node):
+                self.vectors.add(node.name)
+            for part, array in weights.get(node.name, {}).items():
+                if array.ndim:
+                    value = torch.tensor(array.astype("int64") if part == "index" else array)
+                    self.register_buffer(_key(node.name, part), value)
+                else:
+                    self.numbers[_key(node.name, part)] = array.item()
+
+    def _gives_vector(self, node: OpNode) -> bool:
+        if node.op.kind in ("linear", "flatten"):
+            return True
+        if node.op.kind == "global_avg_pool":  # a pooled image stays one until it leaves the network
+            return node.name in self.graph.outputs
+        return node.op.kind in _ANY_RANK and self.vectors.issuperset(node.inputs)
+
+    def forward(self, *inputs: Tensor) -> list[Tensor]:
+        values = dict(zip(self.graph.inputs, inputs, strict=True))
+        for node in self.graph.nodes:
+            if self.labelled:
+                with torch.profiler.record_function(node.name):
+                    values[node.name] = self._run(node, values)
+            else:
+                values[node.name] = self._run(node, values)
+        return [values[name] for name in self.graph.outputs]
+
+    def _run(self, node: OpNode, values: dict[str, Tensor]) -> Tensor:
+        image = node.name not in self.vectors and node.op.kind not in ("linear", "flatten")
+        inputs = [
+            values[source][:, :, None, None] if image and source in self.vectors else values[source]
+            for source in node.inputs
+        ]
+        found = self._compute(node.op, node.name, inputs)
+        return ACTIVATIONS[node.op.activation](found)
+
+    def _compute(self, op: OpSpec, name: str, inputs: list[Tensor]) -> Tensor:
+        def part(which: str) -> Tensor:
+            value: Tensor = getattr(self, _key(name, which))
+            return value
+
+        def per_channel(which: str) -> Tensor:
+            return part(which).reshape(-1, 1, 1) if x.dim() == 4 else part(which)
+
+        x = inputs[0]
+        if op.kind in ("conv", "depthwise_conv"):
+            return F.conv2d(x, part("weight"), part("bias"), op.stride, op.padding, op.dilation, op.groups)
+        if op.kind == "conv_transpose":
+            return F.conv_transpose2d(x, part("weight"), part("bias"), op.stride, op.padding, dilation=op.dilation)
+        if op.kind == "channel_map":
+            index = part("index")
+            kept = x[:, :, :: op.stride[0], :: op.stride[1]].index_select(1, index.clamp(min=0))
+            return kept * (index >= 0).to(x.dtype)[:, None, None]
+        if op.kind == "linear":
+            return F.linear(x.flatten(1), part("weight"), part("bias"))
+        if op.kind == "add":
+            return inputs[0] + inputs[1]
+        if op.kind in ("mul", "scale"):
+            return inputs[0] * inputs[1]
+        if op.kind == "affine":
+            return x * per_channel("weight") + per_channel("bias")
+        if op.kind == "prelu":
+            return F.prelu(x, part("weight"))
+        if op.kind == "softmax":
+            return x.softmax(1)
+        if op.kind == "layer_norm":
+            last = x.permute(0, 2, 3, 1) if x.dim() == 4 else x
+            eps = self.numbers[_key(name, "eps")]
+            normed = F.layer_norm(last, (op.out_channels,), part("weight"), part("bias"), eps)
+            return normed.permute(0, 3, 1, 2) if x.dim() == 4 else normed
+        if op.kind == "slice":
+            start = int(self.numbers[_key(name, "start")])
+            return x[:, start : start + op.out_channels]
+        if op.kind == "shuffle":
+            apart = x.reshape(len(x), op.groups, op.out_channels // op.groups, *x.shape[2:])
+            return apart.transpose(1, 2).reshape(x.shape)
+        if op.kind == "upsample_nearest":
+            return F.interpolate(x, scale_factor=tuple(map(float, op.stride)), mode="nearest")
+        if op.kind == "upsample_bilinear":
+            return F.interpolate(x, scale_factor=tuple(map(float, op.stride)), mode="bilinear", align_corners=False)
+        if op.kind == "concat":
+            return torch.cat(inputs, 1)
+        if op.kind == "max_pool":
+            return F.max_pool2d(x, op.kernel, op.stride, op.padding, ceil_mode=op.ceil)
+        if op.kind == "avg_pool":
+            return F.avg_pool2d(x, op.kernel, op.stride, op.padding)
+        if op.kind == "global_avg_pool":
+            pooled = x.mean((2, 3), keepdim=True)
+            return pooled.flatten(1) if name in self.vectors else pooled
+        if op.kind == "flatten":
+            return x.flatten(1)
+        if op.kind == "activation":
+            return x
+        raise AssertionError(op.kind)
+
+
+def build(graph: OpGraph, weights: Weights) -> Network:
+    """The network in eval mode, on the CPU."""
+    return Network(graph, weights).eval()
+
+
+def _key(name: str, part: str) -> str:
+    """A name that a buffer may have."""
+    return f"{name.replace('.', '__')}--{part}"

@@ -1,0 +1,230 @@
+"""An NVIDIA GPU as the CUDA target sees it: what it is, how it is doing, and how long it takes.
+
+`TorchGpu` asks CUDA and NVML. Everything that needs a GPU's answers goes through `Gpu`, so a stand-in can give them.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from profilers.errors import DeviceError
+from profilers.ops import OpGraph
+
+#: NVML's reasons for lower clocks that make times worthless, by bit; "power" is the ordinary limit of a busy GPU.
+SLOWED = {0x8: "hardware slowdown", 0x20: "thermal slowdown", 0x40: "hardware thermal slowdown", 0x80: "power brake"}
+POWER = 0x4
+BUSY_PCT = 10  #: of the last second, from which a GPU is someone's
+L2_BYTES = 256 << 20  #: written to push everything else out: more than any GPU's L2 cache holds
+
+
+@dataclass(frozen=True)
+class GpuInfo:
+    """capability: (major, minor) of CUDA; uuid never leaves this process."""
+
+    name: str
+    uuid: str
+    driver: str
+    capability: tuple[int, int]
+    multiprocessors: int
+    memory_mb: int
+
+
+@dataclass(frozen=True)
+class GpuState:
+    """At one moment. slowed: why clocks are held down, as in SLOWED, or "power"."""
+
+    sm_mhz: int
+    memory_mhz: int
+    temperature_c: int
+    power_w: float
+    slowed: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"slowed": list(self.slowed)}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A network on the GPU. run: enqueues one inference on the current stream and returns without waiting."""
+
+    graph: OpGraph
+    run: Callable[[], object]
+
+
+class Gpu(Protocol):
+    device: str  #: as torch names it
+
+    def info(self) -> GpuInfo: ...
+
+    def state(self) -> GpuState: ...
+
+    def others(self) -> list[str]:
+        """What else uses the GPU, a few words each."""
+
+    def time(self, loaded: Loaded, count: int, *, flush: bool, host: bool) -> list[float]:
+        """Milliseconds of each of `count` runs: by events on the stream, or with `host` from the call until the GPU is
+        done. flush: the L2 cache is emptied before each, untimed."""
+
+    def kernels(self, loaded: Loaded, count: int) -> dict[str, float]:
+        """Milliseconds of kernels in one run, per label that the network runs under (`Network.labelled`)."""
+
+
+class TorchGpu:
+    """gpu: an index, or a UUID as `nvidia-smi -L` shows it; empty for the first. DeviceError where there is none, it is
+    too old for this PyTorch, or NVML is not installed."""
+
+    def __init__(self, gpu: str = "") -> None:
+        import torch
+
+        self._torch = torch
+        if not torch.cuda.is_available():
+            built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+            raise DeviceError(
+                f"no CUDA GPU is to be seen (PyTorch {torch.__version__}, {built}): check 'nvidia-smi' and the driver"
+            )
+        try:
+            import pynvml
+        except ImportError:
+            raise DeviceError("clocks and throttling cannot be watched: pip install 'amc-hw[cuda]'") from None
+        self._nvml = pynvml
+        pynvml.nvmlInit()
+        self._index = self._found(gpu)
+        self.device = f"cuda:{self._index}"
+        properties = torch.cuda.get_device_properties(self._index)
+        self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}".encode())
+        self._info = GpuInfo(
+            properties.name,
+            f"GPU-{properties.uuid}",
+            _text(pynvml.nvmlSystemGetDriverVersion()),
+            (properties.major, properties.minor),
+            properties.multi_processor_count,
+            properties.total_memory >> 20,
+        )
+        self._refuse_old()
+        self._flushed: Any = None
+
+    def _found(self, gpu: str) -> int:
+        count = self._torch.cuda.device_count()
+        uuids = [f"GPU-{self._torch.cuda.get_device_properties(index).uuid}" for index in range(count)]
+        if gpu in uuids:
+            return uuids.index(gpu)
+        if gpu.isdigit() and int(gpu) < count or not gpu:
+            return int(gpu or 0)
+        raise DeviceError(f"there is no GPU {gpu!r}: give an index below {count}, or a UUID of 'nvidia-smi -L'")
+
+    def _refuse_old(self) -> None:
+        major, minor = self._info.capability
+        built = self._torch.cuda.get_arch_list()
+        if built and not runs_on(built, major, minor):
+            raise DeviceError(
+                f"this PyTorch has no kernels for a {self._info.name} (compute capability {major}.{minor}; it has "
+                f"{', '.join(built)}): install a build of an older CUDA (docs/devices.md)"
+            )
+
+    def info(self) -> GpuInfo:
+        return self._info
+
+    def state(self) -> GpuState:
+        nvml, handle = self._nvml, self._handle
+        reasons = nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
+        slowed = [why for bit, why in {**SLOWED, POWER: "power"}.items() if reasons & bit]
+        return GpuState(
+            nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
+            nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM),
+            nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
+            nvml.nvmlDeviceGetPowerUsage(handle) / 1000,
+            tuple(slowed),
+        )
+
+    def others(self) -> list[str]:
+        nvml = self._nvml
+        try:
+            running = nvml.nvmlDeviceGetComputeRunningProcesses(self._handle)
+            busy = nvml.nvmlDeviceGetUtilizationRates(self._handle).gpu
+        except nvml.NVMLError:  # not told to everyone, inside containers above all
+            return []
+        found = [f"process {process.pid}" for process in running if process.pid != os.getpid()]
+        if busy > BUSY_PCT:
+            return [*found, f"{busy}% in use"]
+        # a container's own process may have another number outside: one that idles does not make a GPU busy
+        return found if len(found) > 1 else []
+
+    def time(self, loaded: Loaded, count: int, *, flush: bool, host: bool) -> list[float]:
+        cuda = self._torch.cuda
+        with cuda.device(self._index), self._torch.inference_mode():
+            if host:
+                return self._by_host(loaded, count, flush)
+            pairs = [(cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)) for _ in range(count)]
+            for before, after in pairs:
+                if flush:
+                    self._flush()
+                before.record()
+                loaded.run()
+                after.record()
+            cuda.synchronize()
+            return [before.elapsed_time(after) for before, after in pairs]
+
+    def _by_host(self, loaded: Loaded, count: int, flush: bool) -> list[float]:
+        found = []
+        for _ in range(count):
+            if flush:
+                self._flush()
+            self._torch.cuda.synchronize()
+            start = time.perf_counter()
+            loaded.run()
+            self._torch.cuda.synchronize()
+            found.append(1e3 * (time.perf_counter() - start))
+        return found
+
+    def _flush(self) -> None:
+        if self._flushed is None:
+            self._flushed = self._torch.empty(L2_BYTES, dtype=self._torch.uint8, device=self.device)
+        self._flushed.zero_()
+
+    def kernels(self, loaded: Loaded, count: int) -> dict[str, float]:
+        from torch.profiler import ProfilerActivity, profile
+
+        labels = {node.name for node in loaded.graph.nodes}
+        with self._torch.cuda.device(self._index), self._torch.inference_mode():
+            loaded.run()
+            self._torch.cuda.synchronize()
+            with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+                for _ in range(count):
+                    loaded.run()
+                self._torch.cuda.synchronize()
+        found: dict[str, float] = {}
+        for event in profiler.events():  # a label stands once for the CPU, with the kernels that were launched below it
+            if event.name in labels and event.device_type == self._torch.autograd.DeviceType.CPU:
+                found[event.name] = found.get(event.name, 0.0) + _device_us(event) / 1000 / count
+        return found
+
+
+def runs_on(built: Sequence[str], major: int, minor: int) -> bool:
+    """Whether kernels for some of these architectures (sm_90, compute_90) run on a GPU of that compute capability:
+    binaries do on their own generation from their version on, intermediate code on everything newer."""
+    for arch in built:
+        kind, _, number = arch.partition("_")
+        version = int(number.rstrip("af"))
+        if kind == "sm" and version // 10 == major and version % 10 <= minor:
+            return True
+        if kind == "compute" and version <= 10 * major + minor:
+            return True
+    return False
+
+
+def _device_us(event: Any) -> float:
+    total = getattr(event, "device_time_total", None)  # cuda_time_total before PyTorch 2.5
+    return float(event.cuda_time_total if total is None else total)
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def harmful(states: Sequence[GpuState]) -> list[str]:
+    """Why times between these states are worthless; empty where they are not."""
+    return sorted({why for state in states for why in state.slowed if why in SLOWED.values()})

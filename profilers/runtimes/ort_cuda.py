@@ -1,0 +1,96 @@
+"""ONNX Runtime on a GPU, by its CUDA or TensorRT execution provider."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import onnxruntime
+
+from profilers.builders.onnx import build
+from profilers.builders.weights import Weights
+from profilers.device import DeviceConfig
+from profilers.errors import DeviceError, UserError
+from profilers.gpu import Loaded
+from profilers.ops import OpGraph
+from profilers.runtimes import torch_cuda
+
+PROVIDERS = {"cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+
+
+def version(config: DeviceConfig) -> str:
+    if config.provider not in PROVIDERS:
+        raise UserError(f"device {config.name}: unknown provider {config.provider!r}; known: {', '.join(PROVIDERS)}")
+    if config.execution != "eager" or config.layout != "channels_first":
+        raise UserError(f"device {config.name}: execution and layout are PyTorch's: leave them out for onnxruntime")
+    if config.dtype == "bfloat16":
+        raise UserError(f"device {config.name}: onnxruntime is measured with float32, tf32 or float16, not bfloat16")
+    wanted, there = PROVIDERS[config.provider], onnxruntime.get_available_providers()
+    if wanted not in there:
+        raise DeviceError(
+            f"onnxruntime {onnxruntime.__version__} has no {wanted} (it has {', '.join(there)}): pip install "
+            "onnxruntime-gpu in place of onnxruntime"
+        )
+    return f"{onnxruntime.__version__} {config.provider}"
+
+
+@contextmanager
+def settings(config: DeviceConfig) -> Iterator[None]:
+    yield  # all of them belong to a session
+
+
+def _half(model: bytes) -> bytes:
+    import onnx
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    converted: bytes = convert_float_to_float16(onnx.load_from_string(model)).SerializeToString()
+    return converted
+
+
+def loaded(graph: OpGraph, weights: Weights, config: DeviceConfig, device: str, *, labelled: bool = False) -> Loaded:
+    import torch
+
+    model = build(graph, weights)
+    if config.dtype == "float16":
+        model = _half(model)
+    index, stream = torch.device(device).index or 0, torch.cuda.current_stream(device)
+    cuda = {
+        "device_id": index,
+        "user_compute_stream": str(stream.cuda_stream),  # the one that the events are recorded on
+        "use_tf32": int(config.dtype == "tf32"),
+        "cudnn_conv_algo_search": "EXHAUSTIVE",
+    }
+    providers: list[Any] = [(PROVIDERS["cuda"], cuda)]
+    if config.provider == "tensorrt":
+        half = {"trt_fp16_enable": config.dtype == "float16"}
+        providers.insert(
+            0, (PROVIDERS["tensorrt"], {key: cuda[key] for key in ("device_id", "user_compute_stream")} | half)
+        )
+        os.environ["NVIDIA_TF32_OVERRIDE"] = str(cuda["use_tf32"])
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(model, options, providers=providers)
+    binding = session.io_binding()
+    values = torch_cuda.inputs_of(graph, config, device)
+    for source, value in zip(session.get_inputs(), values, strict=True):
+        element = "float16" if config.dtype == "float16" else "float32"
+        binding.bind_input(source.name, "cuda", index, _numpy(element), tuple(value.shape), value.data_ptr())
+    for output in session.get_outputs():
+        binding.bind_output(output.name, "cuda", index)
+    run_options = onnxruntime.RunOptions()
+    run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+    kept = values  # the session reads their memory
+
+    def run() -> object:
+        session.run_with_iobinding(binding, run_options)
+        return kept
+
+    return Loaded(graph, run)
+
+
+def _numpy(name: str) -> Any:
+    import numpy as np
+
+    return getattr(np, name)

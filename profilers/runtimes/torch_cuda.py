@@ -1,0 +1,87 @@
+"""PyTorch on a GPU: eager, compiled, or replayed as a CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from profilers.builders.torch import Network
+from profilers.builders.weights import Weights
+from profilers.device import DeviceConfig
+from profilers.errors import UserError
+from profilers.gpu import Loaded
+from profilers.ops import OpGraph
+
+EXECUTIONS = ("eager", "compile", "graph")
+DTYPES = {"float32": torch.float32, "tf32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+WARM_UPS = 3  #: before a graph is captured: libraries choose algorithms and take memory
+
+
+def version(config: DeviceConfig) -> str:
+    if config.execution not in EXECUTIONS:
+        raise UserError(f"device {config.name}: unknown execution {config.execution!r}; known: {', '.join(EXECUTIONS)}")
+    return f"{torch.__version__} CUDA {torch.version.cuda} cuDNN {torch.backends.cudnn.version()} {config.execution}"
+
+
+@contextmanager
+def settings(config: DeviceConfig) -> Iterator[None]:
+    """PyTorch's switches as the configuration wants them, and back again."""
+    tf32 = config.dtype == "tf32"
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
+    matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = tf32, tf32, True
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before
+
+
+def inputs_of(graph: OpGraph, config: DeviceConfig, device: str) -> list[torch.Tensor]:
+    """Fixed random numbers of the network's input shapes."""
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for shape in graph.inputs.values():
+        value = torch.randn(graph.nodes[0].op.batch, *shape, generator=generator).to(device, DTYPES[config.dtype])
+        made.append(_laid_out(value, config))
+    return made
+
+
+def _laid_out(value: torch.Tensor, config: DeviceConfig) -> torch.Tensor:
+    last = config.layout == "channels_last" and value.dim() == 4
+    return value.contiguous(memory_format=torch.channels_last) if last else value
+
+
+def loaded(graph: OpGraph, weights: Weights, config: DeviceConfig, device: str, *, labelled: bool = False) -> Loaded:
+    module = Network(graph, weights, labelled=labelled).eval().to(device, DTYPES[config.dtype])
+    for name, value in list(module.named_buffers()):
+        if value.dim() == 4:
+            setattr(module, name, _laid_out(value, config))
+    inputs = inputs_of(graph, config, device)
+    if labelled or config.execution == "eager":
+        return Loaded(graph, lambda: module(*inputs))
+    if config.execution == "compile":
+        compiled: Any = torch.compile(module, dynamic=False)
+        return Loaded(graph, lambda: compiled(*inputs))
+    return Loaded(graph, _captured(module, inputs, device))
+
+
+def _captured(module: Network, inputs: list[torch.Tensor], device: str) -> Callable[[], object]:
+    """A function that replays the network's kernels, launched at once."""
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream), torch.inference_mode():
+        for _ in range(WARM_UPS):
+            module(*inputs)
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.inference_mode(), torch.cuda.graph(graph):
+        outputs = module(*inputs)
+
+    def replay() -> object:
+        graph.replay()
+        return outputs
+
+    return replay

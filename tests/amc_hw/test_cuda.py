@@ -1,0 +1,97 @@
+"""The commands on a GPU that is not there, and what they say where there is none."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from fake_gpu import FakeGpu
+from torch import nn
+
+from amc_hw.errors import DeviceError, UserError
+from amc_hw.task import accuracy, check_eval_device
+from profilers.targets.cuda import CudaTarget
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+needs_none = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU")
+SUBJECT = ("--device", "cuda-batch50", "--model", "nets.py:tiny")
+DATA = ("--data", "npz:images.npz")
+
+
+@pytest.fixture
+def here(profiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copytree(profiled, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
+    gpu = FakeGpu()
+    monkeypatch.setattr("profilers.targets.cuda.TorchGpu", lambda name: gpu)
+    monkeypatch.setattr(CudaTarget, "time_in_fresh_process", CudaTarget.time_networks)
+    return gpu
+
+
+@pytest.mark.slow
+def test_profile_search_and_measure_on_a_gpu(here: Path, fake_gpu: FakeGpu, amc_hw: Callable) -> None:
+    profiled = amc_hw("profile", *SUBJECT, "--max-minutes", "1", "--json")
+    assert profiled.code == 0, profiled.err
+    assert json.loads(profiled.out)["error_pct"] < 5
+    header = json.loads(Path("latency_tables/cuda-batch50.jsonl").read_text().splitlines()[0])
+    assert header["identity"]["soc"] == "NVIDIA TITAN Xp" and header["identity"]["batch"] == 50
+    searched = amc_hw("search", *SUBJECT, *DATA, "--latency-ratio", "0.7", "--episodes", "4", "--json")
+    assert searched.code == 0, searched.err
+    found = json.loads(searched.out)
+    assert found["measured_ms"] <= 0.7 * found["baseline_ms"] * 1.02
+    measured = json.loads(amc_hw("measure", "--policy", found["policy"], "--json").out)
+    assert measured["speedup"] == pytest.approx(found["speedup"], rel=0.02)
+
+
+def test_a_type_that_a_device_does_not_have_is_a_line(here: Path, amc_hw: Callable) -> None:
+    done = amc_hw("profile", "--device", "host", "--model", "nets.py:tiny", "--dtype", "bfloat16")
+    assert done.code == 2 and "on this machine float32 and int8 are measured, not bfloat16" in done.mistake
+
+
+@needs_none
+@pytest.mark.parametrize("command", ["profile", "measure", "search"])
+def test_without_a_gpu_the_exit_code_is_3(here: Path, amc_hw: Callable, command: str) -> None:
+    more = {"measure": ("--widths", "8,8,8"), "search": (*DATA, "--latency-ratio", "0.5"), "profile": ()}[command]
+    done = amc_hw(command, "--device", "cuda", "--model", "nets.py:tiny", *more)
+    assert done.code == 3 and "no CUDA GPU is to be seen" in done.mistake
+
+
+# Scores computed on a GPU
+
+
+@needs_none
+def test_a_device_to_score_on_that_is_not_there_is_a_line(here: Path, amc_hw: Callable) -> None:
+    search = ("search", "--device", "fake", "--model", "nets.py:tiny", *DATA, "--latency-ratio", "0.5")
+    done = amc_hw(*search, "--eval-device", "cuda")
+    assert done.code == 3 and done.mistake.startswith("amc-hw: --eval-device cuda: ")
+    done = amc_hw(*search, "--eval-device", "abacus")
+    assert done.code == 2 and done.mistake.startswith("amc-hw: --eval-device abacus: ")
+    assert not Path("runs").exists()
+
+
+def test_what_can_be_scored_on_is_checked() -> None:
+    check_eval_device("cpu")
+    with pytest.raises(UserError):
+        check_eval_device("")
+    if not torch.cuda.is_available():
+        with pytest.raises(DeviceError):
+            check_eval_device("cuda:1")
+
+
+@needs_gpu
+def test_scores_on_a_gpu_are_those_of_the_cpu() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
+    images, labels = torch.randn(2000, 3, 32, 32), torch.randint(10, (2000,))
+    here, there = accuracy(network, images, labels), accuracy(network, images.cuda(), labels.cuda())
+    assert here == pytest.approx(there, abs=0.005)
+    assert next(network.parameters()).device.type == "cpu"

@@ -1,0 +1,316 @@
+"""GPUs: everything but the kernels on a stand-in, and the same on a real one where there is one."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fake_gpu import COOL, FakeGpu, op_ms, sleeps
+
+from profilers.builders import torch as torch_builder
+from profilers.builders.weights import random_weights
+from profilers.device import DeviceConfig, load_device
+from profilers.errors import DeviceError, UserError
+from profilers.gpu import Gpu, TorchGpu, runs_on
+from profilers.multiple import channel_multiple
+from profilers.ops import OpGraph, OpNode, OpSpec
+from profilers.predictor import Predictor
+from profilers.profile import Anchor, ProfileJob, missing_steps
+from profilers.runtimes import ort_cuda, torch_cuda
+from profilers.table import LatencyTable
+from profilers.targets import Network, open_target
+from profilers.targets.cuda import WAITS_S, CudaTarget
+from profilers.timing import TimingPlan
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+PLAN = TimingPlan(rounds=5, burst_s=0.005, min_runs=2, warmup_runs=1)
+CONFIG = DeviceConfig("cuda", "cuda", "torch_cuda", batch=2)
+HOT = replace(COOL, sm_mhz=900, temperature_c=92, slowed=("thermal slowdown",))
+
+
+@pytest.fixture(params=["fake", pytest.param("real", marks=needs_gpu)])
+def gpu(request: pytest.FixtureRequest) -> Gpu:
+    return FakeGpu() if request.param == "fake" else TorchGpu()
+
+
+def network(channels: int = 16, size: int = 16, batch: int = 2) -> OpGraph:
+    """A stem, a depthwise and a pointwise convolution, a sum, a classifier."""
+    stem = OpSpec("conv", (3,), size, size, channels, (3, 3), padding=(1, 1), activation="relu", batch=batch)
+    depthwise = OpSpec(
+        "depthwise_conv", (channels,), size, size, channels, (3, 3), padding=(1, 1), groups=channels, batch=batch
+    )
+    nodes = (
+        OpNode("stem", stem, (OpGraph.INPUT,)),
+        OpNode("block.depthwise", replace(depthwise, activation="relu6"), ("stem",)),
+        OpNode("block.pointwise", OpSpec("conv", (channels,), size, size, channels, batch=batch), ("block.depthwise",)),
+        OpNode("sum", OpSpec("add", (channels,) * 2, size, size, channels, batch=batch), ("block.pointwise", "stem")),
+        OpNode("pool", OpSpec("global_avg_pool", (channels,), size, size, channels, batch=batch), ("sum",)),
+        OpNode("classes", OpSpec("linear", (channels,), 1, 1, 10, batch=batch), ("pool",)),
+    )
+    return OpGraph(nodes, (3, size, size), ("classes",))
+
+
+# Times
+
+
+def test_times_are_of_every_network_and_round(gpu: Gpu) -> None:
+    target = CudaTarget(CONFIG, gpu)
+    samples = target.time_networks([Network(network(8)), Network(network(64, 64))], PLAN, seed=0)
+    assert [len(each) for each in samples] == [5, 5]
+    assert all(math.isfinite(ms) and ms > 0 for each in samples for ms in each)
+    assert np.median(samples[0]) < np.median(samples[1])
+    again = target.time_networks([Network(network(64, 64))], PLAN, seed=1)
+    assert np.median(again[0]) == pytest.approx(np.median(samples[1]), rel=0.3)
+
+
+def test_clocks_have_risen_before_anything_counts() -> None:
+    gpu = FakeGpu(cold=200)
+    (samples,) = CudaTarget(CONFIG, gpu).time_networks([Network(network())], PLAN, seed=0)
+    truth = 0.01 + sum(map(op_ms, network().ops))
+    assert samples == pytest.approx([truth] * 5, rel=0.01)
+
+
+@pytest.mark.parametrize(("clock", "flush"), [("events", False), ("host", False), ("events", True)])
+def test_choices_reach_the_gpu_and_the_identity(clock: str, flush: bool) -> None:
+    gpu = FakeGpu()
+    target = CudaTarget(replace(CONFIG, clock=clock, flush_l2=flush), gpu)
+    target.time_networks([Network(network())], PLAN, seed=0)
+    assert {asked[1:] for asked in gpu.asked} == {(flush, clock == "host")}
+    identities = {
+        CudaTarget(replace(CONFIG, **change), gpu).identity()
+        for change in ({}, {"clock": "host"}, {"flush_l2": True}, {"layout": "channels_last"}, {"execution": "graph"})
+    }
+    assert len(identities) == 5
+    assert (
+        len({CudaTarget(replace(CONFIG, **each), gpu).identity() for each in ({}, {"batch": 50}, {"dtype": "tf32"})})
+        == 3
+    )
+    assert "GPU-0" not in str(identities)
+
+
+def test_a_bursts_runs_follow_from_how_long_one_takes() -> None:
+    gpu = FakeGpu(cold=0)
+    CudaTarget(CONFIG, gpu).time_networks([Network(network(8)), Network(network(256, 64))], PLAN, seed=0)
+    counts = [count for count, *_ in gpu.asked[2:]]
+    assert min(counts) >= PLAN.min_runs and len(set(counts)) > 1
+
+
+# A GPU that is hot, busy, too small, or another
+
+
+def test_rounds_in_which_the_gpu_slowed_down_are_measured_again() -> None:
+    slept, sleep = sleeps()
+    gpu = FakeGpu(states=(COOL, COOL, COOL, HOT, HOT, HOT, COOL))
+    target = CudaTarget(CONFIG, gpu, sleep=sleep)
+    with pytest.warns(UserWarning, match="the GPU slows down .thermal slowdown.: measuring again in 1 s"):
+        (samples,) = target.time_networks([Network(network())], PLAN, seed=0)
+    assert len(samples) == 5 and slept == list(WAITS_S[:2])
+
+
+def test_a_gpu_that_keeps_slowing_down_is_given_up() -> None:
+    slept, sleep = sleeps()
+    target = CudaTarget(CONFIG, FakeGpu(states=(HOT,)), sleep=sleep)
+    with pytest.warns(UserWarning), pytest.raises(DeviceError, match="keeps slowing down .thermal slowdown.: let it"):
+        target.time_networks([Network(network())], PLAN, seed=0)
+    assert slept == list(WAITS_S)
+    assert not {probe.name: probe for probe in target.probes()}["clocks"].ok
+
+
+def test_the_ordinary_power_limit_is_recorded_and_no_reason_to_stop() -> None:
+    target = CudaTarget(CONFIG, FakeGpu(states=(replace(COOL, slowed=("power",)),)))
+    assert target.time_networks([Network(network())], PLAN, seed=0)
+    assert target.conditions()["slowed"] == ["power"]
+
+
+def test_a_gpu_that_others_use_is_refused_or_said() -> None:
+    gpu = FakeGpu(others=("process 42", "97% in use"))
+    target = CudaTarget(CONFIG, gpu)
+    with pytest.raises(DeviceError, match=r"the GPU is busy .process 42, 97% in use.: .* 'shared = true'"):
+        target.time_networks([Network(network())], PLAN, seed=0)
+    assert not gpu.asked and [probe.name for probe in target.probes() if not probe.ok] == ["others"]
+    with pytest.warns(UserWarning, match="others use the GPU"):
+        assert CudaTarget(replace(CONFIG, shared=True), gpu).time_networks([Network(network())], PLAN, seed=0)
+    assert target.provenance()["others"] == ["process 42", "97% in use"]
+
+
+def test_a_network_that_does_not_fit_is_a_line() -> None:
+    target = CudaTarget(CONFIG, FakeGpu(memory=10_000))
+    with pytest.raises(
+        DeviceError, match="memory .12000 MiB. is too small for batch 2: set a smaller 'batch'"
+    ) as caught:
+        target.time_networks([Network(network(64, 64))], PLAN, seed=0)
+    assert caught.value.exit_code == 3 and "\n" not in str(caught.value)
+
+
+def test_another_gpu_than_the_configurations_is_refused() -> None:
+    assert CudaTarget(load_device("titan-xp"), FakeGpu()).identity().batch == 50
+    with pytest.raises(DeviceError, match="the GPU here is a NVIDIA TITAN Xp, device h100 is a H100: --device cuda"):
+        CudaTarget(load_device("h100"), FakeGpu()).identity()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"runtime": "litert"}, "runtime is one of torch_cuda, onnxruntime, not 'litert'"),
+        ({"dtype": "int8"}, "dtype is one of float32, tf32, float16, bfloat16, not 'int8'"),
+        ({"layout": "rows"}, "layout is one of channels_first, channels_last, not 'rows'"),
+        ({"clock": "sun"}, "clock is one of events, host, not 'sun'"),
+        ({"execution": "slow"}, "unknown execution 'slow'; known: eager, compile, graph"),
+        ({"runtime": "onnxruntime", "provider": "x"}, "unknown provider 'x'; known: cuda, tensorrt"),
+        ({"runtime": "onnxruntime", "execution": "graph"}, "execution and layout are PyTorch's"),
+        ({"runtime": "onnxruntime", "dtype": "bfloat16"}, "float32, tf32 or float16, not bfloat16"),
+    ],
+)
+def test_choices_that_are_none_are_named(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        CudaTarget(replace(CONFIG, **change), FakeGpu()).identity()
+
+
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+def test_a_provider_that_is_not_installed_is_told(provider: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ort_cuda.onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    target = CudaTarget(replace(CONFIG, runtime="onnxruntime", provider=provider), FakeGpu())
+    with pytest.raises(DeviceError, match=f"(?i)has no {provider}.*it has CPUExecutionProvider.*onnxruntime-gpu"):
+        target.identity()
+    assert [probe.ok for probe in target.probes()] == [True, False]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU")
+def test_without_a_gpu_a_line_says_so() -> None:
+    target = open_target(load_device("cuda"))
+    with pytest.raises(DeviceError, match="no CUDA GPU is to be seen .PyTorch .*: check 'nvidia-smi'") as caught:
+        target.identity()
+    assert caught.value.exit_code == 3
+    assert [probe.ok for probe in target.probes()] == [False]
+
+
+@pytest.mark.parametrize(
+    ("built", "capability", "runs"),
+    [
+        (["sm_50", "sm_60", "sm_70"], (6, 1), True),
+        (["sm_75", "sm_80", "sm_90"], (6, 1), False),
+        (["sm_80"], (8, 9), True),
+        (["sm_86"], (8, 0), False),
+        (["sm_90a"], (9, 0), True),
+        (["sm_90", "compute_90"], (12, 0), True),
+        (["sm_100", "sm_120"], (9, 0), False),
+    ],
+)
+def test_which_kernels_run_where(built: list[str], capability: tuple[int, int], runs: bool) -> None:
+    assert runs_on(built, *capability) is runs
+
+
+# The network itself
+
+
+@pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_loaded_network_computes_the_network(layout: str, dtype: str) -> None:
+    graph, weights = network(), random_weights(network())
+    config = replace(CONFIG, layout=layout, dtype=dtype)
+    loaded = torch_cuda.loaded(graph, weights, config, "cpu")
+    plain = torch_builder.Network(graph, weights)(*torch_cuda.inputs_of(graph, CONFIG, "cpu"))[0]
+    found = loaded.run()[0]  # type: ignore[index]
+    assert found.dtype == torch_cuda.DTYPES[dtype]
+    assert torch.allclose(
+        found.float(), plain, rtol=1e-4 if dtype == "float32" else 0.05, atol=1e-4 if dtype == "float32" else 0.1
+    )
+
+
+def test_switches_are_set_back() -> None:
+    before = torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    with pytest.raises(ValueError), torch_cuda.settings(replace(CONFIG, dtype="tf32")):
+        assert torch.backends.cudnn.benchmark and torch.backends.cudnn.allow_tf32
+        raise ValueError
+    after = torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    assert after == before
+
+
+def test_operators_are_read_in_context_from_eager_pytorch_alone(gpu: Gpu) -> None:
+    found = CudaTarget(CONFIG, gpu).profile_ops(network(64, 32), time_s=0.1)
+    assert found is not None and set(found) == {node.name for node in network().nodes}
+    assert all(ms > 0 for ms in found.values())
+    for change in ({"execution": "graph"}, {"runtime": "onnxruntime"}):
+        assert CudaTarget(replace(CONFIG, **change), gpu).profile_ops(network(), time_s=0.1) is None
+
+
+# A table
+
+
+def job(batch: int = 2) -> ProfileJob:
+    grid = tuple(range(8, 129, 8))
+    fine = tuple(range(8, 129))
+    return ProfileJob(lambda widths: network(widths[0], batch=batch), (grid,), (fine,), networks=24, calibration=12)
+
+
+def test_a_table_predicts_and_shows_the_waves(tmp_path: Path) -> None:
+    target = CudaTarget(CONFIG, FakeGpu())
+    table = LatencyTable.open(tmp_path / "cuda.jsonl", target.identity(), target.provenance())
+    anchor = Anchor(target, job().unpruned, table)
+    for step in missing_steps(job(), table, target):
+        table.append(step.run(anchor))
+    assert {row.context for row in table.of_type("op")} == {"in_context"}
+    assert table.rows[0].details["conditions"]["sm_mhz"] == COOL.sm_mhz
+    predictor = Predictor(table, target.lower)
+    errors = [
+        abs(predictor.predict(network(width)) / (0.01 + sum(map(op_ms, network(width).ops))) - 1)
+        for width in (24, 60, 104)
+    ]
+    assert max(errors) < 0.1, errors
+    assert channel_multiple(table) == 32
+
+
+# On a GPU
+
+
+@needs_gpu
+@pytest.mark.parametrize("execution", ["eager", "compile", "graph"])
+@pytest.mark.parametrize("dtype", ["float32", "tf32", "float16", "bfloat16"])
+def test_every_execution_and_type_runs(execution: str, dtype: str) -> None:
+    target = CudaTarget(replace(CONFIG, execution=execution, dtype=dtype, layout="channels_last"))
+    (samples,) = target.time_networks([Network(network(32, 32))], PLAN, seed=0)
+    assert min(samples) > 0
+
+
+@needs_gpu
+@pytest.mark.skipif(importlib.util.find_spec("pynvml") is None, reason="NVML is not installed")
+def test_a_real_gpu_tells_what_it_is_and_how_it_does() -> None:
+    gpu = TorchGpu()
+    assert gpu.info().memory_mb > 1000 and gpu.state().sm_mhz > 0
+    by_uuid = TorchGpu(gpu.info().uuid)
+    assert by_uuid.info() == gpu.info()
+    with pytest.raises(DeviceError, match="there is no GPU '99': give an index below"):
+        TorchGpu("99")
+    assert all(probe.ok for probe in CudaTarget(CONFIG, gpu).probes() if probe.name != "others")
+
+
+@needs_gpu
+def test_a_fresh_process_gives_the_same_times() -> None:
+    target = CudaTarget(CONFIG)
+    networks = [Network(network(64, 64)), Network(network(32, 64), random_weights(network(32, 64)))]
+    here, there = target.time_networks(networks, PLAN, seed=0), target.time_in_fresh_process(networks, PLAN, seed=0)
+    for one, other in zip(here, there, strict=True):
+        assert np.median(one) == pytest.approx(np.median(other), rel=0.3)
+
+
+@needs_gpu
+def test_too_large_a_batch_is_a_line_and_the_next_network_runs() -> None:
+    target = CudaTarget(replace(CONFIG, batch=200_000))
+    with pytest.raises(DeviceError, match="is too small for batch 200000"):
+        target.time_networks([Network(network(512, 224, batch=200_000))], PLAN, seed=0)
+    assert CudaTarget(CONFIG).time_networks([Network(network())], PLAN, seed=0)
+
+
+@needs_gpu
+@pytest.mark.skipif("CUDAExecutionProvider" not in ort_cuda.onnxruntime.get_available_providers(), reason="CPU build")
+@pytest.mark.parametrize("dtype", ["float32", "tf32", "float16"])
+def test_onnxruntime_runs_on_the_gpu(dtype: str) -> None:
+    target = CudaTarget(replace(CONFIG, runtime="onnxruntime", dtype=dtype))
+    (samples,) = target.time_networks([Network(network(32, 32))], PLAN, seed=0)
+    assert min(samples) > 0
