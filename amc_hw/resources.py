@@ -131,8 +131,8 @@ def params_model(graph: LayerGraph, grids: Sequence[Sequence[int]]) -> CostModel
 def latency_model(
     graph: LayerGraph, grids: Sequence[Sequence[int]], predictor: Predictor, *, batch: int = 1
 ) -> CostModel:
-    """Predicted milliseconds for one inference of `batch` images, from a latency table; the noise is the predictor's known
-    error.
+    """Predicted milliseconds of one inference of `batch` images, from a latency table; the noise is the predictor's
+    known error.
 
     Raises UserError for an operator that depends on so many groups that its table would not fit.
     """
