@@ -22,6 +22,7 @@ from amc_hw.graph import LayerGraph
 from amc_hw.plots import check_picture, save_predictions
 from amc_hw.policy import Policy, load_policy
 from amc_hw.pretrain import DEFAULT_DATA, DEFAULT_MODEL, checkpoint_for
+from amc_hw.report import write_report
 from amc_hw.search.loop import METHODS
 from amc_hw.subject import (
     Subject,
@@ -92,6 +93,7 @@ __all__ = [
     "setup_device",
     "show_table",
     "validate",
+    "write_report",
 ]
 
 TOLERANCE_PCT, MAX_MINUTES = 4.0, 10.0  #: of `profile`

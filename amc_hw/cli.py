@@ -713,6 +713,20 @@ def _compare_lines(r: dict[str, Any]) -> list[str]:
 
 
 @cli.command()
+@click.argument("run", type=_PATH)
+@_options("json")
+@click.option("--out", type=_PATH, help="The page to write; default: report.html in the folder.")
+def report(run: Path, out: Path | None, as_json: bool) -> None:
+    """One HTML page of a search's or a comparison's folder: what was found, on which evidence, how to make it again.
+
+    \b
+    amc-hw report runs/mobilenet_v1-host-latency_ratio0.5-1
+    amc-hw report runs/compare --out compare.html
+    """
+    _print(api.write_report(run, out), as_json, lambda r: [f"wrote {r['file']}"])
+
+
+@cli.command()
 @click.option("--policy", type=_PATH, required=True, help="A policy.json of a search.")
 @click.option("--format", "file_format", type=click.Choice(api.FORMATS), required=True)
 @click.option("--out", type=_PATH, required=True, help="The file to write.")

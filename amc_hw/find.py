@@ -84,7 +84,8 @@ class SearchConfig:
         if not given and self.reward != "err":
             return None
         if len(given) != 1:
-            raise UserError("give one of --latency-ms, --latency-ratio, --flops-ratio, --params-ratio")
+            flags = [f"--{name.replace('_', '-')}" for name, _ in given or [(name, None) for name in BUDGETS]]
+            raise UserError(f"give {'only ' if given else ''}one of {', '.join(flags)}")
         if given[0][0].endswith("_ratio"):
             check_ratio(given[0][1])
         return given[0]

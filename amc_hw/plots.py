@@ -1,4 +1,4 @@
-"""Pictures of measurements, as SVG or PNG by the file's name."""
+"""Pictures of measurements: files, SVG or PNG by their name, or the bytes of an SVG."""
 
 from __future__ import annotations
 
@@ -19,27 +19,32 @@ def check_picture(path: Path) -> None:
         raise UserError(f"{path}: a picture's name ends in .svg or .png")
 
 
-def _axes(path: Path) -> tuple[Any, Any]:
-    check_picture(path)
+def _axes(*, size: tuple[float, float] = (6.4, 4.4)) -> tuple[Any, Any]:
     import matplotlib
     from matplotlib.figure import Figure
 
     matplotlib.rcParams["svg.hashsalt"] = "amc-hw"  # the same picture is the same file
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
     return figure, figure.subplots()
 
 
-def _save(figure: Any, path: Path) -> None:
+def _drawn(figure: Any, kind: str = "svg") -> bytes:
     data = io.BytesIO()
-    figure.savefig(data, format=path.suffix[1:], dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
-    write_whole(path, data.getvalue())
+    figure.savefig(data, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
+    return data.getvalue()
+
+
+def _save(figure: Any, path: Path) -> None:
+    check_picture(path)
+    write_whole(path, _drawn(figure, path.suffix[1:]))
 
 
 def save_staircase(
     path: Path, title: str, measured: Sequence[tuple[int, float]], widths: np.ndarray, predicted_ms: np.ndarray
 ) -> None:
     """Latency against width: measured (width, ms) as points, what is predicted at every width as a line."""
-    figure, axes = _axes(path)
+    check_picture(path)
+    figure, axes = _axes()
     axes.plot(widths, predicted_ms, drawstyle="steps-mid", linewidth=1, label="predicted")
     axes.plot(*zip(*measured, strict=True), "o", markersize=3, label="measured")
     axes.set(xlabel="channels", ylabel="ms", ylim=(0, None))
@@ -50,7 +55,16 @@ def save_staircase(
 
 def save_pareto(path: Path, title: str, rows: Sequence[dict[str, Any]]) -> None:
     """Accuracy against latency of every row that was measured; one mark per method, hollow for FLOPs budgets."""
-    figure, axes = _axes(path)
+    _save(_pareto(title, rows), path)
+
+
+def pareto(title: str, rows: Sequence[dict[str, Any]]) -> bytes:
+    """As `save_pareto` draws it."""
+    return _drawn(_pareto(title, rows))
+
+
+def _pareto(title: str, rows: Sequence[dict[str, Any]]) -> Any:
+    figure, axes = _axes()
     measured = [row for row in rows if row["measured_ms"] is not None and row["accuracy"] is not None]
     marks = itertools.cycle("os^vDPX*<>")
     for method, mark in zip(dict.fromkeys(row["method"] for row in measured), marks, strict=False):
@@ -62,12 +76,21 @@ def save_pareto(path: Path, title: str, rows: Sequence[dict[str, Any]]) -> None:
     axes.set_title(f"{title} (hollow: FLOPs budgets)", fontsize=8)
     if measured:
         axes.legend(fontsize=7)
-    _save(figure, path)
+    return figure
 
 
 def save_predictions(path: Path, title: str, samples: Sequence[dict[str, Any]]) -> None:
     """Predicted against measured latency of whole networks, with the lines of 5 and 10 percent."""
-    figure, axes = _axes(path)
+    _save(_predictions(title, samples), path)
+
+
+def predictions(title: str, samples: Sequence[dict[str, Any]]) -> bytes:
+    """As `save_predictions` draws it."""
+    return _drawn(_predictions(title, samples))
+
+
+def _predictions(title: str, samples: Sequence[dict[str, Any]]) -> Any:
+    figure, axes = _axes()
     measured = np.array([sample["measured_ms"] for sample in samples])
     predicted = np.array([sample["predicted_ms"] for sample in samples])
     line = np.array([0.0, 1.05 * max(measured.max(), predicted.max())])
@@ -76,5 +99,72 @@ def save_predictions(path: Path, title: str, samples: Sequence[dict[str, Any]]) 
             axes.plot(line, line * (1 + sign * error), style, color="grey", linewidth=0.8)
     axes.plot(measured, predicted, "o", markersize=4)
     axes.set(xlabel="measured ms", ylabel="predicted ms", xlim=line, ylim=line)
-    axes.set_title(f"{title} (dashed 5%, dotted 10%)", fontsize=8)
-    _save(figure, path)
+    axes.set_title(f"{title} (dashed 5%, dotted 10%)".strip(), fontsize=8)
+    return figure
+
+
+def kept_channels(names: Sequence[str], full: Sequence[int], kept: Sequence[int]) -> bytes:
+    """Bars of all channels and of those kept, per group, in order (AMC, figure 3)."""
+    figure, axes = _axes(size=(max(6.4, 0.14 * len(names)), 3.6))
+    at = np.arange(len(names))
+    axes.bar(at, full, color="#d5dae3", label="all")
+    axes.bar(at, kept, color="#2f6fde", label="kept")
+    axes.set(ylabel="channels", xlabel="group", xlim=(-0.7, len(names) - 0.3))
+    _names(axes, names)
+    axes.legend(fontsize=7)
+    return _drawn(figure)
+
+
+def layer_latency(names: Sequence[str], before_ms: Sequence[float], after_ms: Sequence[float]) -> bytes:
+    """Bars of milliseconds per operator, unpruned and pruned."""
+    figure, axes = _axes(size=(max(6.4, 0.14 * len(names)), 3.6))
+    at = np.arange(len(names))
+    axes.bar(at, before_ms, color="#d5dae3", label="unpruned")
+    axes.bar(at, after_ms, color="#2f6fde", label="pruned")
+    axes.set(ylabel="predicted ms", xlabel="operator", xlim=(-0.7, len(names) - 0.3))
+    _names(axes, names)
+    axes.legend(fontsize=7)
+    return _drawn(figure)
+
+
+def _names(axes: Any, names: Sequence[str]) -> None:
+    """Names below the bars, where there is room for them."""
+    if len(names) <= 32:
+        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=6)
+
+
+def chosen_on_staircase(
+    measured: Sequence[tuple[int, float]], widths: np.ndarray, predicted_ms: np.ndarray, chosen: tuple[int, float]
+) -> bytes:
+    """As `save_staircase`, with the (width, ms) that was chosen."""
+    figure, axes = _axes(size=(6.4, 3.0))
+    axes.plot(widths, predicted_ms, drawstyle="steps-mid", linewidth=1, label="predicted")
+    if measured:
+        axes.plot(*zip(*measured, strict=True), "o", markersize=3, label="measured")
+    axes.plot(*chosen, "*", markersize=12, color="#c2410c", label="chosen")
+    axes.set(xlabel="channels", ylabel="ms", ylim=(0, None))
+    axes.legend(fontsize=7)
+    return _drawn(figure)
+
+
+def tried_policies(points: Sequence[tuple[float, float]], chosen_ms: float) -> bytes:
+    """Score against predicted latency of every policy tried, the best up to each latency, and the one chosen."""
+    figure, axes = _axes(size=(6.4, 3.4))
+    ordered = sorted(points)
+    axes.plot(*zip(*ordered, strict=True), ".", markersize=4, color="#8a94a6", label="tried")
+    best = np.maximum.accumulate([score for _, score in ordered])
+    axes.step([cost for cost, _ in ordered], best, where="post", linewidth=1, label="best up to here")
+    axes.axvline(chosen_ms, color="#c2410c", linewidth=1, label="chosen")
+    axes.set(xlabel="predicted ms", ylabel="held-out score")
+    axes.legend(fontsize=7)
+    return _drawn(figure)
+
+
+def learning_curve(scores: Sequence[float]) -> bytes:
+    """Score of every episode in order, and the best so far."""
+    figure, axes = _axes(size=(6.4, 3.0))
+    axes.plot(scores, ".", markersize=3, color="#8a94a6", label="episode")
+    axes.plot(np.maximum.accumulate(scores), linewidth=1, label="best so far")
+    axes.set(xlabel="episode", ylabel="held-out score")
+    axes.legend(fontsize=7)
+    return _drawn(figure)

@@ -18,7 +18,7 @@ from amc_hw.models import LoadedModel, load_model
 from amc_hw.policy import Policy, load_policy
 from amc_hw.prune import slice_channels
 from amc_hw.resources import Grids
-from amc_hw.specs import one_line
+from amc_hw.specs import one_line, parse_spec
 from profilers.device import DeviceConfig, load_device, search_folders
 from profilers.multiple import channel_multiple as detect_multiple
 from profilers.ops import OpGraph
@@ -69,6 +69,16 @@ def load_graph(
     return loaded, build_graph(loaded.module, loaded.input_shape, examples=loaded.example_inputs, keep=keep)
 
 
+def _found_near(model: str, policy: Path) -> str:
+    """A model that a file of the user's own makes, its file looked for in the working directory, then in the folders
+    above the policy: where its search was run."""
+    spec = parse_spec(model)
+    if not spec.is_file or Path(spec.name).exists():
+        return model
+    above = (folder / spec.name for folder in policy.resolve().parents)
+    return next((str(replace(spec, name=str(path))) for path in above if path.exists()), model)
+
+
 @dataclass(frozen=True)
 class Pruned:
     """The network of a policy: the unpruned one, its graph, and the pruned module with its weights, in eval mode."""
@@ -86,7 +96,8 @@ class Pruned:
 def open_pruned(path: Path) -> Pruned:
     """The network of a `policy.json` and the weights beside it; UserError where they do not fit each other."""
     found = load_policy(path)
-    model, graph = load_graph(found.model, input_shape=found.input_shape, keep=found.keep)
+    model, graph = load_graph(_found_near(found.model, path), input_shape=found.input_shape, keep=found.keep)
+    model = replace(model, spec=found.model)
     try:
         kept = {name: np.array(channels) for name, channels in found.kept.items()}
         module = slice_channels(model.module, graph, kept)
@@ -188,7 +199,8 @@ def read_table(subject: Subject) -> LatencyTable:
     if not path.exists() and others:
         LatencyTable.read(others[0]).require_identity(identity)
     if not path.exists() or LatencyTable.read_identity(path) is None:
-        raise TableError(f"no latency table {path}: measure one with 'amc-hw profile'")
+        asked = f"amc-hw profile --device {subject.device.name} --model {subject.model.spec}"
+        raise TableError(f"no latency table {path}: measure one with '{asked}'")
     table = LatencyTable.read(path)
     table.require_identity(identity)
     return table

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -27,6 +26,8 @@ def version(config: DeviceConfig) -> str:
         raise UserError(f"device {config.name}: execution and layout are PyTorch's: leave them out for onnxruntime")
     if config.dtype == "bfloat16":
         raise UserError(f"device {config.name}: onnxruntime is measured with float32, tf32 or float16, not bfloat16")
+    if config.provider == "tensorrt" and config.dtype == "float32":
+        raise UserError(f'device {config.name}: TensorRT computes float32 networks in TF32: set dtype = "tf32"')
     wanted, there = PROVIDERS[config.provider], onnxruntime.get_available_providers()
     if wanted not in there:
         raise DeviceError(
@@ -68,7 +69,6 @@ def loaded(graph: OpGraph, weights: Weights, config: DeviceConfig, device: str, 
         providers.insert(
             0, (PROVIDERS["tensorrt"], {key: cuda[key] for key in ("device_id", "user_compute_stream")} | half)
         )
-        os.environ["NVIDIA_TF32_OVERRIDE"] = str(cuda["use_tf32"])
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(model, options, providers=providers)

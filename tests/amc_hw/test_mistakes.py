@@ -720,6 +720,7 @@ KEYS: dict[str, set[str]] = {
         "dtype",
     },
     "export": {"file", "bytes", "max_abs_diff"},
+    "report": {"file"},
     "check": {"accuracy", "groups", "frozen", "measurements_missing", "profile_minutes", "search_minutes"},
     "compare": {"rows"},  # tests/amc_hw/test_compare.py
     "finetune": {"accuracy_before", "accuracy_after"},  # tests/amc_hw/test_finetune.py
@@ -762,6 +763,7 @@ def test_json_is_one_object_with_the_keys_of_the_contract(here: Path, amc_hw: Ru
     low, high = measured["speedup_ci95"]
     assert low <= measured["speedup"] <= high and measured["p90_ms"] >= measured["pruned_ms"]
     assert measured["pruned_ms"] == pytest.approx(searched["measured_ms"], rel=0.01)
+    assert Path(found("report", "run")["file"]).read_text().startswith("<!doctype html>")
     exported = found("export", "--policy", searched["policy"], "--format", "onnx", "--out", "small.onnx")
     assert exported["bytes"] == Path(exported["file"]).stat().st_size and exported["max_abs_diff"] < 1e-4
     assert set(KEYS) == set(command_line.cli.commands)  # a new command stands here, too

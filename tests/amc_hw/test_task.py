@@ -257,6 +257,11 @@ def test_a_segmenter_is_searched_under_its_own_score(tmp_path: Path, monkeypatch
     assert "score" in done.err
     pruned = load_pruned("run/policy.json")
     assert set(pruned(torch.zeros(1, 1, 16, 16))) == {"mask"}
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")  # its file is found from the policy on
+    again = load_pruned("../run/policy.json")
+    assert torch.equal(again(torch.ones(1, 1, 16, 16))["mask"], pruned(torch.ones(1, 1, 16, 16))["mask"])
+    monkeypatch.chdir(tmp_path)
     exported = amc_hw("export", "--policy", "run/policy.json", "--format", "onnx", "--out", "small.onnx", "--json")
     assert json.loads(exported.out)["max_abs_diff"] < 1e-3
 

@@ -163,6 +163,7 @@ def test_another_gpu_than_the_configurations_is_refused() -> None:
         ({"clock": "sun"}, "clock is one of events, host, not 'sun'"),
         ({"execution": "slow"}, "unknown execution 'slow'; known: eager, compile, graph"),
         ({"runtime": "onnxruntime", "provider": "x"}, "unknown provider 'x'; known: cuda, tensorrt"),
+        ({"runtime": "onnxruntime", "provider": "tensorrt"}, "TensorRT computes float32 networks in TF32: set dtype"),
         ({"runtime": "onnxruntime", "execution": "graph"}, "execution and layout are PyTorch's"),
         ({"runtime": "onnxruntime", "dtype": "bfloat16"}, "float32, tf32 or float16, not bfloat16"),
     ],
@@ -175,7 +176,7 @@ def test_choices_that_are_none_are_named(change: dict[str, Any], words: str) -> 
 @pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
 def test_a_provider_that_is_not_installed_is_told(provider: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ort_cuda.onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
-    target = CudaTarget(replace(CONFIG, runtime="onnxruntime", provider=provider), FakeGpu())
+    target = CudaTarget(replace(CONFIG, runtime="onnxruntime", provider=provider, dtype="tf32"), FakeGpu())
     with pytest.raises(DeviceError, match=f"(?i)has no {provider}.*it has CPUExecutionProvider.*onnxruntime-gpu"):
         target.identity()
     assert [probe.ok for probe in target.probes()] == [True, False]
