@@ -211,15 +211,16 @@ class AdbDevice:
 
     def push(self, data: bytes, path: str, *, executable: bool = False) -> None:
         """Write a file, whole and with the right bytes or not at all."""
-        part, wanted = shlex.quote(f"{path}.part"), hashlib.sha256(data).hexdigest()
+        part, whole, wanted = shlex.quote(f"{path}.part"), shlex.quote(path), hashlib.sha256(data).hexdigest()
+        mode = f"chmod 755 {part}; " if executable else ""
+        moved = (  # repeatable: what moved the file may have been cut before it could say so
+            f'case "$(sha256sum < {part})" in {wanted}*) {mode}mv -f {part} {whole} ;; esac; '
+            f'case "$(sha256sum < {whole})" in {wanted}*) ;; *) exit 1 ;; esac'
+        )
         for _ in range(RETRIES):
             self._with_link(lambda link: link.send(data, f"{path}.part"))
-            if self._checksum(f"{path}.part") == wanted:
-                # repeatable: what moved the file may have been cut before it could say so
-                mode = f"chmod 755 {part}; " if executable else ""
-                self.try_run(f"{mode}mv -f {part} {shlex.quote(path)}")
-                if self._checksum(path) == wanted:
-                    return
+            if self.try_run(moved)[0] == 0:
+                return
         self.try_run(f"rm -f {part}")
         _, room = self.try_run(f"df -h {shlex.quote(str(Path(path).parent))} | tail -1")
         raise DeviceError(f"{self.name}: {path} does not arrive whole; is the device full? ({room.strip()[:80]})")

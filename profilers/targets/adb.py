@@ -205,9 +205,9 @@ class AdbTarget:
         self.device.run(f"mkdir -p {shlex.quote(folder)}")
         names = [f"{hashlib.sha256(model).hexdigest()[:24]}{self.runtime.SUFFIX}" for model in models]
         there = set(self.device.run(f"ls {shlex.quote(folder)}").split())
-        if len(there | set(names)) > KEPT_MODELS:
-            for name in sorted(there - set(names)):
-                self.device.run(f"rm -f {shlex.quote(f'{folder}/{name}')}")
+        old = sorted(there - set(names))
+        if old and len(there | set(names)) > KEPT_MODELS:
+            self.device.run(f"cd {shlex.quote(folder)} && rm -f {' '.join(map(shlex.quote, old))}")
         for name, model in dict(zip(names, models, strict=True)).items():
             if name not in there:
                 self.device.push(model, f"{folder}/{name}")
