@@ -105,32 +105,24 @@ def _predictions(title: str, samples: Sequence[dict[str, Any]]) -> Any:
 
 def kept_channels(names: Sequence[str], full: Sequence[int], kept: Sequence[int]) -> bytes:
     """Bars of all channels and of those kept, per group, in order (AMC, figure 3)."""
-    figure, axes = _axes(size=(max(6.4, 0.14 * len(names)), 3.6))
-    at = np.arange(len(names))
-    axes.bar(at, full, color="#d5dae3", label="all")
-    axes.bar(at, kept, color="#2f6fde", label="kept")
-    axes.set(ylabel="channels", xlabel="group", xlim=(-0.7, len(names) - 0.3))
-    _names(axes, names)
-    axes.legend(fontsize=7)
-    return _drawn(figure)
+    return _bars(names, {"all": full, "kept": kept}, xlabel="group", ylabel="channels")
 
 
 def layer_latency(names: Sequence[str], before_ms: Sequence[float], after_ms: Sequence[float]) -> bytes:
     """Bars of milliseconds per operator, unpruned and pruned."""
+    return _bars(names, {"unpruned": before_ms, "pruned": after_ms}, xlabel="operator", ylabel="predicted ms")
+
+
+def _bars(names: Sequence[str], heights: dict[str, Sequence[float]], *, xlabel: str, ylabel: str) -> bytes:
+    """Two bars for every name, the second in front; names below them, where there is room."""
     figure, axes = _axes(size=(max(6.4, 0.14 * len(names)), 3.6))
-    at = np.arange(len(names))
-    axes.bar(at, before_ms, color="#d5dae3", label="unpruned")
-    axes.bar(at, after_ms, color="#2f6fde", label="pruned")
-    axes.set(ylabel="predicted ms", xlabel="operator", xlim=(-0.7, len(names) - 0.3))
-    _names(axes, names)
-    axes.legend(fontsize=7)
-    return _drawn(figure)
-
-
-def _names(axes: Any, names: Sequence[str]) -> None:
-    """Names below the bars, where there is room for them."""
+    for (label, values), colour in zip(heights.items(), ("#d5dae3", "#2f6fde"), strict=True):
+        axes.bar(np.arange(len(names)), values, color=colour, label=label)
+    axes.set(ylabel=ylabel, xlabel=xlabel, xlim=(-0.7, len(names) - 0.3))
     if len(names) <= 32:
         axes.set_xticks(range(len(names)), names, rotation=90, fontsize=6)
+    axes.legend(fontsize=7)
+    return _drawn(figure)
 
 
 def chosen_on_staircase(

@@ -19,7 +19,7 @@ from amc_hw import plots
 from amc_hw.errors import DeviceError, TableError, UserError
 from amc_hw.policy import load_policy
 from amc_hw.resources import latency_model
-from amc_hw.subject import Pruned, Subject, open_pruned, open_subject, read_table, tables
+from amc_hw.subject import Pruned, Subject, open_pruned, open_subject, read_predictor, read_table, tables
 from profilers.files import write_whole
 from profilers.ops import OpSpec
 from profilers.predictor import Predictor
@@ -135,7 +135,7 @@ def _search(folder: Path) -> bytes:
     except (TableError, DeviceError) as error:
         sections.append(_section("Latency per layer", f"<p>Not shown: {_text(error)}.</p>"))
     else:
-        predictor = Predictor(table, subject.target.lower, extrapolate=subject.device.extrapolate)
+        predictor = read_predictor(subject, table)
         sections += [
             _layers(subject, pruned, predictor),
             _staircases(subject, pruned, table, predictor),
@@ -160,6 +160,10 @@ def _table_of(subject: Subject) -> LatencyTable:
 def _staged(subject: Subject, header: dict[str, Any]) -> bool:
     """Whether the search began with a pruned network: its widths and times are relative to that one."""
     return tuple(grid[-1] for grid in header.get("grids", ())) != tuple(subject.graph.full_widths)
+
+
+def _episodes(journal: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in journal if set(row) == {"widths", "accuracy"}]
 
 
 def _speedup(result: dict[str, Any]) -> tuple[str, str]:
@@ -240,23 +244,16 @@ def _staircases(subject: Subject, pruned: Pruned, table: LatencyTable, predictor
         family = full[name].family()
         if name in nodes and family in predictor.families and len(drawn) < SLOWEST and full[name].macs:
             drawn.setdefault(family, name)
-    pictures = []
+    pictures, known = [], predictor.measured_ops(table.of_type("op"))
     for family, name in drawn.items():
         op, chosen, cost = full[name], nodes[name], predictor.families[family]
         widths = np.arange(max(1, int(cost.low[-1])), op.axes[-1] + 1, dtype=float)
         others = np.tile(np.array(chosen.axes[:-1], float), (len(widths), 1))
         at = np.hstack([others, widths[:, None]])
         points: dict[int, list[float]] = {}
-        for row in table.of_type("op"):
-            near = row.op is not None and row.op.family() == family
-            if (
-                near
-                and row.op is not None
-                and all(
-                    abs(one / other - 1) <= 0.1 for one, other in zip(row.op.axes[:-1], chosen.axes[:-1], strict=True)
-                )
-            ):
-                points.setdefault(row.op.axes[-1], []).append(predictor.measured_ms(row))
+        for each, ms in known.items():
+            if each.family() == family and np.allclose(each.axes[:-1], chosen.axes[:-1], rtol=0.1, atol=0):
+                points.setdefault(each.axes[-1], []).extend(ms)
         measured = [(width, float(np.median(ms))) for width, ms in points.items()]
         here = (chosen.axes[-1], float(cost(np.array([chosen.axes], float))[0]))
         caption = f"{name}, {chosen}: predicted at every width, measured near its inputs, and the width chosen"
@@ -272,11 +269,11 @@ def _more(
     predictor: Predictor,
 ) -> str:
     """What another budget would have bought, as far as the policies tried tell."""
-    tried = [(tuple(row["widths"]), row["accuracy"]) for row in journal if set(row) == {"widths", "accuracy"}]
+    tried = {tuple(row["widths"]): row["accuracy"] for row in _episodes(journal)}
     if not tried or _staged(subject, header):
         return ""
     costs = latency_model(subject.graph, header["grids"], predictor, batch=subject.device.batch)
-    points = [(costs.cost(widths), accuracy) for widths, accuracy in dict(tried).items()]
+    points = [(costs.cost(widths), accuracy) for widths, accuracy in tried.items()]
     here = (
         costs.cost(tuple(result["widths"]))
         if all(width in grid for width, grid in zip(result["widths"], costs.grids, strict=True))
@@ -332,7 +329,7 @@ def _trust(subject: Subject, table: LatencyTable, predictor: Predictor, journal:
 
 
 def _learning(journal: Sequence[dict[str, Any]], header: dict[str, Any]) -> str:
-    scores = [float(row["accuracy"]) for row in journal if set(row) == {"widths", "accuracy"}]
+    scores = [float(row["accuracy"]) for row in _episodes(journal)]
     if not scores:
         return ""
     what = (

@@ -110,10 +110,7 @@ def plot_table(name: str, *, op: str | None, out: Path) -> dict[str, Any]:
         raise UserError(f"no operator {op!r} in {path}; operators: {', '.join(named)}")
     chosen = max(fitting, key=lambda each: float(predictor.families[named[each]](_largest(predictor, named[each]))[0]))
     family, cost = named[chosen], predictor.families[named[chosen]]
-    points: dict[tuple[int, ...], list[float]] = {}
-    for row in table.of_type("op"):
-        if row.op is not None and row.op.family() == family:
-            points.setdefault(row.op.axes, []).append(predictor.measured_ms(row))
+    points = {o.axes: ms for o, ms in predictor.measured_ops(table.of_type("op")).items() if o.family() == family}
     at = np.arange(int(cost.low[-1]), int(cost.high[-1]) + 1, dtype=float)[:, None]
     title = f"{chosen}, {table.identity.soc}, {table.identity.runtime} {table.identity.runtime_version}"
     if len(cost.high) == 2:

@@ -28,9 +28,9 @@ class DeviceConfig:
     extrapolate: whether predictions may leave the widths that were measured, for tables that hold a few networks only.
     address (HOST:PORT) or serial: of a device over ADB, the only one attached where both are empty; serials: of several
     that are alike, addresses included: measurements are spread over them; runner: what times there (in
-    `profilers.targets.adb.RUNNERS`); program: its path on the device, of a runner that is not ours; download, sha256:
-    where that program is to be had, and its checksum; python: the interpreter there; affinity: "any", "big" or a
-    hexadecimal mask of cores; workdir: a folder for our files; lock: a path there, empty for one in workdir, and
+    `profilers.targets.adb_runners.RUNNERS`); program: its path on the device, of a runner that is not ours; download,
+    sha256: where that program is to be had, and its checksum; python: the interpreter there; affinity: "any", "big" or
+    a hexadecimal mask of cores; workdir: a folder for our files; lock: a path there, empty for one in workdir, and
     lock_wait_s: how long to wait for who holds it; fixed_performance: whether Android is to keep its clocks while it is
     timed; root: whether governors may be set.
     gpu: index or UUID of a CUDA GPU; execution: PyTorch's "eager", "compile" or "graph"; layout: "channels_first" or

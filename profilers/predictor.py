@@ -263,11 +263,16 @@ class Predictor:
         """The row's median, drift divided out by its anchor."""
         return anchored_ms(row, self._references.get(row.details.get("anchor", "")))
 
-    def _fitted(self, rows: Sequence[Measurement]) -> dict[OpSpec, FamilyCost]:
+    def measured_ops(self, rows: Sequence[Measurement]) -> dict[OpSpec, list[float]]:
+        """Milliseconds of every `op` row, by operator."""
         measured: dict[OpSpec, list[float]] = {}
         for row in rows:
             assert row.op is not None
             measured.setdefault(row.op, []).append(self.measured_ms(row))
+        return measured
+
+    def _fitted(self, rows: Sequence[Measurement]) -> dict[OpSpec, FamilyCost]:
+        measured = self.measured_ops(rows)
         median_ms = {op: float(np.median(samples)) for op, samples in measured.items()}
         noise = _repeatability(list(measured.values()))
         families: dict[OpSpec, list[OpSpec]] = {}

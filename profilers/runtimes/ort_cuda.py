@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import onnxruntime
 
 from profilers.builders.onnx import build
@@ -75,8 +76,8 @@ def loaded(graph: OpGraph, weights: Weights, config: DeviceConfig, device: str, 
     binding = session.io_binding()
     values = torch_cuda.inputs_of(graph, config, device)
     for source, value in zip(session.get_inputs(), values, strict=True):
-        element = "float16" if config.dtype == "float16" else "float32"
-        binding.bind_input(source.name, "cuda", index, _numpy(element), tuple(value.shape), value.data_ptr())
+        element = np.float16 if config.dtype == "float16" else np.float32
+        binding.bind_input(source.name, "cuda", index, element, tuple(value.shape), value.data_ptr())
     for output in session.get_outputs():
         binding.bind_output(output.name, "cuda", index)
     run_options = onnxruntime.RunOptions()
@@ -88,9 +89,3 @@ def loaded(graph: OpGraph, weights: Weights, config: DeviceConfig, device: str, 
         return kept
 
     return Loaded(graph, run)
-
-
-def _numpy(name: str) -> Any:
-    import numpy as np
-
-    return getattr(np, name)

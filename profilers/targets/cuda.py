@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,6 +29,7 @@ from profilers.gpu import Gpu, GpuState, Loaded, TorchGpu, harmful
 from profilers.ops import OpGraph
 from profilers.table import Identity
 from profilers.targets import Network, Probe, identity_of
+from profilers.targets.process import run_module
 from profilers.timing import TimingPlan
 
 #: Name in a device's configuration -> module, with `version`, `settings` and `loaded`.
@@ -233,12 +232,7 @@ class CudaTarget:
             graphs = [each.graph.to_json() for each in networks]
             parts = {"config": asdict(self.config), "graphs": graphs, "weights": weights, "plan": asdict(plan)}
             torch.save(parts | {"seed": seed}, job)
-            command = [sys.executable, "-m", "profilers.targets.cuda", str(job), str(result)]
-            environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-            done = subprocess.run(command, capture_output=True, text=True, env=environment)
-            if done.returncode != 0:
-                last = done.stderr.strip().splitlines()[-1:] or ["no output"]
-                raise DeviceError(f"the timing process ended with {done.returncode}: {last[0]}")
+            run_module("profilers.targets.cuda", str(job), str(result))
             samples: list[list[float]] = json.loads(result.read_text())
         return samples
 

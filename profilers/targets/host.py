@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from profilers.runtimes import load_runtime
 from profilers.table import Identity
 from profilers.targets import Network, Probe, identity_of
 from profilers.targets.models import Models
+from profilers.targets.process import run_module
 from profilers.timing import TimingPlan, time_interleaved
 
 
@@ -87,14 +87,7 @@ class HostTarget:
                 "plan": asdict(plan),
                 "seed": seed,
             }
-            command = [sys.executable, "-m", "profilers.targets.host"]
-            # the package is found from wherever the parent found it
-            environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-            done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, env=environment)
-        if done.returncode != 0:
-            last = done.stderr.strip().splitlines()[-1:] or ["no output"]
-            raise DeviceError(f"the timing process ended with {done.returncode}: {last[0]}")
-        samples: list[list[float]] = json.loads(done.stdout)
+            samples: list[list[float]] = json.loads(run_module("profilers.targets.host", stdin=json.dumps(job)))
         return samples
 
 
