@@ -581,6 +581,7 @@ def measure(context: click.Context, as_json: bool, seed: int, max_ms: float | No
 @click.option("--reward", default="err", show_default=True, help="err; flops, params or latency need no budget.")
 @click.option("--refit", default="faithful", show_default=True, help="Of every policy tried: faithful or fast.")
 @click.option("--eval-device", default="cpu", show_default=True, help="Where networks are scored: cpu, cuda, cuda:1.")
+@click.option("--workers", default=1, show_default=True, help="Processes that score policies.")
 @click.option("--episodes", default=400, show_default=True, type=click.IntRange(1))
 @click.option("--slack", default=0.02, show_default=True, help="How far a measurement may exceed the budget.")
 @click.option("--expect-accuracy", type=float, help="Refuse to go on where the unpruned accuracy is not this.")
@@ -658,11 +659,10 @@ def _search_lines(r: dict[str, Any]) -> list[str]:
 @click.option("--params-ratio", "params_ratio", type=float, multiple=True, help="A budget.")
 @click.option("--methods", default="all", show_default=True, help="all, or some of search's --method: a,b,c.")
 @click.option("--seeds", default="0", show_default=True, help="0,1,2 for intervals.")
-@click.option(
-    "--matched/--no-matched", default=True, show_default=True, help="FLOPs budgets of equal measured latency."
-)
+@click.option("--matched", is_flag=True, help="Beside each latency ratio a FLOPs budget of equal measured latency.")
 @click.option("--refit", default="faithful", show_default=True, help="Of every policy tried: faithful or fast.")
 @click.option("--eval-device", default="cpu", show_default=True, help="Where networks are scored: cpu, cuda, cuda:1.")
+@click.option("--workers", default=1, show_default=True, help="Processes that score policies.")
 @click.option("--episodes", default=150, show_default=True, type=click.IntRange(1), help="Evaluations of each search.")
 @click.option("--slack", default=0.02, show_default=True, help="How far a measurement may exceed the budget.")
 @click.option("--expect-accuracy", type=float, help="Refuse to go on where the unpruned accuracy is not this.")
@@ -681,7 +681,7 @@ def compare(
 
     \b
     amc-hw compare --latency-ratio 0.5
-    amc-hw compare --methods knapsack,ddpg,uniform --latency-ratio 0.5 --latency-ratio 0.7 --seeds 0,1,2
+    amc-hw compare --methods knapsack,ddpg --latency-ratio 0.5 --latency-ratio 0.7 --seeds 0,1,2 --matched
     """
     _no_data_of_ours(context, arguments)
     budgets = tuple((name, value) for name in api.BUDGETS for value in arguments.pop(name))
@@ -691,7 +691,7 @@ def compare(
         numbers = tuple(int(part) for part in seeds.split(","))
     except ValueError:
         raise UserError(f"--seeds {seeds!r}: expected whole numbers such as 0,1,2") from None
-    names = ("data", "evaluate", "calibrate", "refit", "eval_device", "episodes", "slack", "expect_accuracy")
+    names = ["data", "evaluate", "calibrate", "refit", "eval_device", "workers", "episodes", "slack", "expect_accuracy"]
     shared = api.SearchConfig(**{name: arguments.pop(name) for name in names})
     matched = arguments.pop("matched")
     config = api.CompareConfig(chosen, budgets, numbers, matched, shared, out)

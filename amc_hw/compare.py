@@ -36,7 +36,7 @@ class CompareConfig:
     methods: tuple[str, ...]
     budgets: tuple[tuple[str, float], ...]
     seeds: tuple[int, ...] = (0,)
-    matched: bool = True
+    matched: bool = False
     search: SearchConfig = SearchConfig()
     out: Path = Path("runs/compare")
 

@@ -37,7 +37,8 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
 
     model: the cost that the budget limits and the observation shows. budget: None offers every width
     (accuracy-guaranteed). evaluate: widths -> accuracy in 0..1. reward_model: cost in the reward, where the
-    reward has one; `model` where it is left out. Raises BudgetError for a budget that nothing is known to meet.
+    reward has one; `model` where it is left out. ahead: told of policies that will be judged, in that order, by
+    whoever can judge several at once. Raises BudgetError for a budget that nothing is known to meet.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         reward: str = "err",
         reward_model: CostModel | None = None,
         floor: float = 0.2,
+        ahead: Callable[[Sequence[tuple[int, ...]]], None] = lambda policies: None,
     ) -> None:
         if reward not in REWARDS:
             raise ValueError(f"unknown reward {reward!r}; known: {', '.join(REWARDS)}")
@@ -59,7 +61,7 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self._reward_model = model if reward_model is None else reward_model
         if unit is not None and self._reward_model.unit != unit:
             raise ValueError(f"reward {reward!r} needs a cost in {unit}, not in {self._reward_model.unit}")
-        self.model, self.budget, self.evaluate = model, budget, evaluate
+        self.model, self.budget, self.evaluate, self.ahead = model, budget, evaluate, ahead
         self.completer = Completer(model)
         if budget is not None:
             require_feasible(self.completer, budget)
@@ -83,6 +85,14 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     def step(
         self, action: np.ndarray | Sequence[float] | float
     ) -> tuple[np.ndarray, SupportsFloat, bool, bool, dict[str, Any]]:
+        observation, info = self.choose(action)
+        if len(self._decided) < len(self.model.grids):
+            return observation, 0.0, False, False, info
+        info |= self.judge(self._decided)
+        return observation, info["reward"], True, False, info
+
+    def choose(self, action: np.ndarray | Sequence[float] | float) -> tuple[np.ndarray, dict[str, Any]]:
+        """The part of `step` that decides a width: the next observation, and what was applied."""
         step, full = len(self._decided), self.model.full_widths
         if step == len(full):
             raise ValueError("the episode has ended; call reset()")
@@ -90,11 +100,19 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         width = choose_width(self.completer, self._decided, fraction, self.budget)
         self._decided.append(width)
         self._previous_action = width / full[step]
-        info: dict[str, Any] = {"action": self._previous_action, "width": width}
-        if step + 1 < len(full):
-            return self._observation(), 0.0, False, False, info
-        info |= self.judge(self._decided)
-        return self._observation(), info["reward"], True, False, info
+        return self._observation(), {"action": self._previous_action, "width": width}
+
+    def play(self, fractions: Sequence[float] | np.ndarray) -> tuple[int, ...]:
+        """The widths of an episode whose actions are the fractions (groups,), not judged yet."""
+        self.reset()
+        for fraction in fractions:
+            self.choose(float(fraction))
+        return self.decided
+
+    @property
+    def decided(self) -> tuple[int, ...]:
+        """The widths of this episode so far."""
+        return tuple(self._decided)
 
     def judge(self, widths: Sequence[int]) -> dict[str, Any]:
         """`widths`, on their grids and within the budget or not, with their `cost`, `accuracy` and `reward`."""

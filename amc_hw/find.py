@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from amc_hw.runs import Journal, Scores, alone_in, numbered, record_command, sav
 from amc_hw.search.loop import CANDIDATES, METHODS, Outcome, Problem, Timed, run_search
 from amc_hw.subject import Subject, read_predictor
 from amc_hw.task import Task, check_eval_device, load_task
+from amc_hw.workers import Recipe, Workers
 from profilers.profile import NETWORK_PLAN, digest
 from profilers.targets import Network
 from profilers.timing import Steady, TimingPlan, ratio_ci95, refuse_noise
@@ -49,7 +51,9 @@ Progress = Callable[[int, int, str], None]  # (done, total, what there is to say
 class SearchConfig:
     """One budget, in milliseconds or as a share of the unpruned cost; where the run is kept (None: a folder of its own
     in `runs`); how long to search. data, evaluate, calibrate: as of `amc_hw.task.load_task`. eval_device: where the
-    networks are scored, as torch names it. fallback: uniform policies take part in the end, too."""
+    networks are scored, as torch names it. workers: processes that score policies; with more than one, methods that
+    learn propose as many before they learn, so a search is reproducible for a given number. fallback: uniform policies
+    take part in the end, too."""
 
     out: Path | None = None
     data: str | None = DEFAULT_DATA
@@ -67,6 +71,7 @@ class SearchConfig:
     seed: int = 0
     slack: float = 0.02
     expect_accuracy: float | None = None
+    workers: int = 1
     fallback: bool = True
 
     @property
@@ -78,6 +83,8 @@ class SearchConfig:
             raise UserError(f"unknown --method {self.method!r}; known: {', '.join(METHODS)}")
         check_refit(self.refit)
         check_eval_device(self.eval_device)
+        if self.workers < 1:
+            raise UserError(f"--workers {self.workers}: at least 1")
         if not (self.slack >= 0 and math.isfinite(self.slack)):
             raise UserError(f"--slack {self.slack} must be a number of at least 0")
         given = [(name, getattr(self, name)) for name in BUDGETS if getattr(self, name) is not None]
@@ -119,6 +126,7 @@ class _Search:
         self.predictor = read_predictor(subject)
         self.steady = Steady(self.predictor.reference_ms(digest(subject.network_at(None))))
         self.out = config.out or numbered(self._folder(), self._header())
+        self.workers: Workers | None = None
         self._refitted: dict[tuple[int, ...], nn.Module] = {}
         self.baseline = Network(subject.network_at(None), folded_weights(self.model.module, self.graph))
 
@@ -178,16 +186,25 @@ class _Search:
         return self._shared("final", widths, lambda: self.evaluator.task.final_score(self.refitted(tuple(widths))))
 
     def evaluate(self, widths: Sequence[int]) -> float:
-        return self._shared("search", widths, lambda: self.evaluator.val_accuracy(widths))
+        compute = self.evaluator.val_accuracy if self.workers is None else self.workers
+        return self._shared("search", widths, lambda: compute(tuple(widths)))
+
+    def ahead(self, policies: Sequence[tuple[int, ...]]) -> None:
+        """Let the workers begin with what `evaluate` will be asked for."""
+        assert self.workers is not None
+        if (scores := self.scores) is not None:
+            policies = [each for each in policies if not scores.knows(self._question("search", each))]
+        self.workers.ahead(policies)
 
     def _shared(self, kind: str, widths: Sequence[int], compute: Callable[[], float]) -> float:
         """A score, from the searches that share theirs where one of them has it."""
-        if self.scores is None:
-            return compute()
+        return compute() if self.scores is None else self.scores.score(self._question(kind, widths), compute)
+
+    def _question(self, kind: str, widths: Sequence[int]) -> list[Any]:
         config, model = self.config, self.model
         asked = [config.data, config.evaluate, config.calibrate, config.refit, config.seed, kind]
         network = [model.spec, model.checkpoint_sha256, *self.subject.keep]
-        return self.scores.score([network, asked, [int(width) for width in widths]], compute)
+        return [network, asked, [int(width) for width in widths]]
 
     def confirm(self, widths: tuple[int, ...]) -> tuple[list[float], list[float]]:
         network = self.network(widths, self.refitted(widths))
@@ -209,14 +226,12 @@ class _Search:
 
     def _task(self) -> Task:
         config = self.config
-        return load_task(
-            self.model,
-            data=config.data,
-            evaluate=config.evaluate,
-            calibrate=config.calibrate,
-            seed=config.seed,
-            device=config.eval_device,
-        )
+        return load_task(self.model, **self._task_of(config))
+
+    @staticmethod
+    def _task_of(config: SearchConfig) -> dict[str, Any]:
+        names = ("data", "evaluate", "calibrate", "seed")
+        return {name: getattr(config, name) for name in names} | {"device": config.eval_device}
 
     def _run(self, costs: CostModel, budget: Budget | None, task: Task, start: float) -> dict[str, Any]:
         config = self.config
@@ -249,15 +264,18 @@ class _Search:
             floor=min(grid[0] / grid[-1] for grid in self.subject.grids),
             slack=config.slack,
             fallback=config.fallback,
+            ahead=self.ahead if config.workers > 1 else None,
+            together=config.workers,
         )
-        outcome = run_search(
-            problem,
-            journal,
-            method=config.method,
-            episodes=config.episodes,
-            seed=config.seed,
-            progress=self.progress,
-        )
+        with self._working() as self.workers:
+            outcome = run_search(
+                problem,
+                journal,
+                method=config.method,
+                episodes=config.episodes,
+                seed=config.seed,
+                progress=self.progress,
+            )
         result = (
             {"schema_version": 1}
             | self._kept(outcome)
@@ -265,6 +283,13 @@ class _Search:
         )
         save_json(finished, result)
         return result
+
+    def _working(self) -> AbstractContextManager[Workers | None]:
+        config = self.config
+        if config.workers == 1:
+            return nullcontext()
+        recipe = Recipe.of(self.subject, task=self._task_of(config), seed=config.seed, refit=config.refit)
+        return Workers(config.workers, recipe)
 
     def plan(self) -> dict[str, Any]:
         costs, budget = self._costs_and_budget()
@@ -298,6 +323,7 @@ class _Search:
             "slack": config.slack,
             "seed": config.seed,
             "fallback": config.fallback,
+            "workers": config.workers,
             "episodes": config.episodes,
             "grids": [list(grid) for grid in self.subject.grids],
         }

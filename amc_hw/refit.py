@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import operator
 import warnings
@@ -136,6 +137,7 @@ def refit_faithful(
     A layer that is called at several places keeps its weights: a refit for one would spoil the others.
     """
     axes = kept_axes(graph, kept)
+    touched = {name.rsplit(".", depth)[0] for name in axes for depth in range(name.count(".") + 1)}
     generator = torch.Generator().manual_seed(seed)
     with eval_mode(module), eval_mode(sliced):
         run = _Lockstep(module, sliced, images)
@@ -148,7 +150,7 @@ def refit_faithful(
                 out = axes.get(str(node.target), KeptAxes()).out
                 channels = None if out is None else torch.from_numpy(out)
                 _fit(run, node, channels, rows=rows_per_layer, generator=generator, ridge=ridge)
-            run.pruned(node)
+            run.pruned(node, touched=node.op == "call_module" and str(node.target) in touched)
 
 
 class _Lockstep:
@@ -172,15 +174,24 @@ class _Lockstep:
         self.chunks: list[tuple[dict[fx.Node, Any], dict[fx.Node, Any]]] = [(chunk, chunk.copy()) for chunk in chunks]
 
     def differs(self, node: fx.Node) -> bool:
+        if all(a[node] is b[node] for a, b in self.chunks):
+            return False
         return any(a[node].shape != b[node].shape or not torch.equal(a[node], b[node]) for a, b in self.chunks)
 
     def unpruned(self, node: fx.Node) -> None:
-        for values, _ in self.chunks:
-            values[node] = self._unpruned_value(node, values)
+        for first, second in self.chunks:
+            shared = [source for source in node.all_input_nodes if first[source] is second[source]]
+            if len(shared) < len(node.all_input_nodes):  # an addition in place would be made twice
+                second.update({source: copy.deepcopy(first[source]) for source in shared})
+            first[node] = self._unpruned_value(node, first)
 
-    def pruned(self, node: fx.Node) -> None:
+    def pruned(self, node: fx.Node, *, touched: bool) -> None:
+        """touched: whether the node's layer has other weights than the unpruned network's; where it has not, and reads
+        the very same values, it gives the same."""
+        for first, second in self.chunks:
+            same = not touched and all(first[source] is second[source] for source in node.all_input_nodes)
+            second[node] = first[node] if same else self._pruned_value(node, second)
         for chunk in self.chunks:
-            chunk[1][node] = self._pruned_value(node, chunk[1])
             for source in node.all_input_nodes:
                 if self._last_reader[source] is node:
                     for values in chunk:

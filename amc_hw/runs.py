@@ -106,6 +106,9 @@ class Scores:
         self._journal = Journal(path, {"schema_version": 1, "holds": "scores"})
         self._known = {json.dumps(row["question"]): float(row["score"]) for row in self._journal.recorded}
 
+    def knows(self, question: Sequence[Any]) -> bool:
+        return json.dumps(question) in self._known
+
     def score(self, question: Sequence[Any], compute: Callable[[], float]) -> float:
         """What `compute` gives, or gave to whoever asked first."""
         key = json.dumps(question)

@@ -19,6 +19,8 @@ from amc_hw.errors import DeviceError, UserError
 from amc_hw.models import LoadedModel
 from amc_hw.specs import Spec, load_function, one_line, parse_spec
 
+#: Images of a batch on a CPU, in bytes: a layer's values are several times as large.
+CACHED_BYTES, LARGEST_BATCH = 800_000, 250
 FINAL_IMAGES, FINAL_BYTES = 5000, 1_000_000_000  #: held-out images that candidates are compared on, at most
 
 
@@ -63,12 +65,23 @@ def on(module: nn.Module, device: torch.device | str) -> Iterator[nn.Module]:
         module.to("cpu")
 
 
-def accuracy(module: nn.Module, images: Tensor, labels: Tensor, *, batch: int = 250) -> float:
-    """Fraction of `images` (N, C, H, W) whose largest output is the label (N,); computed where the images are."""
+def accuracy(module: nn.Module, images: Tensor, labels: Tensor, *, batch: int | None = None) -> float:
+    """Fraction of `images` (N, C, H, W) whose largest output is the label (N,); computed where the images are.
+
+    batch: None for as many as keep a layer's values in a CPU's caches.
+    """
+    if batch is None:
+        each = images[:1].numel() * images.element_size()
+        batch = LARGEST_BATCH if images.is_cuda else min(max(CACHED_BYTES // max(each, 1), 8), LARGEST_BATCH)
     right = 0
     with torch.inference_mode(), on(module, images.device):
         for chunk, wanted in zip(images.split(batch), labels.split(batch), strict=True):
-            logits = module(chunk)
+            try:
+                logits = module(chunk)
+            except RuntimeError as error:
+                if "view size" not in str(error):
+                    raise
+                logits = module(chunk.contiguous())  # it reshapes by `view`: channels come first, then
             if not isinstance(logits, Tensor) or logits.dim() != 2:
                 what = f"{tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
                 raise UserError(f"the network returns {what}, not (N, classes): give --evaluate file.py:function")
@@ -91,7 +104,10 @@ class Classification:
 
     def _images(self, split: torch.utils.data.Dataset, limit: int | None) -> tuple[Tensor, Tensor]:
         images, labels = load_tensors(split, limit=limit, seed=self.seed)
-        return self.model.normalised(images).to(self.device), labels.to(self.device)
+        images = self.model.normalised(images).to(self.device)
+        if images.dim() == 4:
+            images = images.contiguous(memory_format=torch.channels_last)  # which convolutions are faster on
+        return images, labels.to(self.device)
 
     def inputs(self, limit: int) -> tuple[Tensor, ...]:
         images, _ = load_tensors(self.splits.train, limit=limit, seed=self.seed)

@@ -34,7 +34,7 @@ from scipy.special import ndtr, ndtri
 from torch import nn
 
 from amc_hw.env import OBSERVATION, PruningEnv
-from amc_hw.search.method import Method
+from amc_hw.search.method import Method, judged
 
 
 @dataclass(frozen=True)
@@ -213,24 +213,28 @@ class DDPGSearch(Method):
     def round(
         self, env: PruningEnv, number: int, demonstrations: Sequence[Sequence[int]] = ()
     ) -> Iterator[dict[str, Any]]:
-        """The last step's info of every episode, with its `reward`. demonstrations: widths that the first episodes of
-        the warm-up keep, in place of uniform actions; the agent learns from them as from its own."""
+        """demonstrations: widths that the first episodes of the warm-up keep, in place of uniform actions; the agent
+        learns from them as from its own. `together` episodes are played by one agent before it learns from them."""
         config = self.agent.config
         full = env.model.full_widths
         shown = demonstrations[: config.warm_up]
         first = self.episodes - self.planned(number)
-        for episode in range(first if number == 0 else max(first, config.warm_up), self.episodes):
-            observation, _ = env.reset()
-            transitions: list[Transition] = []
-            done = False
-            while not done:
-                step = len(transitions)
-                if episode < len(shown):
-                    action = shown[episode][step] / full[step]
-                else:
-                    action = self.agent.act(observation, episode)
-                after, reward, done, _, info = env.step([action])
-                transitions.append(Transition(observation, info["action"], after, done))
-                observation = after
-            self.agent.finish_episode(transitions, float(reward))
-            yield info | {"reward": float(reward)}
+        episodes = range(first if number == 0 else max(first, config.warm_up), self.episodes)
+        for start in range(0, len(episodes), self.together):
+            chosen: list[tuple[tuple[int, ...], list[Transition]]] = []
+            for episode in episodes[start : start + self.together]:
+                observation, _ = env.reset()
+                transitions: list[Transition] = []
+                for step in range(len(full)):
+                    if episode < len(shown):
+                        action = shown[episode][step] / full[step]
+                    else:
+                        action = self.agent.act(observation, episode)
+                    after, info = env.choose(action)
+                    transitions.append(Transition(observation, info["action"], after, step + 1 == len(full)))
+                    observation = after
+                chosen.append((env.decided, transitions))
+            found_all = judged(env, [widths for widths, _ in chosen])
+            for found, (_, transitions) in zip(found_all, chosen, strict=True):
+                self.agent.finish_episode(transitions, found["reward"])
+                yield found

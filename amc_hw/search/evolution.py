@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from amc_hw.env import PruningEnv
-from amc_hw.search.method import Method
-from amc_hw.search.random import played
+from amc_hw.search.method import Method, judged
 
 POPULATION, TOURNAMENT = 24, 6
 MOVED, SPREAD = 0.2, 0.2  #: share of the groups, and how far, as a fraction of all channels
@@ -29,16 +28,21 @@ class EvolutionSearch(Method):
     ) -> Iterator[dict[str, Any]]:
         full = np.array(env.model.full_widths)
         shown = list(demonstrations) if number == 0 else []
-        for _ in range(self.planned(number)):
-            if shown:
-                fractions = np.array(shown.pop(0)) / full
-            elif len(self._alive) < self._alive.maxlen:  # type: ignore[operator]
-                fractions = self._rng.uniform(self.floor, 1.0, len(full))
-            else:
-                fractions = self._child() / full
-            found = played(env, fractions)
-            self._alive.append(found)
-            yield found
+        left = self.planned(number)
+        while left > 0:
+            proposed = []
+            for place in range(min(self.together, left)):
+                if shown:
+                    fractions = np.array(shown.pop(0)) / full
+                elif len(self._alive) + place < self._alive.maxlen:  # type: ignore[operator]
+                    fractions = self._rng.uniform(self.floor, 1.0, len(full))
+                else:
+                    fractions = self._child() / full
+                proposed.append(env.play(fractions))
+            left -= len(proposed)
+            for found in judged(env, proposed):
+                self._alive.append(found)
+                yield found
 
     def _child(self) -> np.ndarray:
         rivals = self._rng.choice(len(self._alive), min(TOURNAMENT, len(self._alive)), replace=False)

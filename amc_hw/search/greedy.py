@@ -7,7 +7,7 @@ from typing import Any
 
 from amc_hw.env import PruningEnv
 from amc_hw.resources import ROUNDING, CostModel
-from amc_hw.search.method import Method
+from amc_hw.search.method import Method, judged
 
 
 class GreedySearch(Method):
@@ -34,10 +34,10 @@ class GreedySearch(Method):
             if not offers:
                 return
             found = []
-            for widths in offers[:left]:
-                found.append(env.judge(widths))
-                left -= 1
-                yield found[-1]
+            for one in judged(env, offers[:left]):
+                found.append(one)
+                yield one
+            left -= len(found)
             at = self.at = max(found, key=lambda one: (one["reward"], -one["cost"]))["widths"]
 
 

@@ -43,7 +43,8 @@ class KnapsackSearch(Method):
         limit = env.model.full_cost if env.budget is None else env.budget.limit
         left = self.planned(number)
         if self.curves is None:
-            self.curves = yield from measure_curves(env.model, partial(self._judge, env), round(SHARE * left))
+            judge = partial(self._judge, env)
+            self.curves = yield from measure_curves(env.model, judge, round(SHARE * left), ahead=env.ahead)
             left -= self.curves.evaluated
         losses = [self.curves.losses(group) + prior(grid) for group, grid in enumerate(env.model.grids)]
         if self.best is None or self.best["cost"] > limit * (1 + ROUNDING):
@@ -68,18 +69,21 @@ class KnapsackSearch(Method):
         model, base = env.model, self.best["widths"]
         curves = Curves(model, base, self.best["accuracy"])
         reach: list[list[int]] = []
+        wanted: list[tuple[int, int]] = []  # group, width
         for group, width in enumerate(base):
             grid, place = model.grids[group], model.position(group, width)
             step = max(1, round(0.15 * len(grid)))
             places = sorted({max(place - step, 0), place, min(place + step, len(grid) - 1)})
             reach.append(list(range(places[0], places[-1] + 1)))
-            for other in places:
-                widths = curves.widths(group, grid[other])
-                if other != place and left > 1:
-                    if widths not in self.known:
-                        left -= 1
-                        yield self._judge(env, widths)
-                    curves.add(group, grid[other], self.known[widths]["accuracy"])
+            wanted += [(group, grid[other]) for other in places if other != place]
+        new = [each for each in wanted if curves.widths(*each) not in self.known][: max(left - 1, 0)]
+        env.ahead([curves.widths(*each) for each in new])
+        for each in wanted:
+            if each in new:
+                left -= 1
+                yield self._judge(env, curves.widths(*each))
+            if (found := self.known.get(curves.widths(*each))) is not None:
+                curves.add(*each, found["accuracy"])
         losses = [np.interp(grid, *curves.points(group)) + prior(grid) for group, grid in enumerate(model.grids)]
         widths = solve(model, losses, limit, reach=reach)
         if left > 0 and widths not in self.known:
@@ -94,12 +98,18 @@ def prior(grid: Sequence[int]) -> np.ndarray:
 
 
 def solve(
-    model: CostModel, losses: Sequence[np.ndarray], limit: float, *, reach: Sequence[Sequence[int]] | None = None
+    model: CostModel,
+    losses: Sequence[np.ndarray],
+    limit: float,
+    *,
+    reach: Sequence[Sequence[int]] | None = None,
+    exact: bool = True,
 ) -> tuple[int, ...]:
     """Widths of the least sum of `losses` (one array per group, over its grid) that cost at most `limit`.
 
-    reach: positions in the grids that may be chosen. Exact, by an integer program (HiGHS), where that is not too large:
-    one variable per group and width, one per term and combination of widths. The cheapest known policy where nothing
+    reach: positions in the grids that may be chosen. exact: by an integer program (HiGHS), where that is not too large:
+    one variable per group and width, one per term and combination of widths; else by Lagrange multipliers, which
+    come near where grids are fine. The cheapest known policy where nothing
     better is found within the limit.
     """
     allowed = [list(range(len(grid))) for grid in model.grids] if reach is None else [list(each) for each in reach]
@@ -107,10 +117,10 @@ def solve(
     count = sum(map(len, allowed)) + sum(
         math.prod(len(allowed[group]) for group in term.groups) for term in model.terms if len(term.groups) > 1
     )
-    if count <= MAX_VARIABLES:
-        exact = _integer_program(model, losses, limit, allowed)
-        if exact is not None and (at is None or exact[0] <= fallback + 1e-12):
-            at = exact[1]
+    if exact and count <= MAX_VARIABLES:
+        best = _integer_program(model, losses, limit, allowed)
+        if best is not None and (at is None or best[0] <= fallback + 1e-12):
+            at = best[1]
     if at is None:
         return Completer(model).best()[1]
     return tuple(grid[place] for grid, place in zip(model.grids, at, strict=True))

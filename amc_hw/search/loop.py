@@ -82,7 +82,9 @@ class Problem:
     evaluate: widths -> held-out accuracy after the refit of a search. finish: the same after the final refit.
     time: policies -> their latency, timed together. confirm: one policy as it will be deployed, timed in a process
     of its own, None where the device is away. used: what a timed policy uses of the budget, 1 being all of it; None
-    where the budget is not one of measured latency. fallback: uniform policies take part in the end.
+    where the budget is not one of measured latency. fallback: uniform policies take part in the end. ahead: told of
+    policies that `evaluate` will be asked for, where several are scored at once; together: how many a method that
+    learns proposes before it learns.
     """
 
     graph: LayerGraph
@@ -98,8 +100,15 @@ class Problem:
     floor: float = 0.2
     slack: float = 0.02
     fallback: bool = True
+    ahead: Callable[[Sequence[tuple[int, ...]]], None] | None = None
+    together: int = 1
 
-    def env(self, evaluate: Callable[[Sequence[int]], float], budget: Budget | None) -> PruningEnv:
+    def env(
+        self,
+        evaluate: Callable[[Sequence[int]], float],
+        budget: Budget | None,
+        ahead: Callable[[Sequence[tuple[int, ...]]], None],
+    ) -> PruningEnv:
         return PruningEnv(
             self.graph,
             model=self.costs,
@@ -108,6 +117,7 @@ class Problem:
             reward=self.reward,
             reward_model=self.reward_costs,
             floor=self.floor,
+            ahead=ahead,
         )
 
 
@@ -126,7 +136,7 @@ class _Memory:
 
     def __init__(self, journal: Journal) -> None:
         self.journal = journal
-        self._recorded = iter(list(journal.recorded))
+        self._recorded, self._read = iter(list(journal.recorded)), 0
         self._known: dict[tuple[int, ...], float] = {}
 
     def accuracy(self, widths: tuple[int, ...], evaluate: Callable[[Sequence[int]], float]) -> float:
@@ -136,9 +146,15 @@ class _Memory:
         self._known[widths] = float(self.result({"widths": list(widths)}, "accuracy", compute))
         return self._known[widths]
 
+    def ahead(self, policies: Sequence[tuple[int, ...]], begin: Callable[[Sequence[tuple[int, ...]]], None]) -> None:
+        """Begin with those policies of the next ones that the journal does not have."""
+        new = policies[len(self.journal.recorded) - self._read :]
+        begin([widths for widths in dict.fromkeys(new) if widths not in self._known])
+
     def result(self, question: dict[str, Any], name: str, compute: Callable[[], Any]) -> Any:
         """What `compute` gives, or what it gave when the same question was asked at this place."""
         known = next(self._recorded, None)
+        self._read += known is not None
         if known is None:
             result = compute()
             self.journal.append(question | {name: result})
@@ -160,7 +176,9 @@ def run_search(
     progress: Callable[[int, int, str], None],
 ) -> Outcome:
     """Search in rounds until a measured policy meets the budget; BudgetError where none does after the last."""
-    return _Rounds(problem, journal, seed, progress).run(METHODS[method](problem.floor, episodes, seed))
+    chosen = METHODS[method](problem.floor, episodes, seed)
+    chosen.together = problem.together
+    return _Rounds(problem, journal, seed, progress).run(chosen)
 
 
 class _Rounds:
@@ -205,7 +223,13 @@ class _Rounds:
             # what is learned may not make the budget unreachable: the cheapest policy stays in
             cheapest = Completer(problem.costs).best()[0]
             budget = replace(budget, limit=max(budget.limit / self.bias, cheapest))
-        env = problem.env(lambda widths: self.memory.accuracy(tuple(widths), problem.evaluate), budget)
+        memory = self.memory
+
+        def ahead(policies: Sequence[tuple[int, ...]]) -> None:
+            if problem.ahead is not None:
+                memory.ahead(policies, problem.ahead)
+
+        env = problem.env(lambda widths: memory.accuracy(tuple(widths), problem.evaluate), budget, ahead)
         total = self.episodes + method.planned(number)
         count = round(SHOWN * method.episodes)
         shown = _demonstrations(problem, budget, count, self.seed) if number == 0 else []

@@ -13,8 +13,11 @@ class Method(ABC):
     """Proposes policies in rounds; a later round knows more of what the budget allows (`env.budget`).
 
     Every evaluation goes through the environment, so that all methods are given the same number of them.
-    floor: smallest fraction of channels. episodes: evaluations of the first round.
+    floor: smallest fraction of channels. episodes: evaluations of the first round. together: how many policies a method
+    should propose before it is told of the first; those that it knows anyway it announces by `env.ahead`.
     """
+
+    together = 1
 
     def __init__(self, floor: float, episodes: int, seed: int) -> None:
         self.floor, self.episodes, self.seed = floor, episodes, seed
@@ -29,3 +32,10 @@ class Method(ABC):
     ) -> Iterator[dict[str, Any]]:
         """What `PruningEnv.judge` says of every policy that was evaluated, in order. demonstrations: policies near
         uniform ones, for methods that learn from examples."""
+
+
+def judged(env: PruningEnv, policies: Sequence[tuple[int, ...]]) -> Iterator[dict[str, Any]]:
+    """What `PruningEnv.judge` says of policies that are known by now, in order."""
+    env.ahead(policies)
+    for widths in policies:
+        yield env.judge(widths)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from amc_hw.env import PruningEnv
-from amc_hw.search.method import Method
+from amc_hw.search.method import Method, judged
 
 
 class RandomSearch(Method):
@@ -19,13 +19,8 @@ class RandomSearch(Method):
     def round(
         self, env: PruningEnv, number: int, demonstrations: Sequence[Sequence[int]] = ()
     ) -> Iterator[dict[str, Any]]:
-        for _ in range(self.planned(number)):
-            yield played(env, self._rng.uniform(self.floor, 1.0, len(env.model.grids)))
-
-
-def played(env: PruningEnv, fractions: Sequence[float] | np.ndarray) -> dict[str, Any]:
-    """One episode whose actions are the fractions: feasible widths near them, as `PruningEnv.judge` tells of them."""
-    env.reset()
-    for fraction in fractions:
-        _, _, _, _, info = env.step([float(fraction)])
-    return info
+        left = self.planned(number)
+        while left > 0:
+            drawn = self._rng.uniform(self.floor, 1.0, (min(self.together, left), len(env.model.grids)))
+            yield from judged(env, [env.play(fractions) for fractions in drawn])
+            left -= len(drawn)

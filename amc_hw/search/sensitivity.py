@@ -14,7 +14,7 @@ import numpy as np
 
 from amc_hw.env import PruningEnv
 from amc_hw.resources import CostModel
-from amc_hw.search.method import Method
+from amc_hw.search.method import Method, judged
 
 SHARE = 0.6  #: of the evaluations, spent on curves
 MOST_POINTS = 6  #: per curve
@@ -68,14 +68,18 @@ def points(grid: Sequence[int], count: int) -> list[int]:
     return [rest[place] for place in places]
 
 
-def measure_curves(costs: CostModel, judge: Judge, budget: int) -> Generator[dict[str, Any], None, Curves]:
-    """Yields what was evaluated, at most `budget` policies, and returns the curves."""
+def measure_curves(
+    costs: CostModel, judge: Judge, budget: int, *, ahead: Callable[[Sequence[tuple[int, ...]]], None]
+) -> Generator[dict[str, Any], None, Curves]:
+    """Yields what was evaluated, at most `budget` policies, and returns the curves. ahead: as of `PruningEnv`."""
     whole = judge(costs.full_widths)
     yield whole
     curves = Curves(costs, costs.full_widths, whole["accuracy"])
     each = min(MOST_POINTS, max(1, (budget - 1) // len(costs.grids)))
     wanted = [(group, width) for group, grid in enumerate(costs.grids) for width in points(grid, each)]
-    for group, width in wanted[: max(budget - 1, 0)]:
+    wanted = wanted[: max(budget - 1, 0)]
+    ahead([curves.widths(group, width) for group, width in wanted])
+    for group, width in wanted:
         found = judge(curves.widths(group, width))
         curves.add(group, width, found["accuracy"])
         yield found
@@ -94,10 +98,9 @@ class SensitivitySearch(Method):
     ) -> Iterator[dict[str, Any]]:
         left = self.planned(number)
         if self.curves is None:
-            self.curves = yield from measure_curves(env.model, env.judge, round(SHARE * left))
+            self.curves = yield from measure_curves(env.model, env.judge, round(SHARE * left), ahead=env.ahead)
             left -= self.curves.evaluated
-        for widths in self._policies(env, self.curves)[: max(left, 1)]:
-            yield env.judge(widths)
+        yield from judged(env, self._policies(env, self.curves)[: max(left, 1)])
 
     def _policies(self, env: PruningEnv, curves: Curves) -> list[tuple[int, ...]]:
         """Every policy that a threshold gives within the budget, the most costly first."""

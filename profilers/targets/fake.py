@@ -21,11 +21,17 @@ STEP = 8  #: widths are executed in blocks of this many channels
 DISPATCH_MS = 0.002  #: per operator
 MACS_PER_MS = 4e6
 OVERHEAD_MS = 0.01  #: per network
+PROPORTIONAL = "flops"  #: a runtime whose latency is proportional to the MACs
 JITTER = 0.002  #: relative
 
 
-def op_latency_ms(op: OpSpec) -> float:
-    """Blocks of STEP channels cost as if they were full; everything that is not a product costs its memory."""
+def op_latency_ms(op: OpSpec, formula: str = "formula") -> float:
+    """Blocks of STEP channels cost as if they were full; everything that is not a product costs its memory.
+
+    PROPORTIONAL: a product costs its MACs and nothing else costs anything.
+    """
+    if formula == PROPORTIONAL:
+        return op.macs / MACS_PER_MS
     if op.macs == 0:
         return DISPATCH_MS + sum(op.in_channels) * op.height * op.width * 1e-8
     full_in, full_out = (-(-channels // STEP) * STEP for channels in (op.in_channels[0], op.out_channels))
@@ -41,10 +47,12 @@ class FakeTarget:
         self.config = config
 
     def identity(self) -> Identity:
-        return Identity("fake", "formula", "1", self.config.threads, dtype=self.config.dtype, batch=self.config.batch)
+        config = self.config
+        return Identity("fake", config.runtime, "1", config.threads, dtype=config.dtype, batch=config.batch)
 
     def provenance(self) -> dict[str, Any]:
-        return {"formula": f"blocks of {STEP} channels, {MACS_PER_MS:.0f} MACs per ms"}
+        blocks = "" if self.config.runtime == PROPORTIONAL else f"blocks of {STEP} channels, "
+        return {"formula": f"{blocks}{MACS_PER_MS:.0f} MACs per ms"}
 
     def conditions(self) -> dict[str, Any]:
         return {}
@@ -58,13 +66,14 @@ class FakeTarget:
     def time_networks(self, networks: Sequence[Network], plan: TimingPlan, *, seed: int) -> list[list[float]]:
         result = []
         for network in networks:
-            total = OVERHEAD_MS + sum(op_latency_ms(op) for op in network.graph.ops)
+            total = sum(op_latency_ms(op, self.config.runtime) for op in network.graph.ops)
+            total += 0 if self.config.runtime == PROPORTIONAL else OVERHEAD_MS
             rng = np.random.default_rng([seed, zlib.crc32(repr(network.graph.ops).encode())])
             result.append([float(total * (1 + JITTER * x)) for x in rng.standard_normal(plan.rounds)])
         return result
 
     def profile_ops(self, graph: OpGraph, *, time_s: float) -> dict[str, float] | None:
-        return {node.name: op_latency_ms(node.op) for node in graph.nodes}
+        return {node.name: op_latency_ms(node.op, self.config.runtime) for node in graph.nodes}
 
     def time_in_fresh_process(self, networks: Sequence[Network], plan: TimingPlan, *, seed: int) -> list[list[float]]:
         return self.time_networks(networks, plan, seed=seed)

@@ -26,7 +26,16 @@ def here(profiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 @pytest.mark.slow
 def test_methods_and_budgets_side_by_side(here: Path, amc_hw: Callable) -> None:
-    methods = ("--methods", "knapsack,random,uniform", "--latency-ratio", "0.6", "--flops-ratio", "0.5", "--json")
+    methods = (
+        "--methods",
+        "knapsack,random,uniform",
+        "--latency-ratio",
+        "0.6",
+        "--flops-ratio",
+        "0.5",
+        "--matched",
+        "--json",
+    )
     done = amc_hw(*COMMAND, *methods)
     assert done.code == 0, done.err
     found = json.loads(done.out)

@@ -32,14 +32,7 @@ def runs(profiled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (
             "compare",
             *SUBJECT,
-            "--latency-ratio",
-            "0.6",
-            "--methods",
-            "random,uniform",
-            "--episodes",
-            "6",
-            "--out",
-            "both",
+            *["--latency-ratio", "0.6", "--methods", "random,uniform", "--episodes", "6", "--matched", "--out", "both"],
         ),
     ):
         done = subprocess.run([sys.executable, "-c", script, *arguments], cwd=folder, capture_output=True, text=True)

@@ -1,0 +1,141 @@
+"""Policies scored in processes beside the search: the same refit and the same score, several at once.
+
+A worker builds the network from its spec and takes over the parent's weights, so that what a search was given in memory
+is what is scored.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from amc_hw.errors import FailedError
+from amc_hw.evaluate import Evaluator
+from amc_hw.graph import build_graph
+from amc_hw.policy import Policy
+from amc_hw.prune import slice_channels
+from amc_hw.subject import Subject, load_graph
+from amc_hw.task import load_task
+
+Widths = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a worker needs for an `Evaluator` like the parent's. state: of the network that a search begins with; base:
+    the policy that this was pruned by before; task: keywords of `amc_hw.task.load_task`."""
+
+    spec: str
+    input_shape: tuple[int, ...]
+    keep: tuple[str, ...]
+    base: Policy | None
+    state: dict[str, torch.Tensor]
+    task: dict[str, Any]
+    seed: int
+    refit: str
+
+    @classmethod
+    def of(cls, subject: Subject, *, task: dict[str, Any], seed: int, refit: str) -> Recipe:
+        model = subject.model
+        state = model.module.state_dict()
+        return cls(model.spec, model.input_shape, subject.keep, subject.base, state, task, seed, refit)
+
+    def evaluator(self) -> Evaluator:
+        keep = self.keep if self.base is None else self.base.keep
+        model, graph = load_graph(self.spec, input_shape=self.input_shape, keep=keep)
+        if self.base is not None:
+            kept = {name: np.array(channels) for name, channels in self.base.kept.items()}
+            model = replace(model, module=slice_channels(model.module, graph, kept))
+            graph = build_graph(model.module, model.input_shape, examples=model.example_inputs, keep=self.keep)
+        model.module.load_state_dict(self.state)
+        model.module.eval()
+        task = load_task(model, **self.task)
+        return Evaluator(model, graph, task, seed=self.seed, refit=self.refit)
+
+
+class Workers:
+    """`count` processes that score policies: as a search does or, with `final`, on the test split after the final
+    refit.
+
+    `ahead` asks for some, calling gives one of them, computed or awaited. Which worker scores a policy, and when, does
+    not change its score. Use as a context: on leaving, what was asked for in vain is given up.
+    """
+
+    def __init__(self, count: int, recipe: Recipe, *, final: bool = False) -> None:
+        self._count, self._recipe, self._final = count, recipe, final
+        self._made: ProcessPoolExecutor | None = None
+        self._asked: dict[Widths, Future[float]] = {}
+
+    def _submitted(self, widths: Widths) -> Future[float]:
+        """Processes are made when there is something to score, deaf to a terminal's interrupt, which they inherit: the
+        parent ends them."""
+        if self._made is None:
+            self._made = ProcessPoolExecutor(
+                self._count,
+                mp_context=multiprocessing.get_context("spawn"),  # a forked process hangs in torch's threads
+                initializer=_begin,
+                initargs=(self._recipe, max(1, torch.get_num_threads() // self._count)),
+            )
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        try:
+            return self._made.submit(_score, widths, self._final)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._made is not None:
+            for process in list((self._made._processes or {}).values()):
+                process.terminate()
+            self._made.shutdown(cancel_futures=True)
+
+    def ahead(self, policies: Sequence[Widths]) -> None:
+        """Begin with policies that will be asked for."""
+        for widths in policies:
+            if widths not in self._asked:
+                try:
+                    self._asked[widths] = self._submitted(widths)
+                except BrokenProcessPool:
+                    raise FailedError(LOST) from None
+
+    def __call__(self, widths: Widths) -> float:
+        self.ahead([widths])
+        try:
+            return self._asked.pop(widths).result()
+        except BrokenProcessPool:
+            raise FailedError(LOST) from None
+
+
+LOST = (
+    "a worker process ended (out of memory?): run the same command again, it goes on; fewer --workers need less memory"
+)
+
+_recipe: Recipe | None = None
+_evaluator: Evaluator | None = None
+
+
+def _begin(recipe: Recipe, threads: int) -> None:
+    global _recipe
+    torch.set_num_threads(threads)
+    _recipe = recipe
+
+
+def _score(widths: Widths, final: bool) -> float:
+    """Here and not in `_begin`, whose errors would not reach the parent: the evaluator is built once."""
+    global _evaluator
+    if _evaluator is None:
+        assert _recipe is not None
+        _evaluator = _recipe.evaluator()
+    if final:
+        return _evaluator.task.test_scores([_evaluator.final(widths)])[0]
+    return _evaluator.val_accuracy(widths)

@@ -1,0 +1,99 @@
+"""Scoring in processes beside the search: the same scores, the same search for a given number, nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from amc_hw import api
+from amc_hw.errors import FailedError
+from amc_hw.evaluate import Evaluator
+from amc_hw.task import load_task
+from amc_hw.workers import Recipe, Workers
+
+SEARCH = ("search", "--device", "fake", "--model", "nets.py:tiny", "--data", "npz:images.npz", "--latency-ratio", "0.6")
+
+
+@pytest.fixture
+def here(profiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copytree(profiled, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+def _recipe(subject: api.Subject) -> Recipe:
+    return Recipe.of(subject, task={"data": "npz:images.npz", "seed": 0}, seed=0, refit="faithful")
+
+
+def test_workers_give_the_scores_of_the_evaluator(here: Path) -> None:
+    subject = api.open_subject(device="fake", model="nets.py:tiny")
+    task = load_task(subject.model, data="npz:images.npz", seed=0)
+    evaluator = Evaluator(subject.model, subject.graph, task, seed=0)
+    policies = [tuple(grid[place % len(grid)] for grid in subject.grids) for place in range(4)]
+    with Workers(2, _recipe(subject)) as workers:
+        workers.ahead(policies)
+        assert [workers(widths) for widths in policies] == [evaluator.val_accuracy(widths) for widths in policies]
+        assert workers(policies[0]) == evaluator.val_accuracy(policies[0])  # asked for again
+    with Workers(1, _recipe(subject), final=True) as workers:
+        assert workers(policies[1]) == task.test_scores([evaluator.final(policies[1])])[0]
+    assert not multiprocessing.active_children()
+
+
+def test_a_worker_that_dies_is_one_clear_line(here: Path) -> None:
+    with Workers(1, _recipe(api.open_subject(device="fake", model="nets.py:tiny"))) as workers:
+        widths = api.open_subject(device="fake", model="nets.py:tiny").graph.full_widths
+        workers(widths)
+        (worker,) = multiprocessing.active_children()
+        os.kill(worker.pid, signal.SIGKILL)
+        worker.join()
+        with pytest.raises(FailedError, match="run the same command again"):
+            workers(widths)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["ddpg", "knapsack", "evolution", "greedy", "sensitivity", "random"])
+def test_a_search_with_workers_is_reproducible_and_goes_on(here: Path, amc_hw: Callable, method: str) -> None:
+    command = (*SEARCH, "--episodes", "12", "--workers", "2", "--method", method, "--json")
+    found = [json.loads(amc_hw(*command, "--out", out).out) for out in ("a", "b")]
+    assert found[0]["widths"] == found[1]["widths"]
+    journals = [Path(out, "metrics.jsonl").read_bytes().splitlines(keepends=True) for out in ("a", "b")]
+    assert journals[0] == journals[1]
+    Path("c").mkdir()
+    Path("c/metrics.jsonl").write_bytes(b"".join(journals[0][: len(journals[0]) // 2]))
+    assert json.loads(amc_hw(*command, "--out", "c").out)["widths"] == found[0]["widths"]
+    assert Path("c/metrics.jsonl").read_bytes() == b"".join(journals[0])
+    assert not multiprocessing.active_children()
+
+
+def test_the_number_of_workers_is_checked_and_part_of_the_search(here: Path, amc_hw: Callable) -> None:
+    assert amc_hw(*SEARCH, "--workers", "0").mistake == "amc-hw: --workers 0: at least 1"
+    assert amc_hw(*SEARCH, "--episodes", "3", "--out", "run").code == 0
+    done = amc_hw(*SEARCH, "--episodes", "3", "--out", "run", "--workers", "2")
+    assert done.code == 2 and "workers: 1, not 2" in done.mistake
+
+
+@pytest.mark.slow
+def test_an_interrupt_ends_the_workers(here: Path) -> None:
+    command = [sys.executable, "-m", "amc_hw.cli", *SEARCH, "--episodes", "5000", "--workers", "2", "--out", "run"]
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+    journal = Path("run/metrics.jsonl")
+    until = time.monotonic() + 120
+    while time.monotonic() < until and (not journal.exists() or len(journal.read_bytes().splitlines()) < 8):
+        time.sleep(0.2)
+    os.killpg(child.pid, signal.SIGINT)  # as a terminal does: all processes of the group
+    _, error = child.communicate(timeout=60)
+    assert child.returncode == 130 and b"Traceback" not in error, error
+    with pytest.raises(ProcessLookupError):  # none of the group is left
+        for _ in range(100):
+            os.killpg(child.pid, 0)
+            time.sleep(0.1)
