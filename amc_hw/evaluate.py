@@ -20,6 +20,7 @@ REFIT_BYTES = 4_000_000_000
 REFITS = ("faithful", "fast")
 #: Of the faithful refit inside a search; they rank policies nearly as 500 images do (docs/decisions/0005).
 SEARCH_IMAGES, SEARCH_ROWS = 100, 3000
+FINAL_ROWS = 30  #: of the final refit, per image and layer
 
 
 def _images_in_memory(graph: LayerGraph) -> int:
@@ -89,7 +90,7 @@ class Evaluator:
         """The pruned network after the faithful refit, batch-norm statistics re-estimated where that helps."""
         kept = self.kept(widths)
         small = slice_channels(self.model.module, self.graph, kept)
-        self._refit_faithful(small, kept, self.calibration, 60_000)
+        self._refit_faithful(small, kept, self.calibration, FINAL_ROWS * count_of(self.calibration))
         before = self.task.score(small)
         statistics = {name: value.clone() for name, value in small.state_dict().items()}
         reestimate_batch_norm(small, self.calibration)

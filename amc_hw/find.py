@@ -288,7 +288,7 @@ class _Search:
         config = self.config
         if config.workers == 1:
             return nullcontext()
-        recipe = Recipe.of(self.subject, task=self._task_of(config), seed=config.seed, refit=config.refit)
+        recipe = Recipe.of(self.subject, self._task_of(config), seed=config.seed, refit=config.refit)
         return Workers(config.workers, recipe)
 
     def plan(self) -> dict[str, Any]:

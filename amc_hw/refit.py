@@ -327,11 +327,14 @@ def _absorb(norm: nn.Module, inputs: Tensor) -> None:
 
 
 def _refittable(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
+    return isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d | nn.ConvTranspose2d) and layer.groups == 1)
 
 
 def _weight(module: nn.Module, name: str) -> Tensor:
-    return plain_weight(module.get_submodule(name), name)
+    """Outputs first: a transposed convolution's as those of the plain convolution of `_laid_out`."""
+    layer = module.get_submodule(name)
+    weight = plain_weight(layer, name)
+    return weight.transpose(0, 1).flip(2, 3) if isinstance(layer, nn.ConvTranspose2d) else weight
 
 
 def _factor(gram: Tensor, penalty: float) -> Tensor:
@@ -344,8 +347,9 @@ def _factor(gram: Tensor, penalty: float) -> Tensor:
 def _write(sliced: nn.Module, name: str, batch_norm: str | None, change: Tensor, shift: Tensor) -> None:
     """Add `change` (K, O) to the weights and `shift` (O,) to the bias, or to what the batch-norm subtracts."""
     layer = sliced.get_submodule(name)
-    weight = _weight(sliced, name)
-    weight += change.T.reshape(weight.shape).to(weight.dtype)
+    weight = plain_weight(layer, name)
+    added = change.T.reshape(_weight(sliced, name).shape).to(weight.dtype)
+    weight += added.flip(2, 3).transpose(0, 1) if isinstance(layer, nn.ConvTranspose2d) else added
     if isinstance(layer.bias, Tensor):
         layer.bias += shift.to(layer.bias.dtype)
     elif batch_norm is not None:
@@ -354,11 +358,25 @@ def _write(sliced: nn.Module, name: str, batch_norm: str | None, change: Tensor,
         norm.running_mean -= shift.to(norm.running_mean.dtype)
 
 
-def _out_size(layer: Any, x: Tensor) -> tuple[int, int]:
+def _laid_out(layer: Any, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """(what a plain convolution with the same outputs slides over, its stride): padded; for a transposed convolution
+    with zeros between the pixels, too (Dumoulin and Visin, 2016, chapter 4)."""
+    if isinstance(layer, nn.Conv2d):
+        (ph, pw), (sh, sw) = layer.padding, layer.stride  # type: ignore[str-unpack, misc]
+        return F.pad(x, (pw, pw, ph, ph)), (sh, sw)  # type: ignore[arg-type]
+    (height, width), (sh, sw) = x.shape[2:], layer.stride
+    spread = x.new_zeros(*x.shape[:2], (height - 1) * sh + 1, (width - 1) * sw + 1)
+    spread[:, :, ::sh, ::sw] = x
+    before = [
+        dilation * (kernel - 1) - padding
+        for dilation, kernel, padding in zip(layer.dilation, layer.kernel_size, layer.padding, strict=True)
+    ]
+    return F.pad(spread, (before[1], before[1], before[0], before[0])), (1, 1)
+
+
+def _out_size(layer: Any, padded: Tensor, stride: tuple[int, int]) -> tuple[int, int]:
     reach = [dilation * (kernel - 1) + 1 for dilation, kernel in zip(layer.dilation, layer.kernel_size, strict=True)]
-    height, width = (
-        (x.shape[2 + axis] + 2 * layer.padding[axis] - reach[axis]) // layer.stride[axis] + 1 for axis in (0, 1)
-    )
+    height, width = ((padded.shape[2 + axis] - reach[axis]) // stride[axis] + 1 for axis in (0, 1))
     return height, width
 
 
@@ -366,7 +384,7 @@ def _sample(layer: nn.Module, x: Tensor, per_image: int, generator: torch.Genera
     """Output positions to look at, (N, P) flat indices; None for a layer without positions."""
     if isinstance(layer, nn.Linear) and x.dim() == 2:
         return None
-    height, width = x.shape[1:3] if isinstance(layer, nn.Linear) else _out_size(layer, x)
+    height, width = x.shape[1:3] if isinstance(layer, nn.Linear) else _out_size(layer, *_laid_out(layer, x[:1]))
     if per_image >= height * width:
         return torch.arange(height * width).expand(len(x), -1)
     return torch.randint(height * width, (len(x), per_image), generator=generator)
@@ -378,9 +396,9 @@ def _patches(layer: Any, x: Tensor, positions: Tensor | None) -> Tensor:
         return x
     if isinstance(layer, nn.Linear):
         return _at(x.flatten(1, 2), positions)
-    _, width = _out_size(layer, x)
-    (kh, kw), (sh, sw), (dh, dw), (ph, pw) = layer.kernel_size, layer.stride, layer.dilation, layer.padding
-    x = F.pad(x, (pw, pw, ph, ph))
+    (kh, kw), (dh, dw) = layer.kernel_size, layer.dilation
+    x, (sh, sw) = _laid_out(layer, x)
+    _, width = _out_size(layer, x, (sh, sw))
     n, c, padded_h, padded_w = x.shape
     corner = positions // width * sh * padded_w + positions % width * sw  # (N, P)
     tap = (torch.arange(kh) * dh * padded_w)[:, None] + torch.arange(kw) * dw

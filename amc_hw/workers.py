@@ -7,7 +7,9 @@ is what is scored.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -31,7 +33,7 @@ Widths = tuple[int, ...]
 @dataclass(frozen=True)
 class Recipe:
     """What a worker needs for an `Evaluator` like the parent's. state: of the network that a search begins with; base:
-    the policy that this was pruned by before; task: keywords of `amc_hw.task.load_task`."""
+    the policy that this was pruned by before; task, options: keywords of `load_task` and `Evaluator`."""
 
     spec: str
     input_shape: tuple[int, ...]
@@ -39,14 +41,12 @@ class Recipe:
     base: Policy | None
     state: dict[str, torch.Tensor]
     task: dict[str, Any]
-    seed: int
-    refit: str
+    options: dict[str, Any]
 
     @classmethod
-    def of(cls, subject: Subject, *, task: dict[str, Any], seed: int, refit: str) -> Recipe:
+    def of(cls, subject: Subject, task: dict[str, Any], **options: Any) -> Recipe:
         model = subject.model
-        state = model.module.state_dict()
-        return cls(model.spec, model.input_shape, subject.keep, subject.base, state, task, seed, refit)
+        return cls(model.spec, model.input_shape, subject.keep, subject.base, model.module.state_dict(), task, options)
 
     def evaluator(self) -> Evaluator:
         keep = self.keep if self.base is None else self.base.keep
@@ -58,7 +58,7 @@ class Recipe:
         model.module.load_state_dict(self.state)
         model.module.eval()
         task = load_task(model, **self.task)
-        return Evaluator(model, graph, task, seed=self.seed, refit=self.refit)
+        return Evaluator(model, graph, task, **self.options)
 
 
 class Workers:
@@ -127,7 +127,16 @@ _evaluator: Evaluator | None = None
 def _begin(recipe: Recipe, threads: int) -> None:
     global _recipe
     torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _recipe = recipe
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _score(widths: Widths, final: bool) -> float:

@@ -32,7 +32,7 @@ def here(profiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 
 def _recipe(subject: api.Subject) -> Recipe:
-    return Recipe.of(subject, task={"data": "npz:images.npz", "seed": 0}, seed=0, refit="faithful")
+    return Recipe.of(subject, {"data": "npz:images.npz", "seed": 0}, seed=0, refit="faithful")
 
 
 def test_workers_give_the_scores_of_the_evaluator(here: Path) -> None:
@@ -83,16 +83,21 @@ def test_the_number_of_workers_is_checked_and_part_of_the_search(here: Path, amc
 
 
 @pytest.mark.slow
-def test_an_interrupt_ends_the_workers(here: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_the_workers_end_with_their_search(here: Path, how: signal.Signals) -> None:
     command = [sys.executable, "-m", "amc_hw.cli", *SEARCH, "--episodes", "5000", "--workers", "2", "--out", "run"]
     child = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
     journal = Path("run/metrics.jsonl")
     until = time.monotonic() + 120
     while time.monotonic() < until and (not journal.exists() or len(journal.read_bytes().splitlines()) < 8):
         time.sleep(0.2)
-    os.killpg(child.pid, signal.SIGINT)  # as a terminal does: all processes of the group
-    _, error = child.communicate(timeout=60)
-    assert child.returncode == 130 and b"Traceback" not in error, error
+    if how == signal.SIGINT:
+        os.killpg(child.pid, how)  # as a terminal does: to all processes of the group
+        _, error = child.communicate(timeout=60)
+        assert child.returncode == 130 and b"Traceback" not in error, error
+    else:
+        child.kill()
+        child.wait()
     with pytest.raises(ProcessLookupError):  # none of the group is left
         for _ in range(100):
             os.killpg(child.pid, 0)
