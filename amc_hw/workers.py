@@ -66,7 +66,8 @@ class Workers:
     refit.
 
     `ahead` asks for some, calling gives one of them, computed or awaited. Which worker scores a policy, and when, does
-    not change its score. Use as a context: on leaving, what was asked for in vain is given up.
+    not change its score. Use as a context: on leaving, what was asked for in vain is given up, except for
+    the policies that are being scored.
     """
 
     def __init__(self, count: int, recipe: Recipe, *, final: bool = False) -> None:
@@ -95,8 +96,6 @@ class Workers:
 
     def __exit__(self, *exc: object) -> None:
         if self._made is not None:
-            for process in list((self._made._processes or {}).values()):
-                process.terminate()
             self._made.shutdown(cancel_futures=True)
 
     def ahead(self, policies: Sequence[Widths]) -> None:
