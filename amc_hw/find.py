@@ -225,13 +225,12 @@ class _Search:
             return self._run(costs, budget, task, start)
 
     def _task(self) -> Task:
-        config = self.config
-        return load_task(self.model, **self._task_of(config))
+        return load_task(self.model, **self._task_options)
 
-    @staticmethod
-    def _task_of(config: SearchConfig) -> dict[str, Any]:
+    @property
+    def _task_options(self) -> dict[str, Any]:
         names = ("data", "evaluate", "calibrate", "seed")
-        return {name: getattr(config, name) for name in names} | {"device": config.eval_device}
+        return {name: getattr(self.config, name) for name in names} | {"device": self.config.eval_device}
 
     def _run(self, costs: CostModel, budget: Budget | None, task: Task, start: float) -> dict[str, Any]:
         config = self.config
@@ -288,7 +287,7 @@ class _Search:
         config = self.config
         if config.workers == 1:
             return nullcontext()
-        recipe = Recipe.of(self.subject, self._task_of(config), seed=config.seed, refit=config.refit)
+        recipe = Recipe.of(self.subject, self._task_options, seed=config.seed, refit=config.refit)
         return Workers(config.workers, recipe)
 
     def plan(self) -> dict[str, Any]:

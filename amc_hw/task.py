@@ -79,9 +79,9 @@ def accuracy(module: nn.Module, images: Tensor, labels: Tensor, *, batch: int | 
             try:
                 logits = module(chunk)
             except RuntimeError as error:
-                if "view size" not in str(error):
+                if "view size" not in str(error) or images.is_contiguous():
                     raise
-                logits = module(chunk.contiguous())  # it reshapes by `view`: channels come first, then
+                return accuracy(module, images.contiguous(), labels, batch=batch)  # `view` wants channels first
             if not isinstance(logits, Tensor) or logits.dim() != 2:
                 what = f"{tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
                 raise UserError(f"the network returns {what}, not (N, classes): give --evaluate file.py:function")

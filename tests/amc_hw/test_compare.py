@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,6 @@ from amc_hw.compare import EQUAL, CompareConfig, verdict
 from amc_hw.errors import UserError
 
 COMMAND = ("compare", "--device", "fake", "--model", "nets.py:tiny", "--data", "npz:images.npz", "--episodes", "8")
-
-
-@pytest.fixture
-def here(profiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    shutil.copytree(profiled, tmp_path / "here")
-    monkeypatch.chdir(tmp_path / "here")
-    return tmp_path / "here"
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,13 +19,6 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GP
 needs_none = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU")
 SUBJECT = ("--device", "cuda-batch50", "--model", "nets.py:tiny")
 DATA = ("--data", "npz:images.npz")
-
-
-@pytest.fixture
-def here(profiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    shutil.copytree(profiled, tmp_path / "here")
-    monkeypatch.chdir(tmp_path / "here")
-    return tmp_path / "here"
 
 
 @pytest.fixture

@@ -270,3 +270,21 @@ def test_candidates_are_compared_on_all_held_out_images(
     module = trained[0].module
     assert len(evaluator.task.val[0]) == 50 < len(val.labels)
     assert task.final_score(module) == accuracy(module, trained[0].normalised(val.images), val.labels)
+
+
+def test_a_network_that_reshapes_by_view_is_scored_in_the_layout_that_it_needs() -> None:
+    class Viewing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.calls = nn.Conv2d(3, 4, 3), 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            return self.conv(x).view(len(x), -1)
+
+    network = Viewing().eval()
+    images, labels = torch.randn(40, 3, 8, 8), torch.randint(144, (40,))
+    wanted = accuracy(network, images, labels, batch=10)
+    network.calls = 0
+    assert accuracy(network, images.contiguous(memory_format=torch.channels_last), labels, batch=10) == wanted
+    assert network.calls == 5  # one attempt, and four batches

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,13 +21,6 @@ from amc_hw.task import load_task
 from amc_hw.workers import Recipe, Workers
 
 SEARCH = ("search", "--device", "fake", "--model", "nets.py:tiny", "--data", "npz:images.npz", "--latency-ratio", "0.6")
-
-
-@pytest.fixture
-def here(profiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    shutil.copytree(profiled, tmp_path / "here")
-    monkeypatch.chdir(tmp_path / "here")
-    return tmp_path / "here"
 
 
 def _recipe(subject: api.Subject) -> Recipe:
