@@ -14,7 +14,7 @@ from torch import nn
 
 from amc_hw.compare import CompareConfig, compare
 from amc_hw.errors import DeviceError, FailedError, TableError, UserError
-from amc_hw.evaluate import Evaluator, check_expected
+from amc_hw.evaluate import Evaluator, check_expected, warn_of_guessing
 from amc_hw.export import FORMATS, export_int8, export_network, folded_weights
 from amc_hw.find import BUDGETS, Progress, SearchConfig, plan_search, search, search_time, time_apart
 from amc_hw.finetune import PRECISIONS, FinetuneConfig, finetune
@@ -202,6 +202,7 @@ def check_network(
     task = load_task(subject.model, data=data, evaluate=evaluate, calibrate=calibrate, seed=seed)
     score = task.score(subject.model.module)
     check_expected(score, expect_accuracy)
+    warn_of_guessing(task, score)
     evaluator = Evaluator(subject.model, subject.graph, task, seed=seed)
     planned = search_time(evaluator, subject.grids, episodes, time.monotonic() - start)
     table = plan_profile(subject, seed=seed) if subject.target.can_time else None

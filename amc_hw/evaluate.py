@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -110,3 +111,9 @@ def check_expected(found: float, expected: float | None) -> None:
         raise UserError(
             f"the unpruned accuracy is {found:.4f}, --expect-accuracy says {expected}: check normalisation and labels"
         )
+
+
+def warn_of_guessing(task: Task, unpruned: float) -> None:
+    """A warning where the unpruned network is no better than a guess."""
+    if (reason := task.unlikely(unpruned)) is not None:
+        warnings.warn(f"the unpruned accuracy is {unpruned:.4f}, {reason}", stacklevel=2)

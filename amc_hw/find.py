@@ -16,7 +16,7 @@ from torch import nn
 
 from amc_hw.env import REWARDS
 from amc_hw.errors import UserError
-from amc_hw.evaluate import REFITS, Evaluator, check_expected, check_refit
+from amc_hw.evaluate import REFITS, Evaluator, check_expected, check_refit, warn_of_guessing
 from amc_hw.export import folded_weights
 from amc_hw.policy import Policy
 from amc_hw.pretrain import DEFAULT_DATA
@@ -246,6 +246,7 @@ class _Search:
         where = f"of {config.evaluate}" if config.evaluate else "on held-out training images"
         self.progress(0, config.episodes, f"unpruned {what} {unpruned:.4f} {where}")
         check_expected(unpruned, config.expect_accuracy)
+        warn_of_guessing(task, unpruned)
         unit = REWARDS[config.reward][0]
         if unit is not None and not 0 <= unpruned <= 1:
             raise UserError(f"--reward {config.reward} needs scores from 0 to 1, {config.evaluate} gives {unpruned:g}")

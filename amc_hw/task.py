@@ -35,6 +35,9 @@ class Task(Protocol):
     def score(self, module: nn.Module) -> float:
         """On held-out training data: of the networks that a search tries."""
 
+    def unlikely(self, score: float) -> str | None:
+        """Why the unpruned network's `score` cannot be that of a trained one; None where it can."""
+
     def final_score(self, module: nn.Module) -> float:
         """As `score`, more exactly: of the candidates at the end of a search."""
 
@@ -116,6 +119,12 @@ class Classification:
     def score(self, module: nn.Module) -> float:
         return accuracy(module, *self.val)
 
+    def unlikely(self, score: float) -> str | None:
+        share = float(torch.bincount(self.val[1]).max()) / len(self.val[1])
+        if score > share + 3 * math.sqrt(share * (1 - share) / len(self.val[1])):
+            return None
+        return f"naming the commonest class is right in {share:.4f}: an untrained network, or labels in another order?"
+
     @cached_property
     def _final_val(self) -> tuple[Tensor, Tensor]:
         each = 4 * math.prod(self.model.input_shape)
@@ -164,6 +173,12 @@ class OwnTask:
             return self.labelled.score(module)
         with on(module, self.device):
             return own_score(self._evaluate, self._names[0], module)
+
+    def unlikely(self, score: float) -> str | None:
+        if self._evaluate is not None:
+            return None
+        assert self.labelled is not None
+        return self.labelled.unlikely(score)
 
     def final_score(self, module: nn.Module) -> float:
         if self._evaluate is None:

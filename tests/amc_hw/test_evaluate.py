@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 import zlib
 
 import pytest
@@ -12,7 +13,7 @@ from torch.utils.data import Dataset
 
 from amc_hw.data import Splits, load_data
 from amc_hw.errors import UserError
-from amc_hw.evaluate import SEARCH_IMAGES, SEARCH_ROWS, Evaluator, check_expected
+from amc_hw.evaluate import SEARCH_IMAGES, SEARCH_ROWS, Evaluator, check_expected, warn_of_guessing
 from amc_hw.graph import LayerGraph, build_graph
 from amc_hw.images import TensorImages
 from amc_hw.models import LoadedModel
@@ -101,6 +102,20 @@ def test_expected_accuracy() -> None:
         with pytest.raises(UserError, match=f"{found:.4f}, --expect-accuracy says 0.893") as caught:
             check_expected(found, 0.893)
         assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
+
+
+def test_an_unpruned_network_that_only_guesses_is_warned_of(
+    trained: tuple[LoadedModel, LayerGraph], splits: Splits
+) -> None:
+    task = Classification(trained[0], splits)
+    share = float(task.val[1].bincount().max()) / len(task.val[1])
+    assert task.score(trained[0].module) > 0.8
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_guessing(task, task.score(trained[0].module))
+        for guess in (0.0, share, share + 0.01):
+            with pytest.raises(UserWarning, match=f"{guess:.4f}, naming the commonest class is right in {share:.4f}"):
+                warn_of_guessing(task, guess)
 
 
 def test_exactly_a_point_off_is_not_more_than_a_point_off() -> None:
