@@ -58,6 +58,7 @@ IDENTITY_FUNCTIONS: tuple[Any, ...] = (F.dropout, F.dropout2d, stochastic_depth,
 #: What is computed of sizes alone makes no tensor.
 SHAPE_CALLS: tuple[Any, ...] = ("size", "dim", getattr, operator.getitem)
 ARITHMETIC: tuple[Any, ...] = (operator.add, operator.sub, operator.mul, operator.floordiv, operator.truediv)
+MEANS: tuple[Any, ...] = (torch.mean, "mean")
 FLATTEN_CALLS: tuple[Any, ...] = (torch.flatten, "flatten", "view", "reshape", torch.reshape)
 POOL_FUNCTIONS: dict[Any, str] = {F.max_pool2d: "max_pool", F.avg_pool2d: "avg_pool"}
 CHANNELS_LAST, CHANNELS_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
@@ -184,6 +185,7 @@ class _Lowering:
         self.value: dict[fx.Node, str] = {}  # fx node -> name of the operator whose output it is
         self.last: set[fx.Node] = set()  # nodes whose tensors are channels-last
         self.apart: dict[fx.Node, tuple[fx.Node, int, bool]] = {}  # (N, G, C/G, H, W): source, G, whether swapped
+        self.halved: dict[fx.Node, tuple[fx.Node, int]] = {}  # mean over one side: the image, dimension of the other
         self.parameters: dict[fx.Node, str] = {}
         self.outputs: list[str] = []
         self.input_shapes: dict[str, tuple[int, ...]] = {}
@@ -315,11 +317,8 @@ class _Lowering:
             self._getitem(node)
         elif target in (F.adaptive_avg_pool2d,):
             self._adaptive_pool(node)
-        elif target in (torch.mean, "mean"):
-            before, after = _shape(node.all_input_nodes[0]), _shape(node)
-            if before is None or after is None or len(before) != 4 or after not in (before[:2], (*before[:2], 1, 1)):
-                raise self._unsupported(node)
-            self._emit(node, "global_avg_pool")
+        elif target in MEANS:
+            self._mean(node)
         elif target in FLATTEN_CALLS:
             self._flatten(node)
         elif target in (torch.permute, "permute"):
@@ -329,6 +328,27 @@ class _Lowering:
             self._upsample(node, node.kwargs.get("mode", "nearest"), node.kwargs.get("align_corners"))
         elif target in POOL_FUNCTIONS:
             self._pool_function(node)
+        else:
+            raise self._unsupported(node)
+
+    def _mean(self, node: fx.Node) -> None:
+        """Over height and width, in one call or in two."""
+        source = node.all_input_nodes[0]
+        rank, after = len(_shape(source) or ()), len(_shape(node) or ())
+        given: Any = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+        listed = given if isinstance(given, (list, tuple)) else [given]
+        if rank == 0 or source in self.last or not all(isinstance(dim, int) for dim in listed):
+            raise self._unsupported(node)
+        dims = {dim % rank for dim in listed}
+        if source in self.halved:
+            image, other = self.halved[source]
+            if dims != {other}:
+                raise self._unsupported(node)
+            self._emit(node, "global_avg_pool", sources=[image])
+        elif rank == 4 and dims == {2, 3}:
+            self._emit(node, "global_avg_pool")
+        elif rank == 4 and dims in ({2}, {3}) and all(user.target in MEANS for user in node.users):
+            self.halved[node] = source, 3 if dims == {2} and after == 4 else 2
         else:
             raise self._unsupported(node)
 

@@ -12,7 +12,7 @@ from networks import Net, frozen_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from amc_hw.errors import UserError
+from amc_hw.errors import UnsupportedOperatorError, UserError
 from amc_hw.export import export_network
 from amc_hw.graph import LayerGraph, build_graph
 from amc_hw.models import load_model
@@ -128,6 +128,37 @@ def test_squeeze_and_excite_ties_the_gate_to_the_image(gate_first: bool) -> None
     assert [(group.name, group.modules("producer")) for group in graph.groups] == [("a", ("a", "c")), ("b", ("b",))]
     (scale,) = (op for op in graph.op_graph((5, 3)).ops if op.kind == "scale")
     assert scale == OpSpec("scale", (5, 5), 6, 7, 5)
+
+
+class Averaged(nn.Module):
+    """Eight channels of eight by eight, averaged over `dims` one after the other."""
+
+    def __init__(self, dims: tuple[int | tuple[int, ...], ...], *, keepdim: bool = False) -> None:
+        super().__init__()
+        self.dims, self.keepdim = dims, keepdim
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(64 if dims == (3,) else 8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.a(x))
+        for dim in self.dims:
+            x = x.mean(dim, keepdim=self.keepdim)
+        return self.b(torch.flatten(x, 1))
+
+
+@pytest.mark.parametrize(
+    ("dims", "keepdim"),
+    [(dims, keepdim) for dims in (((2, 3),), ((-1, -2),), (3, 2), (2, -1)) for keepdim in (False, True)]
+    + [((-1, -1), False), ((2, 2), False), ((2, 3), True)],
+)
+def test_a_mean_over_an_image_pools_in_one_call_or_two(dims: tuple[int, ...], keepdim: bool) -> None:
+    graph = same_when_sliced(Averaged(dims, keepdim=keepdim), torch.randn(2, 3, 8, 8))
+    assert [op.kind for op in graph.op_graph().ops] == ["conv", "global_avg_pool", "linear"]
+
+
+@pytest.mark.parametrize("dims", [((1, 2),), (1, 1), (3,), (3, 1)])
+def test_a_mean_over_channels_or_over_one_side_is_refused(dims: tuple[int, ...]) -> None:
+    with pytest.raises(UnsupportedOperatorError, match="mean"):
+        build_graph(Averaged(dims), (3, 8, 8))
 
 
 class UNet(nn.Module):
