@@ -78,7 +78,13 @@ def test_the_number_of_workers_is_checked_and_part_of_the_search(here: Path, amc
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_the_workers_end_with_their_search(here: Path, how: signal.Signals) -> None:
     command = [sys.executable, "-m", "amc_hw.cli", *SEARCH, "--episodes", "5000", "--workers", "2", "--out", "run"]
-    child = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+    child = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
+    )
     journal = Path("run/metrics.jsonl")
     until = time.monotonic() + 120
     while time.monotonic() < until and (not journal.exists() or len(journal.read_bytes().splitlines()) < 8):
