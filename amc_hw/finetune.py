@@ -9,6 +9,7 @@ import copy
 import io
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -90,6 +91,7 @@ def finetune(policy: Path, config: FinetuneConfig, *, progress: Progress) -> dic
     """
     try:
         from accelerate import Accelerator
+        from accelerate.utils import broadcast_object_list
     except ImportError:
         raise UserError("fine-tuning needs Accelerate: pip install 'amc-hw[finetune]'") from None
     pruned = open_pruned(policy)
@@ -100,7 +102,9 @@ def finetune(policy: Path, config: FinetuneConfig, *, progress: Progress) -> dic
             "into your own training loop"
         )
     out = config.out or policy.parent.with_name(f"{policy.parent.name}-finetuned")
-    accelerator = Accelerator(mixed_precision=config.precision)
+    # several processes on CPUs are one group only where the CPU is asked for
+    several_cpus = "LOCAL_RANK" in os.environ and not torch.accelerator.is_available()
+    accelerator = Accelerator(mixed_precision=config.precision, cpu=several_cpus)
     start = time.monotonic()
     with alone_in(out / f"rank{accelerator.process_index}" if accelerator.num_processes > 1 else out):
         finished = out / "result.json"
@@ -124,6 +128,7 @@ def finetune(policy: Path, config: FinetuneConfig, *, progress: Progress) -> dic
             "processes": accelerator.num_processes,
             "seconds": time.monotonic() - start,
         }
+        result = broadcast_object_list([result])[0]  # batch-norm statistics differ a little between processes
         if accelerator.is_main_process:
             save_weights(out / pruned.policy.weights, trained.state_dict())
             replace(pruned.policy, data=data).save(out / "policy.json")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +13,7 @@ import pytest
 import torch
 
 from amc_hw.api import load_pruned
+from amc_hw.data import load_data
 from amc_hw.errors import FailedError, UserError
 from amc_hw.finetune import FinetuneConfig, finetune
 from amc_hw.models import load_model
@@ -17,6 +21,7 @@ from amc_hw.policy import Policy
 from amc_hw.prune import keep_channels, slice_channels
 from amc_hw.runs import save_weights
 from amc_hw.subject import load_graph
+from amc_hw.task import Classification
 
 pytest.importorskip("accelerate")
 MODEL = "mobilenet_v1_cifar?width=0.25"
@@ -72,6 +77,19 @@ def test_accuracy_rises_and_the_widths_stay(policy: Path) -> None:
     assert again == found
     rows = [json.loads(line) for line in Path(found["policy"]).with_name("metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows[1:]] == list(range(6)) and rows[-1]["loss"] < rows[1]["loss"]
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_network(policy: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "amc_hw.cli", "finetune", "--policy", str(policy), "--epochs", "2", "--json"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    one, other = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
+    assert one["processes"] == 2 and one == other
+    task = Classification(load_model(MODEL), load_data("digits", input_shape=(3, 32, 32)))
+    assert task.test_scores([load_pruned(one["policy"])]) == [one["accuracy_after"]]
 
 
 @pytest.mark.slow
