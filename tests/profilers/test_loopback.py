@@ -313,27 +313,25 @@ def test_a_farm_of_three_loses_one_and_no_row(config: DeviceConfig, tmp_path: Pa
         job = ProfileJob(lambda widths: graph(widths[0], 16), ((8, 16, 32),), fine, networks=2, calibration=12)
         steps = missing_steps(job, table, targets[0])
         assert len(steps) >= 8
-        anchors, appended, killed = [Anchor(target, full, table) for target in targets], 0, None
-
-        def measured() -> set[str]:
-            return {row.details["member"] for row in table.rows}
+        anchors, appended, killed = [Anchor(target, full, table) for target in targets], 0, -1
+        members = [target.config.member for target in targets]
 
         def append(rows: list[Measurement]) -> None:
             nonlocal appended, killed
             table.append(rows)
             appended += 1
-            if killed is None and appended >= len(steps) // 2:  # which of them get the lock is up to chance
-                killed = next((index for index in (1, 2) if targets[index].config.member in measured()), None)
-                if killed is not None:
-                    assert loopback("stop", port=port + killed).returncode == 0
+            if appended == len(steps) // 2:  # who has measured by now is up to chance: the lock is anyone's
+                killed = members.index(rows[0].details["member"])
+                assert loopback("stop", port=port + killed).returncode == 0
 
         with pytest.warns(UserWarning, match="a device is left out from here on: loopback at") as warned:
             assert run_steps(steps, anchors, append, lambda *_: None)
-        assert missing_steps(job, table, targets[0]) == []
+        left_out = f"a device is left out from here on: loopback at 127.0.0.1:{port + killed}"
+        assert any(str(one.message).startswith(left_out) for one in warned)
+        assert missing_steps(job, table, targets[killed - 1]) == []
         ops = [row.op for row in table.of_type("op")]
         assert len(ops) == len(set(ops)) and appended == len(steps)
-        assert killed is not None and any(f"127.0.0.1:{port + killed}" in str(one.message) for one in warned)
-        assert targets[killed].config.member in measured() and len(measured()) >= 2
+        assert {row.details["member"] for row in table.rows} == set(members) and len(set(members)) == 3
     finally:
         loopback("stop", port=port, count=3)
 
