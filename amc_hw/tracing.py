@@ -334,8 +334,9 @@ class _Lowering:
     def _mean(self, node: fx.Node) -> None:
         """Over height and width, in one call or in two."""
         source = node.all_input_nodes[0]
-        rank, after = len(_shape(source) or ()), len(_shape(node) or ())
-        given: Any = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+        rank = len(_shape(source) or ())
+        named = node.kwargs.get("dim", node.kwargs.get("axis"))
+        given: Any = node.args[1] if len(node.args) > 1 else named
         listed = given if isinstance(given, (list, tuple)) else [given]
         if rank == 0 or source in self.last or not all(isinstance(dim, int) for dim in listed):
             raise self._unsupported(node)
@@ -348,7 +349,8 @@ class _Lowering:
         elif rank == 4 and dims == {2, 3}:
             self._emit(node, "global_avg_pool")
         elif rank == 4 and dims in ({2}, {3}) and all(user.target in MEANS for user in node.users):
-            self.halved[node] = source, 3 if dims == {2} and after == 4 else 2
+            keepdim = len(_shape(node) or ()) == rank
+            self.halved[node] = source, 3 if dims == {2} and keepdim else 2
         else:
             raise self._unsupported(node)
 

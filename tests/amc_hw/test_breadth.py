@@ -155,6 +155,19 @@ def test_a_mean_over_an_image_pools_in_one_call_or_two(dims: tuple[int, ...], ke
     assert [op.kind for op in graph.op_graph().ops] == ["conv", "global_avg_pool", "linear"]
 
 
+@pytest.mark.parametrize("name", ["dim", "axis"])
+def test_the_dimensions_of_a_mean_may_be_named(name: str) -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x).mean(**{name: (2, 3)}))
+
+    same_when_sliced(Named(), torch.randn(2, 3, 8, 8))
+
+
 @pytest.mark.parametrize("dims", [((1, 2),), (1, 1), (3,), (3, 1)])
 def test_a_mean_over_channels_or_over_one_side_is_refused(dims: tuple[int, ...]) -> None:
     with pytest.raises(UnsupportedOperatorError, match="mean"):
