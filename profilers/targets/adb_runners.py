@@ -7,6 +7,7 @@ import math
 import re
 import secrets
 import shlex
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
@@ -29,7 +30,7 @@ START_S = 2.0  #: of it
 TIMED_OUT, NO_FOLDER = 124, 90  #: exit codes: of `timeout`, and ours
 
 
-class Runner:
+class Runner(ABC):
     """Times models that lie on the device. `program`: whether it is one that the user brings."""
 
     program = True
@@ -37,18 +38,18 @@ class Runner:
     def __init__(self, config: DeviceConfig, device: AdbDevice) -> None:
         self.config, self.device, self.work = config, device, shlex.quote(config.workdir)
 
-    @cached_property
+    @property
+    @abstractmethod
     def path(self) -> str:
         """Where it lies on the device."""
-        raise NotImplementedError
 
+    @abstractmethod
     def version(self) -> str:
         """Of the runtime, for the identity; DeviceError where it is not there."""
-        raise NotImplementedError
 
+    @abstractmethod
     def time(self, models: Sequence[str], plan: TimingPlan, seed: int, prefix: str) -> list[list[float]]:
         """Milliseconds per model, one sample for every round; models: paths on the device; prefix: of its command."""
-        raise NotImplementedError
 
     def seconds(self, plan: TimingPlan, models: int) -> float:
         """How long a job may take: bursts of slow models are as long as their least number of runs."""
@@ -179,13 +180,13 @@ class ProgramRunner(Runner):
     def seconds(self, plan: TimingPlan, models: int) -> float:
         return super().seconds(plan, models) + START_S * plan.rounds * models
 
+    @abstractmethod
     def flags(self, model: str, plan: TimingPlan) -> str:
         """Its arguments, quoted."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read_ms(self, text: bytes, plan: TimingPlan) -> float:
         """Milliseconds of one inference from a run's output; UserError where it is not whole."""
-        raise NotImplementedError
 
     def time(self, models: Sequence[str], plan: TimingPlan, seed: int, prefix: str) -> list[list[float]]:
         order = np.random.default_rng(seed)
