@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from amc_hw.graph import LayerGraph
 from amc_hw.models.channel_map import ChannelMap
+from amc_hw.padding import padded, padding_of
 from amc_hw.prune import Kept, KeptAxes, kept_axes, plain_weight
 from amc_hw.tracing import batch_norm_affine, eval_mode, trace_fx
 
@@ -362,8 +363,9 @@ def _laid_out(layer: Any, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
     """(what a plain convolution with the same outputs slides over, its stride): padded; for a transposed convolution
     with zeros between the pixels, too (Dumoulin and Visin, 2016, chapter 4)."""
     if isinstance(layer, nn.Conv2d):
-        (ph, pw), (sh, sw) = layer.padding, layer.stride  # type: ignore[str-unpack, misc]
-        return F.pad(x, (pw, pw, ph, ph)), (sh, sw)  # type: ignore[arg-type]
+        height, width = x.shape[2:]
+        sh, sw = layer.stride
+        return padded(x, padding_of(layer, (height, width))), (sh, sw)
     (height, width), (sh, sw) = x.shape[2:], layer.stride
     spread = x.new_zeros(*x.shape[:2], (height - 1) * sh + 1, (width - 1) * sw + 1)
     spread[:, :, ::sh, ::sw] = x

@@ -23,6 +23,7 @@ from torchvision.ops import Permute, stochastic_depth
 
 from amc_hw.errors import UnsupportedOperatorError, UserError
 from amc_hw.models.channel_map import ChannelMap
+from amc_hw.padding import Pads, around, padding_of
 from amc_hw.specs import one_line
 from profilers.ops import OpGraph, OpSpec
 
@@ -61,6 +62,7 @@ ARITHMETIC: tuple[Any, ...] = (operator.add, operator.sub, operator.mul, operato
 MEANS: tuple[Any, ...] = (torch.mean, "mean")
 FLATTEN_CALLS: tuple[Any, ...] = (torch.flatten, "flatten", "view", "reshape", torch.reshape)
 POOL_FUNCTIONS: dict[Any, str] = {F.max_pool2d: "max_pool", F.avg_pool2d: "avg_pool"}
+NO_PADS: Pads = ((0, 0), (0, 0))
 CHANNELS_LAST, CHANNELS_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
 
 
@@ -93,7 +95,8 @@ class TracedOps:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        leaves = ChannelMap | nn.BatchNorm2d | nn.LayerNorm | nn.Linear | Permute  # classes derived of them, too
+        # classes derived of them, too
+        leaves = ChannelMap | nn.Conv2d | nn.BatchNorm2d | nn.LayerNorm | nn.Linear | Permute
         return isinstance(module, leaves) or super().is_leaf_module(module, qualified_name)
 
 
@@ -186,6 +189,7 @@ class _Lowering:
         self.last: set[fx.Node] = set()  # nodes whose tensors are channels-last
         self.apart: dict[fx.Node, tuple[fx.Node, int, bool]] = {}  # (N, G, C/G, H, W): source, G, whether swapped
         self.halved: dict[fx.Node, tuple[fx.Node, int]] = {}  # mean over one side: the image, dimension of the other
+        self.padded: dict[fx.Node, tuple[fx.Node, Pads]] = {}  # zero-padded: the image, what is around it
         self.parameters: dict[fx.Node, str] = {}
         self.outputs: list[str] = []
         self.input_shapes: dict[str, tuple[int, ...]] = {}
@@ -198,6 +202,8 @@ class _Lowering:
     def _visit(self, node: fx.Node) -> None:
         if node.op == "placeholder":
             self._input(node)
+        elif self.padded.keys() & node.all_input_nodes and not self._takes_padding(node):
+            raise UnsupportedOperatorError(f"{node.name}: padding is supported before a convolution only")
         elif node.op == "output":
             self._outputs(node.args[0])
         elif node.op == "call_module":
@@ -275,6 +281,8 @@ class _Lowering:
             self._pool(node, kind, module.kernel_size, module.stride, module.padding, ceil=module.ceil_mode)
         elif isinstance(module, nn.AdaptiveAvgPool2d):
             self._adaptive_pool(node)
+        elif isinstance(module, nn.ZeroPad2d | nn.ConstantPad2d):
+            self._pad(node, module.padding, "constant", module.value)
         elif isinstance(module, nn.Flatten):
             self._flatten(node)
         elif isinstance(module, nn.Upsample):
@@ -328,6 +336,8 @@ class _Lowering:
             self._upsample(node, node.kwargs.get("mode", "nearest"), node.kwargs.get("align_corners"))
         elif target in POOL_FUNCTIONS:
             self._pool_function(node)
+        elif target is F.pad:
+            self._pad_function(node)
         else:
             raise self._unsupported(node)
 
@@ -417,23 +427,50 @@ class _Lowering:
         sources = [source for source in node.all_input_nodes if source in self.value]
         return len(sources) == 1 and self.value.get(sources[0]) == self.value[node]
 
+    def _pad_function(self, node: fx.Node) -> None:
+        arguments: dict[str, Any] = dict(zip(("input", "pad", "mode", "value"), node.args, strict=False), **node.kwargs)
+        self._pad(node, arguments["pad"], arguments.get("mode", "constant"), arguments.get("value") or 0)
+
+    def _pad(self, node: fx.Node, sides: Any, mode: str, value: float) -> None:
+        """Zeros around an image have no operator of their own: the convolution after them takes them over."""
+        source = node.all_input_nodes[0]
+        if not all(isinstance(side, int) for side in sides):
+            raise self._unsupported(node)
+        sides = (*sides, *[0] * (4 - len(sides)))
+        if not any(sides):
+            self._same(node)
+        elif len(sides) > 4 or min(sides) < 0 or mode != "constant" or value != 0 or source in self.last:
+            raise self._unsupported(node)
+        else:
+            self._image(source)
+            self.padded[node] = source, around(sides)
+
+    def _takes_padding(self, node: fx.Node) -> bool:
+        return node.op == "call_module" and isinstance(self.modules[str(node.target)], nn.Conv2d)
+
     def _convolution(self, node: fx.Node, module: nn.Conv2d | nn.ConvTranspose2d, name: str) -> None:
-        if module.padding_mode != "zeros" or isinstance(module.padding, str):
-            raise UnsupportedOperatorError(f"{name}: only numeric zero padding is supported")
         kind, groups = "conv", module.groups
+        source, pads = self.padded.get(node.all_input_nodes[0], (node.all_input_nodes[0], NO_PADS))
         if isinstance(module, nn.ConvTranspose2d):
             kind = "conv_transpose"
             if groups > 1 or any(module.output_padding):
                 raise UnsupportedOperatorError(f"{name}: a transposed convolution with groups or output padding")
-        elif groups > 1 and groups == module.in_channels == module.out_channels:
-            kind = "depthwise_conv"
+            before = after = _pair(module.padding)
+        else:
+            _, height, width = self._image(node.all_input_nodes[0])
+            own = padding_of(module, (height, width), name)
+            before, after = ((own[end][0] + pads[end][0], own[end][1] + pads[end][1]) for end in (0, 1))
+            if groups > 1 and groups == module.in_channels == module.out_channels:
+                kind = "depthwise_conv"
         self._emit(
             node,
             kind,
+            sources=[source],
             out_channels=module.out_channels,
             kernel=_pair(module.kernel_size),
             stride=_pair(module.stride),
-            padding=_pair(module.padding),
+            padding=before,
+            padding_end=() if after == before else after,
             dilation=_pair(module.dilation),
             groups=groups,
             module=name,

@@ -50,7 +50,8 @@ class OpSpec:
     in_channels: channels of every input, in order (one for most kinds, two for `add`, any for `concat`).
     height, width: spatial size of the (first) input; 1, 1 for vectors.
     out_channels: channels of the output; for `flatten` it is in_channels * height * width.
-    kernel, stride, padding, dilation: (vertical, horizontal), in pixels; padding is symmetric.
+    kernel, stride, padding, dilation: (vertical, horizontal), in pixels.
+    padding_end: a convolution's padding behind the image, (bottom, right), where that differs from `padding`; else ().
     groups: 1, or in_channels for `depthwise_conv`.
     ceil: the output size of a pooling is rounded up: a last window may reach beyond the padding.
     activation: fused into the operator, one of ACTIVATIONS.
@@ -70,6 +71,7 @@ class OpSpec:
     activation: str = "none"
     fused_add: bool = False
     ceil: bool = False
+    padding_end: tuple[int, ...] = ()
     dtype: str = "float32"
     batch: int = 1
 
@@ -81,7 +83,10 @@ class OpSpec:
         sizes = (*self.in_channels, self.height, self.width, self.out_channels, *self.kernel, *self.stride, self.batch)
         if not self.in_channels or any(not isinstance(size, int) or size < 1 for size in sizes):
             raise ValueError(f"operator sizes must be positive integers: {self}")
-        if self.groups < 1 or min(self.padding) < 0 or min(*self.dilation, self.out_height, self.out_width) < 1:
+        if self.padding_end and (self.padding_end == self.padding or self.kind not in ("conv", "depthwise_conv")):
+            raise ValueError(f"padding_end is for convolutions, where it differs from padding: {self}")
+        padding = min(*self.padding, *self.padding_end)
+        if self.groups < 1 or padding < 0 or min(*self.dilation, self.out_height, self.out_width) < 1:
             raise ValueError(f"impossible groups, padding, dilation or output size: {self}")
         if self.kind in ("add", "mul", "scale") and len(set(self.in_channels)) > 1:
             raise ValueError(f"{self.kind} needs inputs of equal channels: {self}")
@@ -89,6 +94,11 @@ class OpSpec:
             raise ValueError("an activation operator needs an activation")
         if self.kind == "depthwise_conv" and not self.in_channels[0] == self.out_channels == self.groups:
             raise ValueError(f"a depthwise convolution has as many groups and outputs as inputs: {self}")
+
+    @property
+    def padding_after(self) -> tuple[int, ...]:
+        """Padding behind the image, (bottom, right)."""
+        return self.padding_end or self.padding
 
     @property
     def out_height(self) -> int:
@@ -110,7 +120,8 @@ class OpSpec:
             return size * self.stride[axis]
         if self.kind not in ("conv", "depthwise_conv", "max_pool", "avg_pool"):
             return size
-        steps, rest = divmod(size + 2 * self.padding[axis] - reach, self.stride[axis])
+        padding = self.padding[axis] + self.padding_after[axis]
+        steps, rest = divmod(size + padding - reach, self.stride[axis])
         # a window that would start in the padding behind the image is left out (PyTorch, ceil_mode)
         one_more = self.ceil and rest > 0 and (steps + 1) * self.stride[axis] < size + self.padding[axis]
         return steps + one_more + 1
@@ -164,8 +175,9 @@ class OpSpec:
 
     def to_json(self) -> dict[str, Any]:
         values = asdict(self)
-        if not self.ceil:  # younger than the first tables, whose rows must stay what they are
-            del values["ceil"]
+        for name in ("ceil", "padding_end"):  # younger than the first tables, whose rows must stay what they are
+            if not values[name]:
+                del values[name]
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod

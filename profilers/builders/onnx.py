@@ -107,7 +107,7 @@ def _emit(writer: _Writer, node: OpNode, weights: Weights, *, leaves: bool) -> N
         inputs = [writer.as_image(source, name) if source in writer.vectors else source for source in inputs]
     arrays = weights.get(name, {})
     result = name if op.activation == "none" else f"{name}/linear"
-    window = {"kernel_shape": list(op.kernel), "strides": list(op.stride), "pads": [*op.padding, *op.padding]}
+    window = {"kernel_shape": list(op.kernel), "strides": list(op.stride), "pads": [*op.padding, *op.padding_after]}
     if op.kind in ("conv", "depthwise_conv"):
         parts = [writer.constant(f"{name}.{part}", arrays[part]) for part in ("weight", "bias")]
         writer.add("Conv", name, inputs + parts, result, **window, dilations=list(op.dilation), group=op.groups)

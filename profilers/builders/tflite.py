@@ -218,7 +218,7 @@ def _emit(network: _Network, node: OpNode) -> None:
         writer.activation(op.activation, linear, node.name)
 
 
-# Windows: PyTorch pads symmetrically; TFLite knows only VALID, and SAME, which puts an odd pixel last.
+# Windows: TFLite knows only VALID, and SAME, which puts an odd pixel last.
 
 
 def _pads_read(op: OpSpec, axis: int) -> tuple[int, int]:
@@ -243,7 +243,7 @@ def _padded(network: _Network, node: OpNode, *, fill: float = 0.0, same: bool = 
     source = network.as_image(node.inputs[0])
     vertical, horizontal = _pads_read(op, 0), _pads_read(op, 1)
     scheme = "VALID"
-    if same and op.padding != (0, 0) and _is_same(op, 0) and _is_same(op, 1):
+    if same and (any(op.padding) or op.padding_end) and _is_same(op, 0) and _is_same(op, 1):
         scheme = "SAME"
     elif any((*vertical, *horizontal)):
         batch, height, width, channels = writer.shapes[source]

@@ -88,7 +88,11 @@ class Network(nn.Module):
 
         x = inputs[0]
         if op.kind in ("conv", "depthwise_conv"):
-            return F.conv2d(x, part("weight"), part("bias"), op.stride, op.padding, op.dilation, op.groups)
+            padding = op.padding
+            if op.padding_end:
+                (top, left), (bottom, right) = op.padding, op.padding_end
+                x, padding = F.pad(x, (left, right, top, bottom)), (0, 0)
+            return F.conv2d(x, part("weight"), part("bias"), op.stride, padding, op.dilation, op.groups)
         if op.kind == "conv_transpose":
             return F.conv_transpose2d(x, part("weight"), part("bias"), op.stride, op.padding, dilation=op.dilation)
         if op.kind == "channel_map":

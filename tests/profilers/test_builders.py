@@ -57,7 +57,9 @@ def reference_op(op: OpSpec, inputs: list[torch.Tensor], arrays: dict[str, torch
     x = inputs[0]
     if op.kind in ("conv", "depthwise_conv"):
         spatial = x if x.ndim == 4 else x[:, :, None, None]
-        result = F.conv2d(spatial, arrays["weight"], arrays["bias"], op.stride, op.padding, op.dilation, op.groups)
+        (top, left), (bottom, right) = op.padding, op.padding_after
+        spatial = F.pad(spatial, (left, right, top, bottom))
+        result = F.conv2d(spatial, arrays["weight"], arrays["bias"], op.stride, 0, op.dilation, op.groups)
         return result + inputs[1] if op.fused_add else result
     if op.kind == "linear":
         return F.linear(x.flatten(1), arrays["weight"], arrays["bias"])
@@ -230,6 +232,16 @@ def test_dilated_convolutions_agree(
     builder: ModuleType, kind: str, stride: tuple[int, int], padding: tuple[int, int]
 ) -> None:
     check(builder, alone(window_op(kind, 4, (11, 12), 3, stride=stride, padding=padding, dilation=(2, 2))))
+
+
+@every_builder
+@pytest.mark.parametrize("kind", ["conv", "depthwise_conv"])
+@pytest.mark.parametrize(("before", "after"), [((0, 0), (1, 1)), ((1, 0), (2, 1)), ((2, 1), (0, 1))])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_zeros_may_differ_on_both_sides(
+    builder: ModuleType, kind: str, before: tuple[int, int], after: tuple[int, int], stride: int
+) -> None:
+    check(builder, alone(window_op(kind, 3, (8, 9), 3, stride=(stride, stride), padding=before, padding_end=after)))
 
 
 @every_builder
@@ -548,6 +560,8 @@ def test_padding_is_a_scheme_of_the_operator_where_tflite_has_it() -> None:
     assert built(8, 3, 1, 0) == ["CONV_2D"]
     assert built(8, 3, 2, 1) == ["PAD", "CONV_2D"]  # and 0 + 1 on an even one
     assert built(224, 7, 2, 3) == ["PAD", "CONV_2D"]
+    as_tensorflow = alone(window_op("conv", 3, (8, 8), 3, stride=(2, 2), padding=(0, 0), padding_end=(1, 1)))
+    assert operators(tflite_builder.build(as_tensorflow, random_weights(as_tensorflow))) == ["CONV_2D"]
 
 
 @needs_litert
