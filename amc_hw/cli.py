@@ -8,6 +8,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -73,8 +74,26 @@ SUBJECT = ("device", "serial", "model", "input", "threads", "dtype", "multiple",
 TASK = ("data", "evaluate", "calibrate")
 
 
+_STDOUT = "amc_hw.stdout"
+
+
+class _Command(click.Command):
+    """Standard output holds the result alone: what a user's own code prints is talk, too."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        ctx.meta[_STDOUT] = sys.stdout
+        with redirect_stdout(sys.stderr):
+            return super().invoke(ctx)
+
+
+class _Group(click.Group):
+    command_class = _Command
+    group_class = type
+
+
 def _print(result: dict[str, Any], as_json: bool, lines: Callable[[dict[str, Any]], list[str]]) -> None:
-    click.echo(json.dumps(result) if as_json else "\n".join(lines(result)))
+    text = json.dumps(result) if as_json else "\n".join(lines(result))
+    click.echo(text, file=click.get_current_context().meta.get(_STDOUT))
 
 
 class _Progress:
@@ -147,7 +166,7 @@ def _subject_and_widths(
     return api.open_policy(policy, device=arguments["device"] if _typed(context, "device") else None, **options)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="amc-hw")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.pass_context

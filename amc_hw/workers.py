@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -125,6 +126,7 @@ _evaluator: Evaluator | None = None
 
 def _begin(recipe: Recipe, threads: int) -> None:
     global _recipe
+    sys.stdout = sys.stderr  # as in the parent, standard output holds its result alone
     torch.set_num_threads(threads)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _recipe = recipe
