@@ -22,6 +22,7 @@ from profilers.timing import Steady, TimingPlan, median_half_width
 
 NETWORK_PLAN = TimingPlan(rounds=9, burst_s=0.02)
 PRECISION, MOST_PLANS = 0.01, 4
+LOADS = 2  #: at least, of a network whose latency is compared with a prediction
 MOST_SEEDS = 1_000_003  #: between the seeds of one measurement and its repetition
 OP_PLAN = TimingPlan(rounds=5, burst_s=0.004)
 OPS_AT_ONCE = 8
@@ -130,31 +131,47 @@ class Anchor:
         self._steady = Steady(float(np.median(known)) if known else None)
 
     def time(
-        self, networks: Sequence[OpGraph], plan: TimingPlan, *, seed: int = 0, precision: float = math.inf
+        self,
+        networks: Sequence[OpGraph],
+        plan: TimingPlan,
+        *,
+        seed: int = 0,
+        precision: float = math.inf,
+        loads: int = 1,
     ) -> tuple[dict[str, Any], list[list[float]]]:
         """What a row says of the anchor, and the networks' samples in milliseconds; DeviceError as in `Steady`.
 
         precision: the plan is repeated, at most MOST_PLANS times in all, until the share of the anchor's latency is
-        known that well for every network (half of a 95% interval, relative).
+        known that well for every network (half of a 95% interval, relative). loads: plans at least; each loads the
+        networks anew, which may lay them out in memory better or worse.
         """
         asked = [Network(self.graph), *map(Network, networks)]
         found: list[list[float]] = [[] for _ in asked]
+        shares: list[list[np.ndarray]] = [[] for _ in networks]  # of the anchor's latency, per load
         for attempt in range(MOST_PLANS):
             again = self._steady(partial(self.target.time_networks, asked, plan, seed=seed + MOST_SEEDS * attempt))
             for samples, more in zip(found, again, strict=True):
                 samples += more
-            anchor_ms, *rest = found
-            ratios = [np.divide(samples, anchor_ms) for samples in rest]
-            if all(median_half_width(each) <= precision for each in ratios):
+            for share, samples in zip(shares, again[1:], strict=True):
+                share.append(np.divide(samples, again[0]))
+            if attempt + 1 >= loads and all(_uncertainty(share) <= precision for share in shares):
                 break
+        anchor_ms, *rest = found
         details: dict[str, Any] = {"anchor": self.name, "anchor_ms": float(np.median(anchor_ms))}
         told = {"member": self.target.config.member, "conditions": self.target.conditions()}
         return details | {key: value for key, value in told.items() if value}, rest
 
 
-def time_network(graph: OpGraph, anchor: Anchor, kind: str, *, seed: int = 0) -> Measurement:
+def _uncertainty(loads: Sequence[np.ndarray]) -> float:
+    """How far the median of samples may be off, relative: within loads, or because loads differ."""
+    medians = [np.median(samples) for samples in loads]
+    between = float(np.ptp(medians) / 2 / np.median(medians) / math.sqrt(len(medians)))
+    return max(median_half_width(np.concatenate(loads)), between)
+
+
+def time_network(graph: OpGraph, anchor: Anchor, kind: str, *, seed: int = 0, loads: int = LOADS) -> Measurement:
     """A row of type `kind`: the network timed interleaved with the anchor."""
-    details, (samples,) = anchor.time([graph], NETWORK_PLAN, seed=seed, precision=PRECISION)
+    details, (samples,) = anchor.time([graph], NETWORK_PLAN, seed=seed, precision=PRECISION, loads=loads)
     return Measurement(kind, tuple(samples), graph=graph, details={"digest": digest(graph), **details})
 
 
@@ -217,7 +234,7 @@ def _in_context(graph: OpGraph, anchor: Anchor) -> list[Measurement]:
     """Every operator of a network read while the network runs. The network's own row comes last: it marks the
     set as whole."""
     target = anchor.target
-    network = time_network(graph, anchor, "network")
+    network = time_network(graph, anchor, "network", loads=1)
     found = target.profile_ops(graph, time_s=0.2) or {}
     details = {key: value for key, value in network.details.items() if key != "digest"}
     rows = [

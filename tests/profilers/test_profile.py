@@ -16,7 +16,9 @@ from profilers.errors import DeviceError
 from profilers.ops import OpGraph, OpNode, OpSpec, fuse_adds
 from profilers.predictor import Predictor
 from profilers.profile import (
+    LOADS,
     MAX_REFINEMENTS,
+    MOST_PLANS,
     NETWORK_PLAN,
     POOL,
     REFINE_NETWORKS,
@@ -367,9 +369,34 @@ def test_a_whole_network_is_timed_beside_its_anchor() -> None:
     graph = network_at((8, 24))
     row = time_network(graph, Anchor(target, UNPRUNED, in_memory()), "validation", seed=3)
     assert (row.type, row.graph, row.details["digest"]) == ("validation", graph, digest(graph))
-    assert target.timed == [[UNPRUNED, graph]]
+    assert target.timed == [[UNPRUNED, graph]] * LOADS
     again = time_network(graph, Anchor(target, UNPRUNED, in_memory()), "validation", seed=4)
     assert again.samples_ms != row.samples_ms
+
+
+class Uneven(Told):
+    """Every network after the anchor runs at another speed each time that it is loaded."""
+
+    def __init__(self, *speeds: float) -> None:
+        super().__init__()
+        self.speeds = list(speeds)
+
+    def time_networks(self, networks: Sequence[Network], plan: TimingPlan, *, seed: int) -> list[list[float]]:
+        anchor, *rest = super().time_networks(networks, plan, seed=seed)
+        speed = self.speeds.pop(0)
+        return [anchor, *([speed * ms for ms in samples] for samples in rest)]
+
+
+@pytest.mark.parametrize(
+    ("speeds", "loads"),
+    [((1.0, 1.01, 1.2), 2), ((1.0, 1.1, 1.0, 1.0), MOST_PLANS)],
+)
+def test_a_network_is_loaded_again_while_loads_differ(speeds: tuple[float, ...], loads: int) -> None:
+    target, graph = Uneven(*speeds), network_at((8, 24))
+    row = time_network(graph, Anchor(target, UNPRUNED, in_memory()), "validation")
+    assert len(target.timed) == loads and len(row.samples_ms) == loads * NETWORK_PLAN.rounds
+    truth = OVERHEAD_MS + sum(map(op_latency_ms, graph.ops))
+    assert row.median_ms == pytest.approx(truth, rel=0.012)
 
 
 # The whole of it
