@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 from torch import nn
 
 from amc_hw.compare import CompareConfig, compare
@@ -194,6 +193,8 @@ def check_network(
     calibrate: str | None = None,
     expect_accuracy: float | None = None,
     episodes: int = SearchConfig.episodes,
+    refit: str = SearchConfig.refit,
+    workers: int = SearchConfig.workers,
     seed: int = 0,
 ) -> dict[str, Any]:
     """What to know before a long run: the unpruned accuracy, groups, what the table lacks, and how long profiling and
@@ -203,8 +204,8 @@ def check_network(
     score = task.score(subject.model.module)
     check_expected(score, expect_accuracy)
     warn_of_guessing(task, score)
-    evaluator = Evaluator(subject.model, subject.graph, task, seed=seed)
-    planned = search_time(evaluator, subject.grids, episodes, time.monotonic() - start)
+    evaluator = Evaluator(subject.model, subject.graph, task, seed=seed, refit=refit)
+    planned = search_time(evaluator, subject.grids, episodes, time.monotonic() - start, workers=workers)
     table = plan_profile(subject, seed=seed) if subject.target.can_time else None
     network = subject.graph.op_graph()
     return {
@@ -221,6 +222,7 @@ def check_network(
         "measurements_missing": None if table is None else table["steps"],
         "profile_minutes": None if table is None else table["minutes"],
         "episodes": episodes,
+        "workers": workers,
         "seconds_per_episode": planned["seconds_per_episode"],
         "search_minutes": planned["minutes"],
     }
@@ -388,6 +390,8 @@ def validate(
         raise UserError("the network is too small: no two random widths that the calibration has not seen")
     if plot is not None:
         save_predictions(plot, f"{subject.model.spec}, {subject.device.name}", found)
+    from scipy import stats  # takes half a second
+
     errors = np.abs([sample["pct_error"] for sample in found])
     pairs = [(sample["predicted_ms"], sample["measured_ms"]) for sample in found]
     return {

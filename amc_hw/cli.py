@@ -57,6 +57,12 @@ _OPTIONS = {
     ),
     "evaluate": click.option("--evaluate", help="file.py:fn, model -> score (higher is better): your own task."),
     "calibrate": click.option("--calibrate", help="file.py:fn, yields inputs of the network, to refit with."),
+    "refit": click.option(
+        "--refit", default="faithful", show_default=True, help="Of every policy tried: faithful or fast."
+    ),
+    "workers": click.option(
+        "--workers", default=1, show_default=True, type=click.IntRange(1), help="Processes that score policies."
+    ),
     "dry": click.option("--dry-run", is_flag=True, help="Say what would be done and how long it takes."),
 }
 
@@ -97,22 +103,31 @@ def _print(result: dict[str, Any], as_json: bool, lines: Callable[[dict[str, Any
 
 
 class _Progress:
-    """A line on a terminal, with the time that is left; elsewhere only what is said for the first time."""
+    """A line on a terminal, with the time that is left; elsewhere what is said for the first time, and a line now and
+    then."""
+
+    EVERY_S = 30.0
 
     def __init__(self) -> None:
         self.start, self.said = time.monotonic(), ""
+        self.last = self.start
         self.terminal = sys.stderr.isatty()
 
     def __call__(self, done: int, total: int, text: str) -> None:
+        now = time.monotonic()
+        if done == 0:
+            self.start = now
+        left = f"{(now - self.start) / done * (total - done):.0f} s left" if done else ""
         if not self.terminal:
             if done == 0 and text != self.said:
-                click.echo(text, err=True)
                 self.said = text
+                click.echo(text, err=True)
+            elif done and now - self.last >= self.EVERY_S:
+                click.echo(f"{done}/{total}, {left}: {text}", err=True)
+            else:
+                return
+            self.last = now
             return
-        if done == 0:
-            self.start = time.monotonic()
-        elapsed = time.monotonic() - self.start
-        left = f"{elapsed / done * (total - done):.0f} s left" if done else ""
         filled = 30 * done // max(total, 1)
         click.echo(f"\r\x1b[K[{'#' * filled:<30}] {done}/{total} {left} {text}", err=True, nl=False)
         if done == total:
@@ -183,7 +198,7 @@ def cli(context: click.Context, debug: bool) -> None:
 
 
 @cli.command()
-@_options("device", "model", "checkpoint", "data", "seed", "json")
+@_options("device", "model", "checkpoint", *TASK, "seed", "json")
 @click.pass_context
 def init(context: click.Context, as_json: bool, **values: Any) -> None:
     """Write amc-hw.toml: what the commands take when a flag is not given.
@@ -191,7 +206,9 @@ def init(context: click.Context, as_json: bool, **values: Any) -> None:
     \b
     amc-hw init
     amc-hw init --device host-litert --model resnet56 --checkpoint w.pt --data imagefolder:PATH
+    amc-hw init --model net.py:make --checkpoint w.pt --evaluate task.py:score --calibrate task.py:inputs
     """
+    _no_data_of_ours(context, values)
     offered = [device["name"] for device in api.list_devices()["devices"]]
     if sys.stdin.isatty() and not as_json and not _typed(context, "device"):
         values["device"] = click.prompt("device", type=click.Choice(offered), default=values["device"])
@@ -300,6 +317,7 @@ def _locked(frozen: dict[str, Any]) -> str:
 @cli.command()
 @_options(*SUBJECT, "seed", "checkpoint", *TASK, "json")
 @click.option("--episodes", default=400, show_default=True, type=click.IntRange(1), help="Of the search to come.")
+@_options("refit", "workers")
 @click.option("--expect-accuracy", type=float, help="Fail where the unpruned accuracy is not this.")
 @click.pass_context
 def check(context: click.Context, as_json: bool, checkpoint: Path | None, **arguments: Any) -> None:
@@ -310,7 +328,8 @@ def check(context: click.Context, as_json: bool, checkpoint: Path | None, **argu
     amc-hw check --model net.py:make --evaluate task.py:score --calibrate task.py:inputs
     """
     _no_data_of_ours(context, arguments)
-    task = {name: arguments.pop(name) for name in (*TASK, "episodes", "expect_accuracy", "seed")}
+    names = (*TASK, "episodes", "refit", "workers", "expect_accuracy", "seed")
+    task = {name: arguments.pop(name) for name in names}
     checkpoint = api.checkpoint_for(arguments["model"], task["data"], checkpoint)
     _print(api.check_network(_subject(arguments, checkpoint=checkpoint), **task), as_json, _check_lines)
 
@@ -327,8 +346,13 @@ def _check_lines(r: dict[str, Any]) -> list[str]:
         f"groups      {r['groups']} to prune, {len(r['frozen'])} frozen (amc-hw graph says why)",
         f"MMACs       {r['macs'] / 1e6:.1f}; {r['smallest_macs'] / 1e6:.1f} with all groups at their smallest",
         f"table       {table}",
-        f"search      {r['episodes']} episodes of {r['seconds_per_episode']:.1f} s: {r['search_minutes']:.0f} minutes",
+        f"search      {_search_time(r)}: {r['search_minutes']:.0f} minutes",
     ]
+
+
+def _search_time(r: dict[str, Any]) -> str:
+    workers = f" by {r['workers']} workers" if r["workers"] > 1 else ""
+    return f"{r['episodes']} episodes, one in {r['seconds_per_episode']:.1f} s{workers}, then the candidates' refits"
 
 
 @cli.command()
@@ -374,7 +398,8 @@ def profile(
     result = api.profile(
         subject, seed=seed, tolerance=tolerance, max_minutes=max_minutes, way=way, progress=_Progress()
     )
-    record_settings(chosen)
+    if recorded := record_settings(chosen):
+        click.echo(f"{', '.join(recorded)} recorded in {FILE}: the commands that follow need no flags for it", err=True)
     _print(result, as_json, _profile_lines)
 
 
@@ -596,11 +621,10 @@ def measure(context: click.Context, as_json: bool, seed: int, max_ms: float | No
 @click.option("--latency-ratio", type=float, help="Budget: measured share of the unpruned latency.")
 @click.option("--flops-ratio", type=float, help="Budget: share of the unpruned MACs.")
 @click.option("--params-ratio", type=float, help="Budget: share of the unpruned parameters.")
-@click.option("--method", default="ddpg", show_default=True)
+@click.option("--method", default="ddpg", show_default=True, help=f"auto, or one of {', '.join(api.METHODS)}.")
 @click.option("--reward", default="err", show_default=True, help="err; flops, params or latency need no budget.")
-@click.option("--refit", default="faithful", show_default=True, help="Of every policy tried: faithful or fast.")
 @click.option("--eval-device", default="cpu", show_default=True, help="Where networks are scored: cpu, cuda, cuda:1.")
-@click.option("--workers", default=1, show_default=True, help="Processes that score policies.")
+@_options("refit", "workers")
 @click.option("--episodes", default=400, show_default=True, type=click.IntRange(1))
 @click.option("--slack", default=0.02, show_default=True, help="How far a measurement may exceed the budget.")
 @click.option("--expect-accuracy", type=float, help="Refuse to go on where the unpruned accuracy is not this.")
@@ -639,7 +663,7 @@ def search(
         _print(
             api.plan_search(subject, config),
             as_json,
-            lambda r: [f"{r['groups']} groups, {r['episodes']} episodes: about {r['minutes']:.1f} minutes"],
+            lambda r: [f"{r['groups']} groups, {_search_time(r)}: about {r['minutes']:.1f} minutes"],
         )
         return
     result = api.search(subject, config, progress=_Progress())
@@ -679,9 +703,8 @@ def _search_lines(r: dict[str, Any]) -> list[str]:
 @click.option("--methods", default="all", show_default=True, help="all, or some of search's --method: a,b,c.")
 @click.option("--seeds", default="0", show_default=True, help="0,1,2 for intervals.")
 @click.option("--matched", is_flag=True, help="Beside each latency ratio a FLOPs budget of equal measured latency.")
-@click.option("--refit", default="faithful", show_default=True, help="Of every policy tried: faithful or fast.")
 @click.option("--eval-device", default="cpu", show_default=True, help="Where networks are scored: cpu, cuda, cuda:1.")
-@click.option("--workers", default=1, show_default=True, help="Processes that score policies.")
+@_options("refit", "workers")
 @click.option("--episodes", default=150, show_default=True, type=click.IntRange(1), help="Evaluations of each search.")
 @click.option("--slack", default=0.02, show_default=True, help="How far a measurement may exceed the budget.")
 @click.option("--expect-accuracy", type=float, help="Refuse to go on where the unpruned accuracy is not this.")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from amc_hw.errors import UserError
@@ -73,16 +74,27 @@ class Evaluator:
             self._refit_faithful(small, kept, self._calibration(SEARCH_IMAGES), SEARCH_ROWS)
         return self.task.score(small)
 
-    def seconds(self, widths: Sequence[int]) -> tuple[float, float]:
-        """About how long a search takes for one policy, and in the end for one candidate: measured on `widths`."""
-        start = time.monotonic()
-        self.val_accuracy(widths)
-        episode = time.monotonic() - start
-        start = time.monotonic()
-        self.task.score(self.model.module)
-        score = time.monotonic() - start
-        refit = max(episode - score, 0.0)
-        return episode, refit * count_of(self.calibration) / SEARCH_IMAGES + 3 * score
+    def seconds(self, widths: Sequence[int], *, workers: int = 1) -> tuple[float, float]:
+        """About how long a search with `workers` takes for one policy, and in the end for one candidate: measured on
+        `widths`, with a worker's share of the threads."""
+
+        def refit(images: int) -> None:
+            kept = self.kept(widths)
+            small = slice_channels(self.model.module, self.graph, kept)
+            self._refit_faithful(small, kept, self._calibration(images), SEARCH_ROWS)
+
+        refit(10)  # what runs for the first time takes longer
+        if self.refit == "fast":
+            _ = self.grams
+        threads = torch.get_num_threads()
+        torch.set_num_threads(max(1, threads // workers))
+        try:
+            episode = _seconds_of(lambda: self.val_accuracy(widths))
+        finally:
+            torch.set_num_threads(threads)
+        score = _seconds_of(lambda: self.task.score(self.model.module))
+        candidate = _seconds_of(lambda: refit(SEARCH_IMAGES)) * count_of(self.calibration) / SEARCH_IMAGES
+        return episode / workers, candidate + 3 * score
 
     def _refit_faithful(self, small: nn.Module, kept: Kept, inputs: tuple[Tensor, ...], rows: int) -> None:
         refit_faithful(small, self.model.module, self.graph, kept, inputs, rows_per_layer=rows, seed=self.seed)
@@ -98,6 +110,12 @@ class Evaluator:
         if self.task.score(small) < before:
             small.load_state_dict(statistics)
         return small
+
+
+def _seconds_of(run: Callable[[], object]) -> float:
+    start = time.monotonic()
+    run()
+    return time.monotonic() - start
 
 
 def check_refit(refit: str) -> None:

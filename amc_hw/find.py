@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from amc_hw.resources import (
     require_feasible,
 )
 from amc_hw.runs import Journal, Scores, alone_in, numbered, record_command, save_json, save_weights
-from amc_hw.search.loop import CANDIDATES, METHODS, Outcome, Problem, Timed, run_search
+from amc_hw.search.loop import AUTO, CANDIDATES, METHODS, Outcome, Problem, Timed, run_search
 from amc_hw.subject import Subject, read_predictor
 from amc_hw.task import Task, check_eval_device, load_task
 from amc_hw.workers import Recipe, Workers
@@ -43,6 +44,7 @@ from profilers.targets import Network
 from profilers.timing import Steady, TimingPlan, ratio_ci95, refuse_noise
 
 POLICY = "policy.json"
+FEW_EPISODES = 10  #: per group, below which the agent hardly learns
 BUDGETS = ("latency_ms", "latency_ratio", "flops_ratio", "params_ratio")
 Progress = Callable[[int, int, str], None]  # (done, total, what there is to say)
 
@@ -79,8 +81,8 @@ class SearchConfig:
         """(name, value) of the one budget that was given, None for a reward that needs none; UserError for several."""
         if self.reward not in REWARDS:
             raise UserError(f"unknown --reward {self.reward!r}; known: {', '.join(REWARDS)}")
-        if self.method not in METHODS:
-            raise UserError(f"unknown --method {self.method!r}; known: {', '.join(METHODS)}")
+        if self.method not in ("auto", *METHODS):
+            raise UserError(f"unknown --method {self.method!r}; known: auto, {', '.join(METHODS)}")
         check_refit(self.refit)
         check_eval_device(self.eval_device)
         if self.workers < 1:
@@ -108,9 +110,11 @@ def time_apart(subject: Subject, networks: Sequence[Network], *, rounds: int = 2
     return found
 
 
-def search_time(evaluator: Evaluator, grids: Grids, episodes: int, loading_s: float) -> dict[str, float]:
+def search_time(
+    evaluator: Evaluator, grids: Grids, episodes: int, loading_s: float, *, workers: int = 1
+) -> dict[str, float]:
     """What a search would take: seconds of an episode, and minutes in all, the candidates' final refits included."""
-    each, candidate = evaluator.seconds([grid[len(grid) // 2] for grid in grids])
+    each, candidate = evaluator.seconds([grid[len(grid) // 2] for grid in grids], workers=workers)
     total = loading_s + each * episodes + candidate * (CANDIDATES + 2)  # two uniform policies take part
     return {"seconds_per_episode": each, "minutes": total / 60}
 
@@ -119,6 +123,8 @@ class _Search:
     def __init__(
         self, subject: Subject, config: SearchConfig, progress: Progress, scores: Scores | None = None
     ) -> None:
+        if config.method == "auto":
+            config = replace(config, method=AUTO)
         self.scores = scores
         self.subject, self.config, self.progress = subject, config, progress
         self.model, self.graph = subject.model, subject.graph
@@ -301,7 +307,10 @@ class _Search:
         return {
             "groups": len(self.graph.groups),
             "episodes": self.config.episodes,
-            **search_time(self.evaluator, self.subject.grids, self.config.episodes, loaded),
+            "workers": self.config.workers,
+            **search_time(
+                self.evaluator, self.subject.grids, self.config.episodes, loaded, workers=self.config.workers
+            ),
         }
 
     def _header(self) -> dict[str, Any]:
@@ -426,4 +435,11 @@ def search(
     scores: of policies, known to searches of the same network, data and seed.
     Raises BudgetError where the budget cannot be met, or no measured candidate met it.
     """
+    groups = len(subject.graph.groups)
+    if scores is None and config.method == "ddpg" and config.episodes < FEW_EPISODES * groups:
+        warnings.warn(
+            f"{config.episodes} episodes are few for the agent to decide on {groups} groups: give --episodes "
+            f"{FEW_EPISODES * groups} or more, or --method auto",
+            stacklevel=2,
+        )
     return _Search(subject, config, progress, scores).run()

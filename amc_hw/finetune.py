@@ -89,11 +89,6 @@ def finetune(policy: Path, config: FinetuneConfig, *, progress: Progress) -> dic
 
     UserError where the policy's task has no labels, FailedError where the loss is no longer finite.
     """
-    try:
-        from accelerate import Accelerator
-        from accelerate.utils import broadcast_object_list
-    except ImportError:
-        raise UserError("fine-tuning needs Accelerate: pip install 'amc-hw[finetune]'") from None
     pruned = open_pruned(policy)
     data = config.data or pruned.policy.data
     if data is None:
@@ -101,6 +96,11 @@ def finetune(policy: Path, config: FinetuneConfig, *, progress: Progress) -> dic
             "fine-tuning needs images with labels (--data): for another task put amc_hw.load_pruned(policy) "
             "into your own training loop"
         )
+    try:
+        from accelerate import Accelerator
+        from accelerate.utils import broadcast_object_list
+    except ImportError:
+        raise UserError("fine-tuning needs Accelerate: pip install 'amc-hw[finetune]'") from None
     out = config.out or policy.parent.with_name(f"{policy.parent.name}-finetuned")
     # several processes on CPUs are one group only where the CPU is asked for
     several_cpus = "LOCAL_RANK" in os.environ and not torch.accelerator.is_available()

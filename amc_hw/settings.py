@@ -12,7 +12,15 @@ from amc_hw.errors import UserError
 from profilers.files import write_whole
 
 FILE = Path("amc-hw.toml")
-KEYS: Mapping[str, type] = {"device": str, "model": str, "checkpoint": str, "data": str, "seed": int}
+KEYS: Mapping[str, type] = {
+    "device": str,
+    "model": str,
+    "checkpoint": str,
+    "data": str,
+    "evaluate": str,
+    "calibrate": str,
+    "seed": int,
+}
 
 
 def read_settings(path: Path = FILE) -> dict[str, Any]:
@@ -42,17 +50,18 @@ def write_settings(values: Mapping[str, Any], path: Path = FILE) -> None:
     _write(path, ["# Defaults of the amc-hw commands run in this folder; a flag wins over them.", *_lines(values)])
 
 
-def record_settings(values: Mapping[str, Any], path: Path = FILE) -> None:
-    """Add the `values` that the file does not name; what it says stays as it is."""
+def record_settings(values: Mapping[str, Any], path: Path = FILE) -> list[str]:
+    """Add the `values` that the file does not name; what it says stays as it is. The keys that were added."""
     if not path.exists():
         write_settings(values, path)
-        return
+        return list(values)
     known = read_settings(path)
     new = {key: value for key, value in values.items() if key not in known}
     if not new:
-        return
+        return []
     old = path.read_bytes()
     _write(path, _lines(new), before=old + (b"\n" if old and not old.endswith(b"\n") else b""))
+    return list(new)
 
 
 def _write(path: Path, lines: list[str], *, before: bytes = b"") -> None:

@@ -199,10 +199,10 @@ def _resolve(spec: Spec, *, kind: str, known: Iterable[str]) -> Callable[..., An
         raise UserError(f"{spec.name} cannot be imported: {one_line(exc)}") from exc
     if module is None:
         raise unknown_name(kind, spec.name, known)
-    factory = getattr(module, spec.path, None)
+    factory = functools.reduce(lambda part, name: getattr(part, name, None), spec.path.split("."), module)
     if not callable(factory):
         own = [key for key, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
-        listed = f"it has {', '.join(own[:10])}" if own else "it has none of its own"
+        listed = f"it has {', '.join(own[:10])}" if own else "it defines none"
         raise UserError(f"{spec.name} has no function {spec.path!r}: {listed}")
     return factory
 

@@ -10,7 +10,7 @@ import inspect
 import itertools
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
-from torchvision.ops import Permute, stochastic_depth
 
 from amc_hw.errors import UnsupportedOperatorError, UserError
 from amc_hw.models.channel_map import ChannelMap
@@ -55,13 +54,17 @@ ACTIVATION_FUNCTIONS: dict[Any, str] = {
     "tanh": "tanh",
 }
 IDENTITY_MODULES = (nn.Identity, nn.Dropout, nn.Dropout2d)
-IDENTITY_FUNCTIONS: tuple[Any, ...] = (F.dropout, F.dropout2d, stochastic_depth, "contiguous", "clone", "detach")
+IDENTITY_FUNCTIONS: tuple[Any, ...] = (F.dropout, F.dropout2d, "contiguous", "clone", "detach")
+#: Of torchvision, by name: to import it takes as long as PyTorch does, and many networks do without.
+PERMUTE = ("torchvision.ops.misc", "Permute")
+STOCHASTIC_DEPTH = ("torchvision.ops.stochastic_depth", "stochastic_depth")
 #: What is computed of sizes alone makes no tensor.
 SHAPE_CALLS: tuple[Any, ...] = ("size", "dim", getattr, operator.getitem)
 ARITHMETIC: tuple[Any, ...] = (operator.add, operator.sub, operator.mul, operator.floordiv, operator.truediv)
 MEANS: tuple[Any, ...] = (torch.mean, "mean")
 FLATTEN_CALLS: tuple[Any, ...] = (torch.flatten, "flatten", "view", "reshape", torch.reshape)
 POOL_FUNCTIONS: dict[Any, str] = {F.max_pool2d: "max_pool", F.avg_pool2d: "avg_pool"}
+TOLD = 3  #: of the operators that are not supported, by name
 NO_PADS: Pads = ((0, 0), (0, 0))
 CHANNELS_LAST, CHANNELS_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
 
@@ -96,8 +99,10 @@ class TracedOps:
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         # classes derived of them, too
-        leaves = ChannelMap | nn.Conv2d | nn.BatchNorm2d | nn.LayerNorm | nn.Linear | Permute
-        return isinstance(module, leaves) or super().is_leaf_module(module, qualified_name)
+        leaves = ChannelMap | nn.Conv2d | nn.BatchNorm2d | nn.LayerNorm | nn.Linear
+        if isinstance(module, leaves) or _named(type(module)) == PERMUTE:
+            return True
+        return super().is_leaf_module(module, qualified_name)
 
 
 def trace_fx(module: nn.Module) -> fx.GraphModule:
@@ -172,6 +177,10 @@ def _shape(node: fx.Node) -> tuple[int, ...] | None:
     return None if shape is None else tuple(shape)
 
 
+def _named(thing: Any) -> tuple[str, str]:
+    return getattr(thing, "__module__", ""), getattr(thing, "__name__", "")
+
+
 def _pair(value: Any) -> tuple[int, int]:
     first, second = (value, value) if isinstance(value, int) else value
     return int(first), int(second)
@@ -195,8 +204,22 @@ class _Lowering:
         self.input_shapes: dict[str, tuple[int, ...]] = {}
 
     def run(self) -> TracedOps:
+        refused: dict[fx.Node, str] = {}  # all that is not supported is told at once
         for node in self.graph.nodes:
-            self._visit(node)
+            try:
+                self._visit(node)
+            except Exception as error:
+                if refused.keys() & node.all_input_nodes:
+                    refused[node] = ""  # perhaps for nothing but what it reads
+                elif isinstance(error, UnsupportedOperatorError):
+                    refused[node] = str(error)
+                else:
+                    raise
+                self.value[node] = node.name
+        if refused:
+            reasons = [reason for reason in dict.fromkeys(refused.values()) if reason]
+            more = f"; and {len(reasons) - TOLD} more" if len(reasons) > TOLD else ""
+            raise UnsupportedOperatorError("; ".join(reasons[:TOLD]) + more)
         return TracedOps(tuple(self.ops.values()), tuple(self.outputs), self.input_shapes)
 
     def _visit(self, node: fx.Node) -> None:
@@ -289,8 +312,8 @@ class _Lowering:
             self._upsample(node, module.mode, module.align_corners)
         elif isinstance(module, nn.ChannelShuffle):
             self._emit(node, "shuffle", groups=module.groups)
-        elif isinstance(module, Permute):
-            self._permute(node, tuple(module.dims))
+        elif _named(type(module)) == PERMUTE:
+            self._permute(node, tuple(module.dims))  # type: ignore[arg-type]
         else:
             raise self._unsupported(node)
 
@@ -309,7 +332,7 @@ class _Lowering:
             self._emit(node, "prelu", slope=float(slope))  # type: ignore[arg-type]
         elif target in (F.softmax, torch.softmax, "softmax"):
             self._softmax(node, node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None))
-        elif target in IDENTITY_FUNCTIONS:
+        elif target in IDENTITY_FUNCTIONS or _named(target) == STOCHASTIC_DEPTH:
             self._same(node)
         elif target in (operator.add, operator.iadd, torch.add, "add", "add_"):
             self._binary(node, "add")
@@ -372,8 +395,11 @@ class _Lowering:
         what: Any = node.target
         if node.op == "call_module":
             what = f"{type(self.modules[str(node.target)]).__name__} ({node.target})"
-        elif isinstance(what, Callable):  # type: ignore[arg-type]
-            what = getattr(what, "__name__", what)
+        else:
+            called = getattr(what, "__name__", what)
+            stack = list(node.meta.get("nn_module_stack", {}).values())
+            place = stack[-1][0] if stack else ""
+            what = f"{called} ({node.name}{f' in {place}' if place else ''})"
         return UnsupportedOperatorError(f"operator {what} is not supported: it has no operator kind to be timed as")
 
     def _emit(self, node: fx.Node, kind: str, *, sources: Sequence[fx.Node] | None = None, **sizes: Any) -> None:

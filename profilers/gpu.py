@@ -18,6 +18,7 @@ from profilers.ops import OpGraph
 SLOWED = {0x8: "hardware slowdown", 0x20: "thermal slowdown", 0x40: "hardware thermal slowdown", 0x80: "power brake"}
 POWER = 0x4
 BUSY_PCT = 10  #: of the last second, from which a GPU is someone's
+LOOKS, LOOK_S = 3, 1.2  #: NVML's last second is at most that long
 L2_BYTES = 256 << 20  #: written to push everything else out: more than any GPU's L2 cache holds
 
 
@@ -144,7 +145,8 @@ class TorchGpu:
         nvml = self._nvml
         try:
             running = nvml.nvmlDeviceGetComputeRunningProcesses(self._handle)
-            busy = nvml.nvmlDeviceGetUtilizationRates(self._handle).gpu
+            self._torch.cuda.synchronize(self._index)
+            busy = lasting(lambda: nvml.nvmlDeviceGetUtilizationRates(self._handle).gpu)
         except nvml.NVMLError:  # not told to everyone, inside containers above all
             return []
         found = [f"process {process.pid}" for process in running if process.pid != os.getpid()]
@@ -201,6 +203,18 @@ class TorchGpu:
             if event.name in labels and event.device_type == self._torch.autograd.DeviceType.CPU:
                 found[event.name] = found.get(event.name, 0.0) + _device_us(event) / 1000 / count
         return found
+
+
+def lasting(busy_pct: Callable[[], int], *, sleep: Callable[[float], None] = time.sleep) -> int:
+    """Percent of the time in which a GPU is in use while this process does nothing: what it did itself a moment ago
+    passes, what others do stays."""
+    least = busy_pct()
+    for _ in range(LOOKS - 1):
+        if least <= BUSY_PCT:
+            break
+        sleep(LOOK_S)
+        least = min(least, busy_pct())
+    return least
 
 
 def runs_on(built: Sequence[str], major: int, minor: int) -> bool:

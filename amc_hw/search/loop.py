@@ -48,6 +48,9 @@ METHODS: dict[str, type[Method]] = {
     "deep": DeepSearch,
 }
 
+#: What `--method auto` is: where methods were compared, none was better (docs/algorithm.md, Other methods).
+AUTO = "knapsack"
+
 PILOTS = 6
 SHOWN = 1 / 8  #: of the episodes, near uniform policies
 SPREAD = 0.12  #: of their widths, as a fraction of a group's channels

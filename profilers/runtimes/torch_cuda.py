@@ -41,11 +41,11 @@ def settings(config: DeviceConfig) -> Iterator[None]:
 
 def inputs_of(graph: OpGraph, config: DeviceConfig, device: str) -> list[torch.Tensor]:
     """Fixed random numbers of the network's input shapes."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     made = []
     for shape in graph.inputs.values():
-        value = torch.randn(graph.nodes[0].op.batch, *shape, generator=generator).to(device, DTYPES[config.dtype])
-        made.append(_laid_out(value, config))
+        value = torch.randn(graph.nodes[0].op.batch, *shape, generator=generator, device=device)
+        made.append(_laid_out(value.to(DTYPES[config.dtype]), config))
     return made
 
 

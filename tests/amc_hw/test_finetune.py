@@ -79,6 +79,15 @@ def test_accuracy_rises_and_the_widths_stay(policy: Path) -> None:
     assert [row["epoch"] for row in rows[1:]] == list(range(6)) and rows[-1]["loss"] < rows[1]["loss"]
 
 
+def test_what_has_no_labels_is_told_before_what_is_not_installed(policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(UserError, match="pip install 'amc-hw.finetune.'"):
+        finetune(policy, FinetuneConfig(epochs=1), progress=quiet)
+    policy.write_text(json.dumps(json.loads(policy.read_text()) | {"data": None}))
+    with pytest.raises(UserError, match="your own training loop"):
+        finetune(policy, FinetuneConfig(epochs=1), progress=quiet)
+
+
 @pytest.mark.slow
 def test_two_processes_train_one_network(policy: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -26,7 +26,9 @@ import torch
 
 from amc_hw import api
 from amc_hw import cli as command_line
+from amc_hw.cli import _Progress
 from amc_hw.runs import alone_in
+from amc_hw.search.loop import AUTO
 
 Disk = Callable[[int], AbstractContextManager[None]]
 
@@ -783,6 +785,43 @@ def test_dry_runs_write_nothing(here: Path, amc_hw: Run) -> None:
     assert files(here) == before
 
 
+def test_what_a_profile_records_it_says_once(here: Path, amc_hw: Run) -> None:
+    said = "device, model recorded in amc-hw.toml"
+    assert said in amc_hw("profile", *TINY).err
+    assert said not in amc_hw("profile", *TINY).err
+
+
+def test_a_search_by_auto_is_one_of_the_method_that_it_stands_for(here: Path, amc_hw: Run) -> None:
+    done = amc_hw(*HALF, "--method", "auto", "--json")
+    assert done.code == 0, done.err
+    policy = json.loads(done.out)["policy"]
+    header = json.loads((Path(policy).parent / "metrics.jsonl").read_text().splitlines()[0])
+    assert header["method"] == AUTO
+    assert json.loads(amc_hw(*HALF, "--method", AUTO, "--json").out)["policy"] == policy
+
+
+def test_few_episodes_for_an_agent_are_said(here: Path, amc_hw: Run) -> None:
+    assert "warning: 6 episodes are few for the agent to decide on" in (said := amc_hw(*HALF).err)
+    assert "--method auto" in said
+    assert "are few" not in amc_hw(*HALF, "--method", "auto", "--out", "other").err
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    progress = _Progress()
+    for done in range(8):
+        progress(done, 8, "begun" if done == 0 else "best accuracy 0.9")
+        now[0] += 10
+    assert capsys.readouterr().err.splitlines() == [
+        "begun",
+        "3/8, 50 s left: best accuracy 0.9",
+        "6/8, 20 s left: best accuracy 0.9",
+    ]
+
+
 def test_debug_shows_where(here: Path, amc_hw: Run) -> None:
     plain, debug = amc_hw("profile", "--device", "nowhere"), amc_hw("--debug", "profile", "--device", "nowhere")
     assert (plain.code, debug.code) == (2, 2)
@@ -853,6 +892,7 @@ def test_check_says_what_a_search_would_meet(here: Path, amc_hw: Run) -> None:
     found = json.loads(amc_hw("check", *spec, "--json").out)
     assert found["measurements_missing"] == 0 and found["groups"] > 0 and 0 <= found["accuracy"] <= 1
     assert found["search_minutes"] > 0 and found["smallest_macs"] < found["macs"]
+    assert "one in" in (said := amc_hw("check", *spec, "--refit", "fast", "--workers", "2").out) and "2 workers" in said
     shutil.rmtree("latency_tables")
     before = files(here)
     done = amc_hw("check", *spec)

@@ -46,7 +46,8 @@ def test_the_default_is_the_working_directory(tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     assert read_settings() == {}
     write_settings({"seed": 1})
-    record_settings({"seed": 2, "device": "host"})
+    assert record_settings({"seed": 2, "device": "host"}) == ["device"]
+    assert record_settings({"device": "pixel"}) == []
     assert Path("amc-hw.toml") == FILE and read_settings() == {"seed": 1, "device": "host"}
 
 

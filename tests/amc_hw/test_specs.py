@@ -192,6 +192,7 @@ def test_a_factory_in_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (package / "nets.py").write_text("def make(): return 'made'\n")
     monkeypatch.chdir(tmp_path)  # the working directory is looked in, as `python -m` does
     assert call("package_of_mine.nets:make") == "made"
+    assert call("fractions:Fraction.from_float?f=0.5") == 0.5
 
 
 def test_factory_errors(factory_file: Path, tmp_path: Path) -> None:
@@ -204,6 +205,8 @@ def test_factory_errors(factory_file: Path, tmp_path: Path) -> None:
         (f"{factory_file}", f"write {factory_file}:FACTORY"),
         (f"{factory_file}:mak", "has no function 'mak': it has Made, make, broken"),
         (f"{factory_file}:SIZE", "has no function 'SIZE'"),
+        (f"{factory_file}:Made.nothing", "has no function 'Made.nothing'"),
+        ("fractions:Fraction.nothing.at_all", "has no function 'Fraction.nothing.at_all'"),
         (f"{factory_file}:make?width=3", "the options of make are depth"),
         (f"{factory_file}:broken", "raised OSError: first"),
         (f"{broken}:f", "cannot be imported: SyntaxError"),

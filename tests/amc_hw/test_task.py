@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from amc_hw.api import load_pruned
 from amc_hw.errors import UserError
 from amc_hw.models import load_model
+from amc_hw.settings import read_settings
 from amc_hw.task import Classification, OwnTask, load_task
 
 SHAPE = (3, 8, 8)
@@ -264,6 +265,18 @@ def test_a_segmenter_is_searched_under_its_own_score(tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     exported = amc_hw("export", "--policy", "run/policy.json", "--format", "onnx", "--out", "small.onnx", "--json")
     assert json.loads(exported.out)["max_abs_diff"] < 1e-3
+
+
+def test_a_task_is_remembered_for_the_commands_that_follow(
+    functions: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, amc_hw: Callable
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    task = ("--evaluate", f"{functions}:score", "--calibrate", f"{functions}:inputs")
+    assert amc_hw("init", "--device", "fake", "--model", f"{functions}:net", *task).code == 0
+    assert "data" not in read_settings()
+    checked = amc_hw("check", "--json")
+    assert checked.code == 0, checked.err
+    assert json.loads(checked.out)["accuracy"] == task_of(functions).score(load_model(f"{functions}:net").module)
 
 
 def test_the_default_data_do_not_stand_in_for_what_a_task_leaves_out(

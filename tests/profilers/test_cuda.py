@@ -17,7 +17,7 @@ from profilers.builders import torch as torch_builder
 from profilers.builders.weights import random_weights
 from profilers.device import DeviceConfig, load_device
 from profilers.errors import DeviceError, UserError
-from profilers.gpu import Gpu, TorchGpu, runs_on
+from profilers.gpu import BUSY_PCT, LOOK_S, Gpu, TorchGpu, lasting, runs_on
 from profilers.multiple import channel_multiple
 from profilers.ops import OpGraph, OpNode, OpSpec
 from profilers.predictor import Predictor
@@ -137,6 +137,22 @@ def test_a_gpu_that_others_use_is_refused_or_said() -> None:
     with pytest.warns(UserWarning, match="others use the GPU"):
         assert CudaTarget(replace(CONFIG, shared=True), gpu).time_networks([Network(network())], PLAN, seed=0)
     assert target.provenance()["others"] == ["process 42", "97% in use"]
+
+
+@pytest.mark.parametrize(
+    ("looks", "found", "waits"),
+    [
+        ((0, 90), 0, 0),
+        ((97, 40, 0), 0, 2),
+        ((97, 3), 3, 1),
+        ((97, 95, 99, 0), 95, 2),
+        ((BUSY_PCT + 1,) * 3, BUSY_PCT + 1, 2),
+    ],
+)
+def test_what_this_process_did_a_moment_ago_is_nobody_elses(looks: tuple[int, ...], found: int, waits: int) -> None:
+    readings, slept = iter(looks), list[float]()
+    assert lasting(lambda: next(readings), sleep=slept.append) == found
+    assert slept == [LOOK_S] * waits
 
 
 def test_a_network_that_does_not_fit_is_a_line() -> None:
