@@ -199,7 +199,9 @@ def _resolve(spec: Spec, *, kind: str, known: Iterable[str]) -> Callable[..., An
         raise UserError(f"{spec.name} cannot be imported: {one_line(exc)}") from exc
     if module is None:
         raise unknown_name(kind, spec.name, known)
-    factory = functools.reduce(lambda part, name: getattr(part, name, None), spec.path.split("."), module)
+    factory: Any = module
+    for name in spec.path.split("."):
+        factory = getattr(factory, name, None)
     if not callable(factory):
         own = [key for key, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
         listed = f"it has {', '.join(own[:10])}" if own else "it defines none"
