@@ -48,7 +48,7 @@ METHODS: dict[str, type[Method]] = {
     "deep": DeepSearch,
 }
 
-#: What `--method auto` is: where methods were compared, none was better (docs/algorithm.md, Other methods).
+#: What `--method auto` is (docs/algorithm.md, Other methods).
 AUTO = "knapsack"
 
 PILOTS = 6
