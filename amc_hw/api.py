@@ -15,7 +15,7 @@ from amc_hw.compare import CompareConfig, compare
 from amc_hw.errors import DeviceError, FailedError, TableError, UserError
 from amc_hw.evaluate import Evaluator, check_expected, warn_of_guessing
 from amc_hw.export import FORMATS, export_int8, export_network, folded_weights
-from amc_hw.find import BUDGETS, Progress, SearchConfig, plan_search, search, search_time, time_apart
+from amc_hw.find import BUDGETS, Progress, SearchConfig, check_workers, plan_search, search, search_time, time_apart
 from amc_hw.finetune import PRECISIONS, FinetuneConfig, finetune
 from amc_hw.graph import LayerGraph
 from amc_hw.plots import check_picture, save_predictions
@@ -199,6 +199,7 @@ def check_network(
 ) -> dict[str, Any]:
     """What to know before a long run: the unpruned accuracy, groups, what the table lacks, and how long profiling and
     searching would take. One measurement of the table's and one episode are made; nothing is written."""
+    check_workers(workers)
     start = time.monotonic()
     task = load_task(subject.model, data=data, evaluate=evaluate, calibrate=calibrate, seed=seed)
     score = task.score(subject.model.module)

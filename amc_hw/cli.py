@@ -60,9 +60,7 @@ _OPTIONS = {
     "refit": click.option(
         "--refit", default="faithful", show_default=True, help="Of every policy tried: faithful or fast."
     ),
-    "workers": click.option(
-        "--workers", default=1, show_default=True, type=click.IntRange(1), help="Processes that score policies."
-    ),
+    "workers": click.option("--workers", default=1, show_default=True, help="Processes that score policies."),
     "dry": click.option("--dry-run", is_flag=True, help="Say what would be done and how long it takes."),
 }
 

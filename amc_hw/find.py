@@ -85,8 +85,7 @@ class SearchConfig:
             raise UserError(f"unknown --method {self.method!r}; known: auto, {', '.join(METHODS)}")
         check_refit(self.refit)
         check_eval_device(self.eval_device)
-        if self.workers < 1:
-            raise UserError(f"--workers {self.workers}: at least 1")
+        check_workers(self.workers)
         if not (self.slack >= 0 and math.isfinite(self.slack)):
             raise UserError(f"--slack {self.slack} must be a number of at least 0")
         given = [(name, getattr(self, name)) for name in BUDGETS if getattr(self, name) is not None]
@@ -108,6 +107,11 @@ def time_apart(subject: Subject, networks: Sequence[Network], *, rounds: int = 2
     for samples in found:
         refuse_noise(samples, subject.device.noise_pct)
     return found
+
+
+def check_workers(workers: int) -> None:
+    if workers < 1:
+        raise UserError(f"--workers {workers}: at least 1")
 
 
 def search_time(
@@ -253,6 +257,13 @@ class _Search:
         self.progress(0, config.episodes, f"unpruned {what} {unpruned:.4f} {where}")
         check_expected(unpruned, config.expect_accuracy)
         warn_of_guessing(task, unpruned)
+        enough = FEW_EPISODES * len(self.graph.groups)
+        if self.scores is None and config.method == "ddpg" and config.episodes < enough:
+            warnings.warn(
+                f"{config.episodes} episodes are few for the agent to decide on {len(self.graph.groups)} groups: give "
+                f"--episodes {enough} or more, or --method auto",
+                stacklevel=2,
+            )
         unit = REWARDS[config.reward][0]
         if unit is not None and not 0 <= unpruned <= 1:
             raise UserError(f"--reward {config.reward} needs scores from 0 to 1, {config.evaluate} gives {unpruned:g}")
@@ -435,11 +446,4 @@ def search(
     scores: of policies, known to searches of the same network, data and seed.
     Raises BudgetError where the budget cannot be met, or no measured candidate met it.
     """
-    groups = len(subject.graph.groups)
-    if scores is None and config.method == "ddpg" and config.episodes < FEW_EPISODES * groups:
-        warnings.warn(
-            f"{config.episodes} episodes are few for the agent to decide on {groups} groups: give --episodes "
-            f"{FEW_EPISODES * groups} or more, or --method auto",
-            stacklevel=2,
-        )
     return _Search(subject, config, progress, scores).run()

@@ -86,7 +86,10 @@ def test_characters_beyond_the_basic_plane_survive(file: Path, text: str) -> Non
 
 def test_an_unknown_key_names_the_known_ones(file: Path) -> None:
     file.write_text('device = "host"\nmodle = "x"\n')
-    assert refused(file) == f"{file}: unknown key 'modle'; known: device, model, checkpoint, data, seed"
+    assert (
+        refused(file)
+        == f"{file}: unknown key 'modle'; known: device, model, checkpoint, data, evaluate, calibrate, seed"
+    )
     file.write_text('[device]\nname = "x"\n')
     assert "device = {'name': 'x'} must be a string" in refused(file)
 
