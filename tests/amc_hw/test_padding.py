@@ -48,6 +48,11 @@ class Standardised(nn.Conv2d):
         return self._conv_forward(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)
 
 
+class Scaled(nn.Conv2d):
+    def forward(self, x: Tensor, factor: float) -> Tensor:
+        return factor * super().forward(x)
+
+
 def net_of(first: nn.Module, second: nn.Module) -> nn.Module:
     return nn.Sequential(first, nn.BatchNorm2d(8), nn.ReLU(), second, nn.ReLU6(), nn.Conv2d(8, 4, 1))
 
@@ -103,6 +108,8 @@ def test_a_convolution_of_ones_own_is_compared_with_what_it_computes() -> None:
     assert padding_of(StaticSame(3, 4, 3), (8, 9)) == ((2, 0), (1, 1))
     with pytest.raises(UnsupportedOperatorError, match="stem: a Standardised computes something else"):
         padding_of(Standardised(3, 4, 3), (8, 9), "stem")
+    with pytest.raises(UnsupportedOperatorError, match="a: a Scaled computes something else"):
+        build_graph(Net(lambda net, x: net.a(x, 2.0), a=Scaled(3, 4, 3)), (3, 9, 9))
     with pytest.raises(UnsupportedOperatorError, match="'reflect'"):
         padding_of(nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), (8, 9))
 
