@@ -108,14 +108,16 @@ class _Progress:
 
     def __init__(self) -> None:
         self.start, self.said = time.monotonic(), ""
-        self.last = self.start
+        self.last, self.before = self.start, -1
         self.terminal = sys.stderr.isatty()
 
     def __call__(self, done: int, total: int, text: str) -> None:
         now = time.monotonic()
         if done == 0:
-            self.start = now
-        left = f"{(now - self.start) / done * (total - done):.0f} s left" if done else ""
+            self.start, self.before = now, -1
+        elif self.before < 0:  # what was done before the clock was set: a part of a run says 0 in its middle
+            self.before = done - 1
+        left = f"{(now - self.start) / (done - self.before) * (total - done):.0f} s left" if done else ""
         if not self.terminal:
             if done == 0 and text != self.said:
                 self.said = text
@@ -161,6 +163,7 @@ def _of_policy(context: click.Context, arguments: dict[str, Any], found: api.Pol
     _leave_out(context, "--from-policy", "model", "input_shape")
     arguments |= {"model": found.model, "input_shape": found.input_shape}
     arguments |= {} if _typed(context, "device") else {"device": found.device}
+    arguments |= {} if _typed(context, "dtype") else {"dtype": found.dtype}
     if not any(_typed(context, name) for name in TASK):
         arguments |= {"data": found.data, "evaluate": found.evaluate, "calibrate": found.calibrate}
 
@@ -738,7 +741,7 @@ def compare(
     checkpoint = api.checkpoint_for(arguments["model"], shared.data or "", checkpoint)
     result = api.compare(_subject(arguments, checkpoint=checkpoint), config, progress=_Progress())
     _print(result, as_json, _compare_lines)
-    context.exit(0 if any(row["accuracy"] is not None for row in result["rows"]) else 4)
+    context.exit(0 if any(row["feasible"] for row in result["rows"]) else 4)
 
 
 def _compare_lines(r: dict[str, Any]) -> list[str]:
@@ -753,17 +756,20 @@ def _compare_lines(r: dict[str, Any]) -> list[str]:
 
 
 @cli.command()
-@click.argument("run", type=_PATH)
+@click.argument("runs", type=_PATH, nargs=-1, required=True)
 @_options("json")
-@click.option("--out", type=_PATH, help="The page to write; default: report.html in the folder.")
-def report(run: Path, out: Path | None, as_json: bool) -> None:
-    """One HTML page of a search's or a comparison's folder: what was found, on which evidence, how to make it again.
+@click.option("--out", type=_PATH, help="The page to write, of one run; default: report.html in its folder.")
+def report(runs: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
+    """One HTML page per folder of a search or comparison: what was found, on which evidence, how to make it again.
 
     \b
     amc-hw report runs/mobilenet_v1-host-latency_ratio0.5-1
     amc-hw report runs/compare --out compare.html
     """
-    _print(api.write_report(run, out), as_json, lambda r: [f"wrote {r['file']}"])
+    if out is not None and len(runs) > 1:
+        raise UserError("--out names the page of one run, several are given: leave it out")
+    files = [api.write_report(run, out)["file"] for run in runs]
+    _print({"file": files[0], "files": files}, as_json, lambda r: [f"wrote {file}" for file in r["files"]])
 
 
 @cli.command()
@@ -812,13 +818,16 @@ def _export_lines(r: dict[str, Any]) -> list[str]:
 )
 @click.option("--out", type=_PATH, help="Folder of the run; an interrupted one goes on.")
 @_options("seed", "json")
-def finetune(as_json: bool, policy: Path, **arguments: Any) -> None:
+@click.pass_context
+def finetune(context: click.Context, as_json: bool, policy: Path, **arguments: Any) -> None:
     """Train the pruned network to get accuracy back. Many GPUs: run it under torchrun or `accelerate launch`.
 
     \b
     amc-hw finetune --policy runs/.../policy.json --epochs 15
     amc-hw finetune --policy runs/.../policy.json --flip --distill 0.5 --checkpoint w.pt
     """
+    for name in ("data", "checkpoint"):  # amc-hw.toml is of another network, perhaps: the policy says what it is
+        arguments[name] = arguments[name] if _typed(context, name) else None
     result = api.finetune(policy, api.FinetuneConfig(**arguments), progress=_Progress())
     _print(result, as_json, _finetune_lines)
 

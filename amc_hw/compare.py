@@ -43,6 +43,8 @@ class CompareConfig:
     def __post_init__(self) -> None:
         if not self.methods or not self.seeds:
             raise UserError("a comparison needs at least one method and one seed")
+        if min(self.seeds) < 0:
+            raise UserError(f"--seeds {min(self.seeds)}: seeds are 0 or more")
         for method in self.methods:
             if method not in METHODS:
                 raise UserError(f"unknown method {method!r} in --methods; known: all, {', '.join(METHODS)}")
@@ -106,14 +108,14 @@ def _row(
         out=config.out / (folder or f"{method}-{name}{value:g}-{seed}"),
         fallback=False,
     )
-    row: dict[str, Any] = {"method": method, "budget": _named(name, value), "seed": seed, "reason": None}
+    row: dict[str, Any] = {"method": method, "budget": _named(name, value), "seed": seed, "feasible": True}
     try:
         found = search(subject, wanted, progress=progress, scores=scores[seed])
     except BudgetError as error:
-        found = {"reason": str(error)}
+        found, row["feasible"] = {"message": str(error)}, False
     keys = ("accuracy", "baseline_accuracy", "predicted_ms", "measured_ms", "baseline_ms", "speedup", "macs", "params")
     row |= {key: found.get(key) for key in (*keys, "policy", "episodes", "seconds", "widths")}
-    return row | ({"reason": found["reason"]} if "reason" in found else {})
+    return row | {"reason": found.get("message")}
 
 
 def _quieter(progress: Progress) -> Callable[[int, int, str], None]:

@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from amc_hw.resources import (
     require_feasible,
 )
 from amc_hw.runs import Journal, Scores, alone_in, numbered, record_command, save_json, save_weights
-from amc_hw.search.loop import AUTO, CANDIDATES, METHODS, Outcome, Problem, Timed, run_search
+from amc_hw.search.loop import AUTO, CANDIDATES, FREE, METHODS, Outcome, Problem, Timed, run_search
 from amc_hw.subject import Subject, read_predictor
 from amc_hw.task import Task, check_eval_device, load_task
 from amc_hw.workers import Recipe, Workers
@@ -44,7 +44,6 @@ from profilers.targets import Network
 from profilers.timing import Steady, TimingPlan, ratio_ci95, refuse_noise
 
 POLICY = "policy.json"
-FEW_EPISODES = 10  #: per group, below which the agent hardly learns
 BUDGETS = ("latency_ms", "latency_ratio", "flops_ratio", "params_ratio")
 Progress = Callable[[int, int, str], None]  # (done, total, what there is to say)
 
@@ -90,6 +89,8 @@ class SearchConfig:
             raise UserError(f"--slack {self.slack} must be a number of at least 0")
         given = [(name, getattr(self, name)) for name in BUDGETS if getattr(self, name) is not None]
         if not given and self.reward != "err":
+            if self.method != "auto" and METHODS[self.method].needs_budget:
+                raise UserError(f"--method {self.method} needs a budget; --reward {self.reward} is not one")
             return None
         if len(given) != 1:
             flags = [f"--{name.replace('_', '-')}" for name, _ in given or [(name, None) for name in BUDGETS]]
@@ -128,11 +129,12 @@ class _Search:
         self, subject: Subject, config: SearchConfig, progress: Progress, scores: Scores | None = None
     ) -> None:
         if config.method == "auto":
-            config = replace(config, method=AUTO)
+            config = replace(config, method=AUTO if config.budget is not None else FREE)
         self.scores = scores
         self.subject, self.config, self.progress = subject, config, progress
         self.model, self.graph = subject.model, subject.graph
         self.given = config.budget
+        self.weights_sha256 = subject.model.weights_sha256()
         self.predictor = read_predictor(subject)
         self.steady = Steady(self.predictor.reference_ms(digest(subject.network_at(None))))
         self.out = config.out or numbered(self._folder(), self._header())
@@ -213,7 +215,7 @@ class _Search:
     def _question(self, kind: str, widths: Sequence[int]) -> list[Any]:
         config, model = self.config, self.model
         asked = [config.data, config.evaluate, config.calibrate, config.refit, config.seed, kind]
-        network = [model.spec, model.checkpoint_sha256, *self.subject.keep]
+        network = [model.spec, self.weights_sha256, *self.subject.keep]
         return [network, asked, [int(width) for width in widths]]
 
     def confirm(self, widths: tuple[int, ...]) -> tuple[list[float], list[float]]:
@@ -257,11 +259,12 @@ class _Search:
         self.progress(0, config.episodes, f"unpruned {what} {unpruned:.4f} {where}")
         check_expected(unpruned, config.expect_accuracy)
         warn_of_guessing(task, unpruned)
-        enough = FEW_EPISODES * len(self.graph.groups)
-        if self.scores is None and config.method == "ddpg" and config.episodes < enough:
+        enough = METHODS[config.method].enough(len(self.graph.groups))
+        if self.scores is None and config.episodes < enough:
+            other = ", or --method auto" if config.method == "ddpg" else ""
             warnings.warn(
-                f"{config.episodes} episodes are few for the agent to decide on {len(self.graph.groups)} groups: give "
-                f"--episodes {enough} or more, or --method auto",
+                f"{config.episodes} episodes are few for {config.method} to decide on {len(self.graph.groups)} groups: "
+                f"give --episodes {enough} or more{other}",
                 stacklevel=2,
             )
         unit = REWARDS[config.reward][0]
@@ -329,13 +332,13 @@ class _Search:
         return {
             "schema_version": 1,
             "model": self.model.spec,
-            "checkpoint_sha256": self.model.checkpoint_sha256,
+            "weights_sha256": self.weights_sha256,
             "data": config.data,
             "evaluate": config.evaluate,
             "calibrate": config.calibrate,
             "keep": list(self.subject.keep),
             "device": self.subject.device.name,
-            "threads": self.subject.device.threads,
+            **asdict(self.predictor.identity),
             "budget": None if self.given is None else list(self.given),
             "method": config.method,
             "reward": config.reward,

@@ -6,6 +6,7 @@ What is pruned stays pruned. A run that was cut goes on after the last epoch tha
 from __future__ import annotations
 
 import copy
+import hashlib
 import io
 import json
 import math
@@ -23,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from amc_hw.data import Splits, load_data, load_tensors
 from amc_hw.errors import FailedError, UserError
-from amc_hw.images import TensorImages
+from amc_hw.images import ImageFiles, TensorImages
 from amc_hw.models import load_model
 from amc_hw.runs import Journal, alone_in, record_command, save_json, save_weights
 from amc_hw.subject import Pruned, open_pruned
@@ -107,12 +108,15 @@ def finetune(policy: Path, config: FinetuneConfig, *, progress: Progress) -> dic
     accelerator = Accelerator(mixed_precision=config.precision, cpu=several_cpus)
     start = time.monotonic()
     with alone_in(out / f"rank{accelerator.process_index}" if accelerator.num_processes > 1 else out):
+        journal = None
+        if accelerator.is_main_process:
+            journal = Journal(out / "metrics.jsonl", _header(policy, pruned, config))
         finished = out / "result.json"
         if finished.exists():
             found: dict[str, Any] = json.loads(finished.read_text())
             return found
         splits = load_data(data, input_shape=pruned.policy.input_shape)
-        run = _Run(pruned, splits, config, out, accelerator, progress)
+        run = _Run(pruned, splits, config, out, accelerator, journal, progress)
         trained = run.train()
         accelerator.wait_for_everyone()
         modules = [pruned.module, trained] + ([] if run.unpruned is None else [run.unpruned.cpu()])
@@ -137,19 +141,41 @@ def finetune(policy: Path, config: FinetuneConfig, *, progress: Progress) -> dic
         return result
 
 
+def _header(policy: Path, pruned: Pruned, config: FinetuneConfig) -> dict[str, Any]:
+    named = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
+    found = pruned.policy
+    weights = hashlib.sha256((policy.parent / found.weights).read_bytes()).hexdigest()
+    return {
+        "schema_version": 1,
+        "model": found.model,
+        "widths": found.widths,
+        "weights_sha256": weights,
+        **named,
+        "out": None,
+    }
+
+
 def _unpruned(pruned: Pruned, checkpoint: Path | None) -> nn.Module | None:
     """The network before it was pruned, where its weights are given."""
     if checkpoint is None:
         return None
-    found = pruned.policy
-    return load_model(found.model, input_shape=found.input_shape, checkpoint=checkpoint).module
+    return load_model(pruned.model.found, input_shape=pruned.policy.input_shape, checkpoint=checkpoint).module
 
 
 class _Run:
     def __init__(
-        self, pruned: Pruned, splits: Splits, config: FinetuneConfig, out: Path, accelerator: Any, progress: Progress
+        self,
+        pruned: Pruned,
+        splits: Splits,
+        config: FinetuneConfig,
+        out: Path,
+        accelerator: Any,
+        journal: Journal | None,
+        progress: Progress,
     ) -> None:
+        """journal: of the main process alone."""
         self.config, self.out, self.accelerator, self.progress = config, out, accelerator, progress
+        self.journal = journal
         self.loaded = pruned.model
         train = _in_memory(splits.train, pruned.policy.input_shape)
         if len(train) < config.batch:  # type: ignore[arg-type]
@@ -171,15 +197,8 @@ class _Run:
         self.teacher = self.unpruned if config.distill else None
         if self.teacher is not None:
             self.teacher.to(accelerator.device)
-        self.journal = None
         if accelerator.is_main_process:
-            self.journal = Journal(out / "metrics.jsonl", self._header(pruned))
             record_command(out)
-
-    def _header(self, pruned: Pruned) -> dict[str, Any]:
-        named = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self.config).items()}
-        found = pruned.policy
-        return {"schema_version": 1, "model": found.model, "widths": found.widths, **named, "out": None}
 
     def _rate(self, step: int) -> float:
         """Learning rate of a step: linear over the first epoch, then a cosine to zero (Loshchilov and Hutter, 2017)."""
@@ -212,10 +231,7 @@ class _Run:
         buffer = io.BytesIO()
         module = self.accelerator.unwrap_model(self.module)
         torch.save({"epoch": epoch, "module": module.state_dict(), "optimizer": self.optimizer.state_dict()}, buffer)
-        try:
-            write_whole(self.out / STATE, buffer.getvalue())
-        except OSError as error:
-            raise FailedError(f"cannot write {self.out / STATE}: {error.strerror}") from error
+        write_whole(self.out / STATE, buffer.getvalue())
 
     def _epoch(self, epoch: int) -> None:
         config, start, total, count = self.config, time.monotonic(), 0.0, 0
@@ -292,8 +308,8 @@ def _layout(module: nn.Module, shape: tuple[int, int, int]) -> torch.memory_form
 
 
 def _in_memory(dataset: Dataset, shape: tuple[int, int, int]) -> Dataset:
-    """The data set, decoded once where it is small enough to be kept."""
+    """Image files decoded once, where few enough to be kept; a data set of a user's own may vary its images."""
     count = len(dataset)  # type: ignore[arg-type]
-    if isinstance(dataset, TensorImages) or 4 * count * math.prod(shape) > IN_MEMORY:
+    if not isinstance(dataset, ImageFiles) or 4 * count * math.prod(shape) > IN_MEMORY:
         return dataset
     return TensorImages(*load_tensors(dataset))

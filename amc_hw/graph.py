@@ -31,18 +31,6 @@ class Channels:
     def count(self, widths: Sequence[int]) -> int:
         return self.constant + sum(int(widths[group]) * repeat for group, repeat in self.terms)
 
-    def times(self, factor: int) -> Channels:
-        return Channels(self.constant * factor, tuple((group, repeat * factor) for group, repeat in self.terms))
-
-    @staticmethod
-    def joined(parts: Sequence[Channels]) -> Channels:
-        """Channels of a concatenation."""
-        repeats: dict[int, int] = {}
-        for part in parts:
-            for group, repeat in part.terms:
-                repeats[group] = repeats.get(group, 0) + repeat
-        return Channels(sum(part.constant for part in parts), tuple(sorted(repeats.items())))
-
 
 @dataclass(frozen=True)
 class Layer:
@@ -201,11 +189,11 @@ def build_graph(
     examples = [torch.zeros(1, *input_shape)] if examples is None else examples
     with eval_mode(module):
         traced = trace_ops(module, *examples)
-    names = [name for name, _ in module.named_modules()]
-    for pattern in keep:
-        if not fnmatch.filter(names, pattern):
-            raise UserError(f"--keep {pattern!r} fits no module; some are {', '.join(names[1:6])}")
     couplings = _Couplings(traced)
+    names = list(dict.fromkeys(name for op in traced.ops for name in (op.module, op.batch_norm) if name))
+    for pattern in keep:
+        if not any(_named_by(name, pattern) for name in names):
+            raise UserError(f"--keep {pattern!r} fits no module with weights; some are {', '.join(names[:5])}")
     groups, frozen = couplings.groups(keep)
     layers = tuple(
         Layer(
@@ -224,6 +212,12 @@ def build_graph(
     )
     more = tuple((name, shape) for name, shape in traced.input_shapes.items() if name != OpGraph.INPUT)
     return LayerGraph(layers, groups, frozen, input_shape, traced.outputs, more)
+
+
+def _named_by(module: str, pattern: str) -> bool:
+    """Whether a shell pattern fits a module's name or that of one around it."""
+    parts = module.split(".")
+    return any(fnmatch.fnmatch(".".join(parts[:depth]), pattern) for depth in range(1, len(parts) + 1))
 
 
 class _Couplings:
@@ -251,6 +245,8 @@ class _Couplings:
             self.labels[op.name] = self._visit(op)
         for name in traced.outputs:
             self._fix(self.labels[name], "network output")
+        for name, reason in traced.fixed.items():
+            self._fix(self.labels[name], reason)
         pairs = np.concatenate([np.empty((0, 2), int), *(np.stack(tie, axis=1) for tie in self._ties)])
         edges = coo_array((np.ones(len(pairs)), tuple(pairs.T)), shape=(self._count, self._count))
         _, self._roots = csgraph.connected_components(edges, directed=False)
@@ -336,7 +332,7 @@ class _Couplings:
                 return "added to the network's input" if fixed[root] == "network input" else fixed[root]
         if not any(member.role == "consumer" for member in members):
             return "nothing reads these channels through a weight"
-        if any(fnmatch.fnmatch(member.module, pattern) for member in members for pattern in keep):
+        if any(_named_by(member.module, pattern) for member in members for pattern in keep):
             return "kept by request"
         if any(each != roots[0] for each in roots) or len(set(roots[0])) < len(roots[0]):
             return f"tied only in part to {producers[-1]}"

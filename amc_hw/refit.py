@@ -436,8 +436,11 @@ def count_of(inputs: Inputs) -> int:
 
 @torch.no_grad()
 def reestimate_batch_norm(module: nn.Module, images: Inputs, *, batch: int = 128) -> None:
-    """Batch-norm statistics as the plain average over `images`; everything else stays in eval mode."""
+    """Batch-norm statistics as the plain average over `images`; everything else stays in eval mode. A single image
+    of a batch is left out: where a map is one pixel it has no variance."""
     norms = [part for part in module.modules() if isinstance(part, nn.BatchNorm2d) and part.track_running_stats]
+    if not norms or count_of(images) < 2:
+        return
     momenta = [norm.momentum for norm in norms]
     with eval_mode(module):
         for norm in norms:
@@ -445,6 +448,7 @@ def reestimate_batch_norm(module: nn.Module, images: Inputs, *, batch: int = 128
             norm.momentum = None
             norm.train()
         for chunk in batches(images, batch):
-            module(*chunk)
+            if len(chunk[0]) > 1:
+                module(*chunk)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

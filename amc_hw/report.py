@@ -122,10 +122,19 @@ def write_report(folder: Path, out: Path | None = None) -> dict[str, Any]:
 
 def _search(folder: Path) -> bytes:
     result, (header, *journal) = _result(folder, "result.json"), _lines(folder / "metrics.jsonl") or [{}]
+    if "speedup" not in result:
+        raise UserError(
+            f"{folder} holds no search or comparison: of a fine-tuning, report the search that it began with"
+        )
     pruned = open_pruned(folder / "policy.json")
     policy = pruned.policy
     subject = open_subject(
-        device=policy.device, model=policy.model, unpruned=pruned, dtype=policy.dtype, channel_multiple=1
+        device=policy.device,
+        model=policy.model,
+        unpruned=pruned,
+        dtype=policy.dtype,
+        channel_multiple=1,
+        threads=header.get("threads"),
     )
     budget = " = ".join(map(str, header.get("budget") or ["no budget"])).replace("_", " ")
     title = f"{policy.model} on {policy.device}: {budget}"

@@ -73,7 +73,7 @@ class Journal:
             if not all(isinstance(line, dict) for line in lines):
                 raise ValueError("not an object")
             if lines and lines[0] != header:
-                key = next(key for key in {**header, **lines[0]} if lines[0].get(key) != header.get(key))
+                key = next(key for key in {**header, **lines[0]} if lines[0].get(key, ...) != header.get(key, ...))
                 raise UserError(
                     f"{path.parent} holds another search ({key}: {lines[0].get(key)!r}, not {header.get(key)!r}): "
                     "name another --out"

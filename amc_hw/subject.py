@@ -97,7 +97,7 @@ def open_pruned(path: Path) -> Pruned:
     """The network of a `policy.json` and the weights beside it; UserError where they do not fit each other."""
     found = load_policy(path)
     model, graph = load_graph(_found_near(found.model, path), input_shape=found.input_shape, keep=found.keep)
-    model = replace(model, spec=found.model)
+    model = replace(model, spec=found.model, file=model.spec)
     try:
         kept = {name: np.array(channels) for name, channels in found.kept.items()}
         module = slice_channels(model.module, graph, kept)

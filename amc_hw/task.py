@@ -68,27 +68,37 @@ def on(module: nn.Module, device: torch.device | str) -> Iterator[nn.Module]:
         module.to("cpu")
 
 
-def accuracy(module: nn.Module, images: Tensor, labels: Tensor, *, batch: int | None = None) -> float:
-    """Fraction of `images` (N, C, H, W) whose largest output is the label (N,); computed where the images are.
+def accuracy(
+    module: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    batch: int | None = None,
+    device: torch.device | str | None = None,
+) -> float:
+    """Fraction of `images` (N, C, H, W) whose largest output is the label (N,).
 
-    batch: None for as many as keep a layer's values in a CPU's caches.
+    batch: None for as many as keep a layer's values in a CPU's caches. device: where the network runs, None for where
+    the images are; those that are elsewhere are brought there a batch at a time.
     """
+    device = images.device if device is None else torch.device(device)
     if batch is None:
         each = images[:1].numel() * images.element_size()
-        batch = LARGEST_BATCH if images.is_cuda else min(max(CACHED_BYTES // max(each, 1), 8), LARGEST_BATCH)
+        batch = min(max(CACHED_BYTES // max(each, 1), 8), LARGEST_BATCH) if device.type == "cpu" else LARGEST_BATCH
     right = 0
-    with torch.inference_mode(), on(module, images.device):
+    with on(module, device), torch.inference_mode():  # moved outside of it: what is moved inside can only be read
         for chunk, wanted in zip(images.split(batch), labels.split(batch), strict=True):
             try:
-                logits = module(chunk)
+                logits = module(chunk.to(device))
             except RuntimeError as error:
                 if "view size" not in str(error) or images.is_contiguous():
                     raise
-                return accuracy(module, images.contiguous(), labels, batch=batch)  # `view` wants channels first
+                # `view` wants channels first
+                return accuracy(module, images.contiguous(), labels, batch=batch, device=device)
             if not isinstance(logits, Tensor) or logits.dim() != 2:
                 what = f"{tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
                 raise UserError(f"the network returns {what}, not (N, classes): give --evaluate file.py:function")
-            right += int((logits.argmax(1) == wanted).sum())
+            right += int((logits.argmax(1) == wanted.to(device)).sum())
     return right / len(images)
 
 
@@ -105,12 +115,15 @@ class Classification:
         self.model, self.splits, self.seed, self.device = model, splits, seed, device
         self.val = self._images(splits.val, val_images)
 
-    def _images(self, split: torch.utils.data.Dataset, limit: int | None) -> tuple[Tensor, Tensor]:
+    def _images(
+        self, split: torch.utils.data.Dataset, limit: int | None, *, device: str | None = None
+    ) -> tuple[Tensor, Tensor]:
+        device = device or self.device
         images, labels = load_tensors(split, limit=limit, seed=self.seed)
-        images = self.model.normalised(images).to(self.device)
+        images = self.model.normalised(images).to(device)
         if images.dim() == 4:
             images = images.contiguous(memory_format=torch.channels_last)  # which convolutions are faster on
-        return images, labels.to(self.device)
+        return images, labels.to(device)
 
     def inputs(self, limit: int) -> tuple[Tensor, ...]:
         images, _ = load_tensors(self.splits.train, limit=limit, seed=self.seed)
@@ -134,8 +147,8 @@ class Classification:
         return accuracy(module, *self._final_val)
 
     def test_scores(self, modules: Sequence[nn.Module]) -> list[float]:
-        images, labels = self._images(self.splits.test, None)
-        return [accuracy(module, images, labels) for module in modules]
+        images, labels = self._images(self.splits.test, None, device="cpu")  # too many, perhaps, for a GPU's memory
+        return [accuracy(module, images, labels, device=self.device) for module in modules]
 
 
 class OwnTask:

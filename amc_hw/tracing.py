@@ -12,7 +12,7 @@ import math
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -62,7 +62,8 @@ STOCHASTIC_DEPTH = ("torchvision.ops.stochastic_depth", "stochastic_depth")
 SHAPE_CALLS: tuple[Any, ...] = ("size", "dim", getattr, operator.getitem)
 ARITHMETIC: tuple[Any, ...] = (operator.add, operator.sub, operator.mul, operator.floordiv, operator.truediv)
 MEANS: tuple[Any, ...] = (torch.mean, "mean")
-FLATTEN_CALLS: tuple[Any, ...] = (torch.flatten, "flatten", "view", "reshape", torch.reshape)
+RESHAPES: tuple[Any, ...] = ("view", "reshape", torch.reshape)
+FLATTEN_CALLS: tuple[Any, ...] = (torch.flatten, "flatten", *RESHAPES)
 POOL_FUNCTIONS: dict[Any, str] = {F.max_pool2d: "max_pool", F.avg_pool2d: "avg_pool"}
 TOLD = 3  #: of the operators that are not supported, by name
 NO_PADS: Pads = ((0, 0), (0, 0))
@@ -89,11 +90,13 @@ class TracedOp:
 
 @dataclass(frozen=True)
 class TracedOps:
-    """input_shapes: (C, H, W) or (C,) by name, `OpGraph.INPUT` first."""
+    """input_shapes: (C, H, W) or (C,) by name, `OpGraph.INPUT` first. fixed: operators whose output channels the
+    network's code counts on, with the reason."""
 
     ops: tuple[TracedOp, ...]
     outputs: tuple[str, ...]
     input_shapes: dict[str, tuple[int, ...]]
+    fixed: dict[str, str] = field(default_factory=dict)
 
 
 class _Tracer(fx.Tracer):
@@ -200,6 +203,7 @@ class _Lowering:
         self.halved: dict[fx.Node, tuple[fx.Node, int]] = {}  # mean over one side: the image, dimension of the other
         self.padded: dict[fx.Node, tuple[fx.Node, Pads]] = {}  # zero-padded: the image, what is around it
         self.parameters: dict[fx.Node, str] = {}
+        self.fixed: dict[str, str] = {}
         self.outputs: list[str] = []
         self.input_shapes: dict[str, tuple[int, ...]] = {}
 
@@ -213,14 +217,16 @@ class _Lowering:
                     refused[node] = ""  # perhaps for nothing but what it reads
                 elif isinstance(error, UnsupportedOperatorError):
                     refused[node] = str(error)
-                else:
+                elif isinstance(error, UserError):
                     raise
+                else:  # arguments of a kind that nobody thought of
+                    refused[node] = str(self._unsupported(node))
                 self.value[node] = node.name
         if refused:
             reasons = [reason for reason in dict.fromkeys(refused.values()) if reason]
             more = f"; and {len(reasons) - TOLD} more" if len(reasons) > TOLD else ""
             raise UnsupportedOperatorError("; ".join(reasons[:TOLD]) + more)
-        return TracedOps(tuple(self.ops.values()), tuple(self.outputs), self.input_shapes)
+        return TracedOps(tuple(self.ops.values()), tuple(self.outputs), self.input_shapes, self.fixed)
 
     def _visit(self, node: fx.Node) -> None:
         if node.op == "placeholder":
@@ -335,26 +341,30 @@ class _Lowering:
         elif target in IDENTITY_FUNCTIONS or _named(target) == STOCHASTIC_DEPTH:
             self._same(node)
         elif target in (operator.add, operator.iadd, torch.add, "add", "add_"):
+            if node.kwargs.get("alpha", 1) != 1:
+                raise self._unsupported(node)
             self._binary(node, "add")
         elif target in (operator.mul, operator.imul, torch.mul, "mul", "mul_"):
             self._binary(node, "mul")
         elif target in (torch.cat, torch.concat):
             self._concat(node)
         elif target in (torch.chunk, "chunk", torch.split, "split"):
-            if node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0) not in (1, -3):
+            source = node.all_input_nodes[0]
+            dim = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0)
+            if dim not in (1, -3) or source in self.last:
                 raise self._unsupported(node)
-            self.value[node] = self.value[node.all_input_nodes[0]]  # a tuple: its parts are taken by getitem
+            self.value[node] = self.value[source]  # a tuple: its parts are taken by getitem
         elif target is operator.getitem:
             self._getitem(node)
-        elif target in (F.adaptive_avg_pool2d,):
+        elif target is F.adaptive_avg_pool2d:
             self._adaptive_pool(node)
         elif target in MEANS:
             self._mean(node)
         elif target in FLATTEN_CALLS:
             self._flatten(node)
         elif target in (torch.permute, "permute"):
-            dims = node.args[1:] if len(node.args) > 2 else node.args[1]
-            self._permute(node, tuple(dims))  # type: ignore[arg-type]
+            named: Any = node.kwargs.get("dims")
+            self._permute(node, self._listed(node) if named is None else tuple(named))
         elif target is F.interpolate:
             self._upsample(node, node.kwargs.get("mode", "nearest"), node.kwargs.get("align_corners"))
         elif target in POOL_FUNCTIONS:
@@ -688,12 +698,21 @@ class _Lowering:
         if source not in self.last:
             self.last.add(node)
 
+    def _listed(self, node: fx.Node) -> tuple[Any, ...]:
+        """Sizes or dimensions, which a call takes one by one or in a tuple."""
+        given: Any = node.args[1:] or (node.kwargs.get("shape", node.kwargs.get("size")),)
+        return tuple(given[0]) if len(given) == 1 and isinstance(given[0], tuple | list) else tuple(given)
+
     def _flatten(self, node: fx.Node) -> None:
         source = node.all_input_nodes[0]
         before, after = _shape(source), _shape(node)
         if before is None or after is None or source in self.last or before[0] != after[0]:
             raise self._unsupported(node)
-        name = self.value[source]
+        name, sizes = self.value[source], self._listed(node) if node.target in RESHAPES else ()
+        if sizes and isinstance(sizes[0], int) and sizes[0] != -1:
+            raise UnsupportedOperatorError(f"{node.name}: reshaped to a batch of {sizes[0]}: write torch.flatten(x, 1)")
+        if len(sizes) in (2, 4) and isinstance(sizes[1], int) and sizes[1] != -1:
+            self.fixed[name] = f"reshaped to {sizes[1]} channels at {node.name}: torch.flatten(x, 1) takes any number"
         pooled = name in self.ops and self.ops[name].op.kind == "global_avg_pool"
         if after == before or (len(after) == 2 and pooled):
             self._same(node)

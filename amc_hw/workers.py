@@ -47,7 +47,7 @@ class Recipe:
     @classmethod
     def of(cls, subject: Subject, task: dict[str, Any], **options: Any) -> Recipe:
         model = subject.model
-        return cls(model.spec, model.input_shape, subject.keep, subject.base, model.module.state_dict(), task, options)
+        return cls(model.found, model.input_shape, subject.keep, subject.base, model.module.state_dict(), task, options)
 
     def evaluator(self) -> Evaluator:
         keep = self.keep if self.base is None else self.base.keep

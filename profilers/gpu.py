@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ POWER = 0x4
 BUSY_PCT = 10  #: of the last second, from which a GPU is someone's
 LOOKS, LOOK_S = 3, 1.2  #: NVML's last second is at most that long
 L2_BYTES = 256 << 20  #: written to push everything else out: more than any GPU's L2 cache holds
+SPIN_S = 0.3  #: of matrix products, after which an idle GPU's clocks are up
 
 
 @dataclass(frozen=True)
@@ -66,17 +68,20 @@ class Gpu(Protocol):
     def others(self) -> list[str]:
         """What else uses the GPU, a few words each."""
 
+    def working(self) -> AbstractContextManager[None]:
+        """What is loaded and run inside belongs to the stream that is timed; clocks are up when it begins."""
+
     def time(self, loaded: Loaded, count: int, *, flush: bool, host: bool) -> list[float]:
         """Milliseconds of each of `count` runs: by events on the stream, or with `host` from the call until the GPU is
         done. flush: the L2 cache is emptied before each, untimed."""
 
     def kernels(self, loaded: Loaded, count: int) -> dict[str, float]:
-        """Milliseconds of kernels in one run, per label that the network runs under (`Network.labelled`)."""
+        """Milliseconds of kernels in one run, per node of a network that labels them (`Network.labelled`)."""
 
 
 class TorchGpu:
     """gpu: an index, or a UUID as `nvidia-smi -L` shows it; empty for the first. DeviceError where there is none, it is
-    too old for this PyTorch, or NVML is not installed."""
+    too old for this PyTorch, or NVML is not installed or says nothing."""
 
     def __init__(self, gpu: str = "") -> None:
         import torch
@@ -92,21 +97,32 @@ class TorchGpu:
         except ImportError:
             raise DeviceError("clocks and throttling cannot be watched: pip install 'amc-hw[cuda]'") from None
         self._nvml = pynvml
-        pynvml.nvmlInit()
         self._index = self._found(gpu)
         self.device = f"cuda:{self._index}"
         properties = torch.cuda.get_device_properties(self._index)
-        self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}".encode())
+        with self._told():
+            pynvml.nvmlInit()
+            self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}".encode())
+            driver = _text(pynvml.nvmlSystemGetDriverVersion())
         self._info = GpuInfo(
             properties.name,
             f"GPU-{properties.uuid}",
-            _text(pynvml.nvmlSystemGetDriverVersion()),
+            driver,
             (properties.major, properties.minor),
             properties.multi_processor_count,
             properties.total_memory >> 20,
         )
         self._refuse_old()
         self._flushed: Any = None
+        # one of its own: ONNX Runtime takes the default one for none, and would run on another than the timed one
+        self._stream = torch.cuda.Stream(self.device)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except self._nvml.NVMLError as error:  # a part of a GPU, a virtual one, a driver without its library
+            raise DeviceError(f"NVML does not say how the GPU is doing ({error}): check 'nvidia-smi'") from None
 
     def _found(self, gpu: str) -> int:
         count = self._torch.cuda.device_count()
@@ -131,15 +147,16 @@ class TorchGpu:
 
     def state(self) -> GpuState:
         nvml, handle = self._nvml, self._handle
-        reasons = nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
-        slowed = [why for bit, why in {**SLOWED, POWER: "power"}.items() if reasons & bit]
-        return GpuState(
-            nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
-            nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM),
-            nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
-            nvml.nvmlDeviceGetPowerUsage(handle) / 1000,
-            tuple(slowed),
-        )
+        with self._told():
+            reasons = nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
+            slowed = [why for bit, why in {**SLOWED, POWER: "power"}.items() if reasons & bit]
+            return GpuState(
+                nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
+                nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM),
+                nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
+                nvml.nvmlDeviceGetPowerUsage(handle) / 1000,
+                tuple(slowed),
+            )
 
     def others(self) -> list[str]:
         nvml = self._nvml
@@ -154,6 +171,21 @@ class TorchGpu:
             return [*found, f"{busy}% in use"]
         # a container's own process may have another number outside: one that idles does not make a GPU busy
         return found if len(found) > 1 else []
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        with self._torch.cuda.stream(self._stream):
+            self._spin()
+            yield
+
+    def _spin(self) -> None:
+        """Work until clocks have risen: libraries choose algorithms by the first runs, the unpruned network's."""
+        torch, until = self._torch, time.monotonic() + SPIN_S
+        with torch.inference_mode():
+            square = torch.zeros(2048, 2048, device=self.device)
+            while time.monotonic() < until:
+                square @ square
+                torch.cuda.synchronize()
 
     def time(self, loaded: Loaded, count: int, *, flush: bool, host: bool) -> list[float]:
         cuda = self._torch.cuda
@@ -190,7 +222,9 @@ class TorchGpu:
     def kernels(self, loaded: Loaded, count: int) -> dict[str, float]:
         from torch.profiler import ProfilerActivity, profile
 
-        labels = {node.name for node in loaded.graph.nodes}
+        from profilers.builders.torch import LABEL
+
+        labels = {f"{LABEL}{node.name}": node.name for node in loaded.graph.nodes}
         with self._torch.cuda.device(self._index), self._torch.inference_mode():
             loaded.run()
             self._torch.cuda.synchronize()
@@ -201,7 +235,8 @@ class TorchGpu:
         found: dict[str, float] = {}
         for event in profiler.events():  # a label stands once for the CPU, with the kernels that were launched below it
             if event.name in labels and event.device_type == self._torch.autograd.DeviceType.CPU:
-                found[event.name] = found.get(event.name, 0.0) + _device_us(event) / 1000 / count
+                name = labels[event.name]
+                found[name] = found.get(name, 0.0) + _device_us(event) / 1000 / count
         return found
 
 

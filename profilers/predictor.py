@@ -225,7 +225,7 @@ class Predictor:
     FEW = 8  #: points of a family; with fewer it leans on its class
 
     def __init__(self, table: LatencyTable, lower: Callable[[OpGraph], OpGraph], *, extrapolate: bool = False) -> None:
-        self.path = table.path
+        self.path, self.identity = table.path, table.identity
         self.lower = lower
         self.extrapolate = extrapolate
         anchors: dict[str, list[float]] = {}

@@ -7,8 +7,12 @@ from contextlib import AbstractContextManager, contextmanager
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+hypothesis.settings.register_profile("busy", deadline=None)  # a machine that others use is slow now and then
+hypothesis.settings.load_profile("busy")
 
 
 @pytest.fixture(autouse=True)

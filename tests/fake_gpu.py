@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 
@@ -46,6 +47,9 @@ class FakeGpu:
 
     def others(self) -> list[str]:
         return list(self._others)
+
+    def working(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def time(self, loaded: Loaded, count: int, *, flush: bool, host: bool) -> list[float]:
         self.asked.append((count, flush, host))

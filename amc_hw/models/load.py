@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -56,7 +57,8 @@ class LoadedModel:
     """A module in eval mode on the CPU, with what is needed to run it.
 
     `input_shape` is (C, H, W); `mean` and `std` have C values each, for images in [0, 1]; `example_inputs` are
-    tensors with a batch of 1; `checkpoint_sha256` is null for a module with random weights.
+    tensors with a batch of 1; `checkpoint_sha256` is null for a module with random weights; `file` is the spec with
+    the path at which its file was found, where that is another.
     """
 
     spec: str
@@ -66,6 +68,22 @@ class LoadedModel:
     std: tuple[float, ...]
     example_inputs: tuple[Tensor, ...]
     checkpoint_sha256: str | None
+    file: str | None = None
+
+    @property
+    def found(self) -> str:
+        """The spec that makes this model from the working directory."""
+        return self.file or self.spec
+
+    def weights_sha256(self) -> str:
+        """Of the checkpoint's file; of the weights themselves where they came from none."""
+        if self.checkpoint_sha256 is not None:
+            return self.checkpoint_sha256
+        digest = hashlib.sha256()
+        for name, value in sorted(self.module.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().double().numpy().tobytes())
+        return digest.hexdigest()
 
     def normalised(self, images: Tensor) -> Tensor:
         """Images (N, C, H, W) in [0, 1] as the module wants them."""
@@ -195,8 +213,10 @@ def _from_factory(spec: Spec) -> _Built:
 def _inputs(
     spec: Spec, built: _Built, input_shape: Sequence[int] | None
 ) -> tuple[tuple[int, int, int], tuple[Tensor, ...]]:
-    if input_shape is None and built.example_inputs is not None:
-        return _shape(spec, built.example_inputs[0].shape), built.example_inputs
+    if built.example_inputs is not None:
+        own = _shape(spec, built.example_inputs[0].shape)
+        if input_shape is None or _shape(spec, input_shape) == own:
+            return own, built.example_inputs
     wanted = input_shape if input_shape is not None else built.input_shape
     if wanted is None:
         raise UserError(f"the input shape of {str(spec)!r} is not known: give --input 1x3x224x224")

@@ -36,6 +36,8 @@ from torch import nn
 from amc_hw.env import OBSERVATION, PruningEnv
 from amc_hw.search.method import Method, judged
 
+FEW_EPISODES = 10  #: per group, below which the agent hardly learns
+
 
 @dataclass(frozen=True)
 class DDPGConfig:
@@ -204,6 +206,10 @@ class DDPGAgent:
 class DDPGSearch(Method):
     """Episodes of one agent in rounds: the first has all of them, later ones repeat the last quarter of the schedule
     in an environment whose budget has moved."""
+
+    @classmethod
+    def enough(cls, groups: int) -> int:
+        return FEW_EPISODES * groups
 
     def __init__(self, floor: float, episodes: int, seed: int) -> None:
         super().__init__(floor, episodes, seed)

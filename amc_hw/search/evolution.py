@@ -34,7 +34,7 @@ class EvolutionSearch(Method):
             for place in range(min(self.together, left)):
                 if shown:
                     fractions = np.array(shown.pop(0)) / full
-                elif len(self._alive) + place < self._alive.maxlen:  # type: ignore[operator]
+                elif not self._alive or len(self._alive) + place < self._alive.maxlen:  # type: ignore[operator]
                     fractions = self._rng.uniform(self.floor, 1.0, len(full))
                 else:
                     fractions = self._child() / full

@@ -13,6 +13,8 @@ from amc_hw.search.method import Method, judged
 class GreedySearch(Method):
     """The steps are as fine as the evaluations allow: every step asks for one policy per group."""
 
+    needs_budget = True
+
     def __init__(self, floor: float, episodes: int, seed: int) -> None:
         super().__init__(floor, episodes, seed)
         self.at: tuple[int, ...] | None = None

@@ -32,6 +32,8 @@ def _deep(depth: np.ndarray, cut: float) -> np.ndarray:
 class HandmadeSearch(Method):
     """The widest policy of a rule within the budget: one evaluation a round."""
 
+    needs_budget = True
+
     def __init__(self, floor: float, episodes: int, seed: int) -> None:
         super().__init__(floor, 1, seed)
 

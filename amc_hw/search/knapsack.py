@@ -19,17 +19,18 @@ from scipy import optimize, sparse
 from amc_hw.env import PruningEnv
 from amc_hw.min_sum import MinSum
 from amc_hw.resources import ROUNDING, Completer, CostModel
-from amc_hw.search.method import Method
-from amc_hw.search.sensitivity import SHARE, Curves, measure_curves
+from amc_hw.search.sensitivity import SHARE, Curves, CurveSearch, measure_curves
 
 MAX_VARIABLES = 60_000  #: of the integer program; larger ones are solved by Lagrange multipliers alone
-SECONDS = 60.0
+NODES = 2000  #: of its branches, at most: a limit of time would let the machine's load choose the policy
 GAP = 1e-6
 PRIOR = 0.002
 
 
-class KnapsackSearch(Method):
+class KnapsackSearch(CurveSearch):
     """Curves, the best sum within the budget, then curves around what was found, as far as the evaluations reach."""
+
+    needs_budget = True
 
     def __init__(self, floor: float, episodes: int, seed: int) -> None:
         super().__init__(floor, episodes, seed)
@@ -68,13 +69,11 @@ class KnapsackSearch(Method):
         assert self.best is not None
         model, base = env.model, self.best["widths"]
         curves = Curves(model, base, self.best["accuracy"])
-        reach: list[list[int]] = []
         wanted: list[tuple[int, int]] = []  # group, width
         for group, width in enumerate(base):
             grid, place = model.grids[group], model.position(group, width)
             step = max(1, round(0.15 * len(grid)))
             places = sorted({max(place - step, 0), place, min(place + step, len(grid) - 1)})
-            reach.append(list(range(places[0], places[-1] + 1)))
             wanted += [(group, grid[other]) for other in places if other != place]
         new = [each for each in wanted if curves.widths(*each) not in self.known][: max(left - 1, 0)]
         env.ahead([curves.widths(*each) for each in new])
@@ -84,7 +83,12 @@ class KnapsackSearch(Method):
                 yield self._judge(env, curves.widths(*each))
             if (found := self.known.get(curves.widths(*each))) is not None:
                 curves.add(*each, found["accuracy"])
-        losses = [np.interp(grid, *curves.points(group)) + prior(grid) for group, grid in enumerate(model.grids)]
+        measured = [curves.points(group) for group in range(len(base))]
+        losses = [np.interp(grid, *each) + prior(grid) for grid, each in zip(model.grids, measured, strict=True)]
+        reach = [
+            [place for place, width in enumerate(grid) if widths[0] <= width <= widths[-1]]
+            for grid, (widths, _) in zip(model.grids, measured, strict=True)
+        ]
         widths = solve(model, losses, limit, reach=reach)
         if left > 0 and widths not in self.known:
             yield self._judge(env, widths)
@@ -153,7 +157,7 @@ def _lagrange(
 def _integer_program(
     model: CostModel, losses: Sequence[np.ndarray], limit: float, allowed: Sequence[Sequence[int]]
 ) -> tuple[float, tuple[int, ...]] | None:
-    """(sum of losses, positions) of the optimum; None where there is none, or none was found in time.
+    """(sum of losses, positions) of the optimum; None where there is none, or none was found within NODES.
 
     A term over several groups has a variable per combination, whose marginals must be the groups' own choices.
     """
@@ -201,7 +205,7 @@ def _integer_program(
             optimize.LinearConstraint(matrix, right, right),
             optimize.LinearConstraint(np.concatenate(cost)[None], -np.inf, limit * (1 + ROUNDING) - model.constant),
         ],
-        options={"time_limit": SECONDS, "mip_rel_gap": GAP},
+        options={"node_limit": NODES, "mip_rel_gap": GAP},
     )
     if found.x is None:
         return None

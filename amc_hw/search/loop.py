@@ -50,6 +50,7 @@ METHODS: dict[str, type[Method]] = {
 
 #: What `--method auto` is (docs/algorithm.md, Other methods).
 AUTO = "knapsack"
+FREE = "ddpg"  #: and without a budget
 
 PILOTS = 6
 SHOWN = 1 / 8  #: of the episodes, near uniform policies
@@ -204,7 +205,7 @@ class _Rounds:
         self._judge_uniform()
         for number in range(ROUNDS if by_latency else 1):
             limit = self._round(method, number)
-            inside = [one for one in _ranked(self.found.values()) if limit is None or one.cost <= limit * (1 + 1e-6)]
+            inside = [one for one in _ranked(self.found.values()) if _within(one, limit)]
             known = self.met | self.uniform | set(self.missed)
             best = [one.widths for one in inside if one.widths not in known][:CANDIDATES]
             spare = self._judge(best)
@@ -213,7 +214,9 @@ class _Rounds:
         if self.uniform and (winner := self._confirmed()) is not None:
             return winner
         assert self.problem.budget is not None
-        budget, closest = self.problem.budget, min(self.missed.values(), default=1.0)
+        if not self.missed:
+            raise BudgetError(f"no policy within {self.problem.budget.text} was found: give more --episodes")
+        budget, closest = self.problem.budget, min(self.missed.values())
         raise BudgetError(
             f"none of {len(self.missed)} measured candidates met the budget {budget.text}; the closest needs "
             f"{budget.given * closest:.4g} instead of {budget.given:g}: ask for that, lower --floor, or profile again"
@@ -226,6 +229,7 @@ class _Rounds:
             # what is learned may not make the budget unreachable: the cheapest policy stays in
             cheapest = Completer(problem.costs).best()[0]
             budget = replace(budget, limit=max(budget.limit / self.bias, cheapest))
+        limit = None if budget is None else budget.limit
         memory = self.memory
 
         def ahead(policies: Sequence[tuple[int, ...]]) -> None:
@@ -240,9 +244,10 @@ class _Rounds:
             self.episodes += 1
             one = Episode(tuple(info["widths"]), info["accuracy"], info["reward"], info["cost"])
             self.found.setdefault(one.widths, one)
-            best = max(each.accuracy for each in self.found.values())
-            self.progress(self.episodes, total, f"best accuracy {best:.4f}")
-        return None if budget is None else budget.limit
+            inside = [each.accuracy for each in self.found.values() if _within(each, limit)]
+            best = f"best accuracy {max(inside):.4f}" if inside else "no policy within the budget yet"
+            self.progress(self.episodes, total, best)
+        return limit
 
     def _time(self, policies: Sequence[tuple[int, ...]]) -> list[Timed]:
         def compute() -> list[list[float]]:
@@ -345,6 +350,10 @@ def _uniform_within(problem: Problem, limit: float) -> list[list[tuple[int, ...]
     ties."""
     kinds = (uniform_policies(problem.costs.grids, full=full) for full in (set[int](), tied_groups(problem.graph)))
     return [[widths for widths in kind if problem.costs.cost(widths) <= limit] for kind in kinds]
+
+
+def _within(one: Episode, limit: float | None) -> bool:
+    return limit is None or one.cost <= limit * (1 + 1e-6)
 
 
 def _ranked(episodes: Iterable[Episode]) -> list[Episode]:

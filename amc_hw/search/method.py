@@ -18,6 +18,12 @@ class Method(ABC):
     """
 
     together = 1
+    needs_budget = False  #: whether it asks what a budget allows, and not for a reward
+
+    @classmethod
+    def enough(cls, groups: int) -> int:
+        """Evaluations below which it can do little with so many groups."""
+        return 1
 
     def __init__(self, floor: float, episodes: int, seed: int) -> None:
         self.floor, self.episodes, self.seed = floor, episodes, seed

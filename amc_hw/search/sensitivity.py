@@ -48,8 +48,16 @@ class Curves:
         return np.array(widths, dtype=float), np.maximum.accumulate(losses[::-1])[::-1]
 
     def losses(self, group: int) -> np.ndarray:
-        """Loss at every width of the group's grid, ascending (len(grid),)."""
+        """Loss at every width of the group's grid, ascending (len(grid),); of a group that was not measured the mean
+        of the others at that fraction of their channels."""
         grid = self.costs.grids[group]
+        if not self._measured[group] and any(self._measured):
+            known = [other for other, measured in enumerate(self._measured) if measured]
+            shares = np.array(grid) / grid[-1]
+            return np.mean(
+                [np.interp(shares * self.costs.grids[k][-1], self.costs.grids[k], self.losses(k)) for k in known],
+                axis=0,
+            )
         widths, losses = self.points(group)
         found = np.interp(grid, widths, losses)
         if len(widths) > 1 and grid[0] < widths[0]:  # below the narrowest that was measured: on as it rose last
@@ -77,7 +85,8 @@ def measure_curves(
     curves = Curves(costs, costs.full_widths, whole["accuracy"])
     each = min(MOST_POINTS, max(1, (budget - 1) // len(costs.grids)))
     wanted = [(group, width) for group, grid in enumerate(costs.grids) for width in points(grid, each)]
-    wanted = wanted[: max(budget - 1, 0)]
+    if len(wanted) > budget - 1:  # not one for every group: spread over the network
+        wanted = [wanted[place] for place in np.linspace(0, len(wanted) - 1, max(budget - 1, 0)).round().astype(int)]
     ahead([curves.widths(group, width) for group, width in wanted])
     for group, width in wanted:
         found = judge(curves.widths(group, width))
@@ -86,7 +95,15 @@ def measure_curves(
     return curves
 
 
-class SensitivitySearch(Method):
+class CurveSearch(Method):
+    """A method that begins with a curve of every group."""
+
+    @classmethod
+    def enough(cls, groups: int) -> int:
+        return math.ceil((groups + 1) / SHARE)
+
+
+class SensitivitySearch(CurveSearch):
     """Thresholds on the curves, bisected to the budget; the rest of the evaluations goes to thresholds around it."""
 
     def __init__(self, floor: float, episodes: int, seed: int) -> None:

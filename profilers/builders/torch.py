@@ -10,6 +10,7 @@ from profilers.builders.weights import Weights, checked_weights
 from profilers.errors import UnsupportedOperatorError
 from profilers.ops import OpGraph, OpNode, OpSpec
 
+LABEL = "node "  #: before a node's name: the profiler takes a bare "2.0" for a mangled C++ name, and shortens it
 ACTIVATIONS = {
     "none": lambda x: x,
     "relu": F.relu,
@@ -63,7 +64,7 @@ class Network(nn.Module):
         values = dict(zip(self.graph.inputs, inputs, strict=True))
         for node in self.graph.nodes:
             if self.labelled:
-                with torch.profiler.record_function(node.name):
+                with torch.profiler.record_function(f"{LABEL}{node.name}"):
                     values[node.name] = self._run(node, values)
             else:
                 values[node.name] = self._run(node, values)

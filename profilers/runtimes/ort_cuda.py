@@ -73,6 +73,9 @@ def loaded(graph: OpGraph, weights: Weights, config: DeviceConfig, device: str, 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(model, options, providers=providers)
+    wanted, got = PROVIDERS[config.provider], session.get_providers()
+    if got[0] != wanted:  # it falls back on what it has, without a word
+        raise DeviceError(f"onnxruntime cannot load its {wanted} (it runs on {got[0]}): are its libraries installed?")
     binding = session.io_binding()
     values = torch_cuda.inputs_of(graph, config, device)
     for source, value in zip(session.get_inputs(), values, strict=True):

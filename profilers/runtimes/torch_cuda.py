@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from profilers.ops import OpGraph
 
 EXECUTIONS = ("eager", "compile", "graph")
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+MOST_COMPILED = 10_000
 WARM_UPS = 3  #: before a graph is captured: libraries choose algorithms and take memory
 
 
@@ -34,9 +35,21 @@ def settings(config: DeviceConfig) -> Iterator[None]:
     before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
     matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = tf32, tf32, True
     try:
-        yield
+        with _compiling() if config.execution == "compile" else nullcontext():
+            yield
     finally:
         matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before
+
+
+@contextmanager
+def _compiling() -> Iterator[None]:
+    """Every network anew: they share their code, of which PyTorch compiles eight versions, and then, unasked, none."""
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    limits = dict.fromkeys(("recompile_limit", "accumulated_recompile_limit"), MOST_COMPILED)
+    with torch._dynamo.config.patch(limits | {"fail_on_recompile_limit_hit": True}):
+        yield
 
 
 def inputs_of(graph: OpGraph, config: DeviceConfig, device: str) -> list[torch.Tensor]:
@@ -77,11 +90,12 @@ def _captured(module: Network, inputs: list[torch.Tensor], device: str) -> Calla
             module(*inputs)
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.inference_mode(), torch.cuda.graph(graph):
+    with torch.inference_mode(), torch.cuda.graph(graph, stream=stream):
         outputs = module(*inputs)
+    kept = module, inputs  # the graph reads their memory
 
     def replay() -> object:
         graph.replay()
-        return outputs
+        return outputs, kept
 
     return replay

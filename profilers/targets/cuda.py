@@ -40,6 +40,8 @@ WARM_S, MOST_WARM_S, WARM_SPREAD = 0.3, 5.0, 0.02  #: at least; at most; of the 
 WARM_RUNS = 10  #: of a burst while warming up
 WAITS_S = (1.0, 5.0, 15.0, 30.0)  #: for a GPU that slows down
 PROFILED_RUNS = 10
+#: What libraries say when memory is short.
+FULL = ("out of memory", "failed to allocate", "alloc_failed", "unable to find an engine")
 
 
 class CudaTarget:
@@ -86,6 +88,7 @@ class CudaTarget:
 
     def identity(self) -> Identity:
         version = self._runtime.version(self.config)
+        _ = self._others  # looked for now: later, processes of a search may be among them
         return identity_of(self.config, soc=self.gpu.info().name, runtime_version=f"{version}, {self._choices}")
 
     def provenance(self) -> dict[str, Any]:
@@ -124,6 +127,7 @@ class CudaTarget:
         return not harmful([state]), f"{state.sm_mhz} MHz, {state.temperature_c} degrees, {state.power_w:.0f} W{slowed}"
 
     def _alone(self) -> None:
+        self._runtime.version(self.config)  # what is not there, or none, before anything runs
         if self._others:
             who = ", ".join(self._others)
             if not self.config.shared:
@@ -140,7 +144,7 @@ class CudaTarget:
 
     def time_networks(self, networks: Sequence[Network], plan: TimingPlan, *, seed: int) -> list[list[float]]:
         self._alone()
-        with self._in_memory(), self._runtime.settings(self.config):
+        with self._in_memory(), self._runtime.settings(self.config), self.gpu.working():
             loaded = [self._load(network) for network in networks]
             counts = [self._burst(each, plan) for each in loaded]
             self._warm_up(loaded[0])
@@ -158,8 +162,8 @@ class CudaTarget:
         try:
             yield
         except Exception as error:  # out of memory comes as several classes, of two libraries
-            text = " ".join(str(error).split())
-            if "out of memory" not in text.lower() and "failed to allocate" not in text.lower():
+            text = " ".join(str(error).split()).lower()
+            if not any(words in text for words in FULL):
                 raise
             raise DeviceError(
                 f"the GPU's memory ({self.gpu.info().memory_mb} MiB) is too small for batch {self.config.batch}: set a "
@@ -216,7 +220,7 @@ class CudaTarget:
         if self.config.runtime != "torch_cuda" or self.config.execution != "eager":
             return None
         self._alone()
-        with self._in_memory(), self._runtime.settings(self.config):
+        with self._in_memory(), self._runtime.settings(self.config), self.gpu.working():
             return self.gpu.kernels(self._load(Network(graph), labelled=True), PROFILED_RUNS)
 
     def time_in_fresh_process(self, networks: Sequence[Network], plan: TimingPlan, *, seed: int) -> list[list[float]]:

@@ -67,6 +67,14 @@ def test_a_budget_that_cannot_be_met_is_a_row_with_a_reason(here: Path, amc_hw: 
     assert row["accuracy"] is None and row["measured_ms"] is None and "smallest" in row["reason"]
 
 
+@pytest.mark.slow
+def test_a_budget_that_is_met_already_is_no_failure(here: Path, amc_hw: Callable) -> None:
+    done = amc_hw(*COMMAND, "--methods", "uniform", "--latency-ratio", "1", "--json")
+    assert done.code == 0, done.err
+    (row,) = json.loads(done.out)["rows"]
+    assert row["accuracy"] is None and row["feasible"] and "nothing to prune" in row["reason"]
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

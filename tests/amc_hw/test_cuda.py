@@ -12,6 +12,7 @@ from fake_gpu import FakeGpu
 from torch import nn
 
 from amc_hw.errors import DeviceError, UserError
+from amc_hw.refit import reestimate_batch_norm
 from amc_hw.task import accuracy, check_eval_device
 from profilers.targets.cuda import CudaTarget
 
@@ -80,10 +81,25 @@ def test_what_can_be_scored_on_is_checked() -> None:
 
 
 @needs_gpu
+def test_a_search_that_scores_on_a_gpu_finds_what_one_on_the_cpu_does(here: Path, amc_hw: Callable) -> None:
+    search = ("search", "--device", "fake", "--model", "nets.py:tiny", *DATA, "--latency-ratio", "0.6", "--json")
+    found = {}
+    for where in ("cpu", "cuda"):
+        done = amc_hw(*search, "--method", "uniform", "--eval-device", where, "--out", where)
+        assert done.code == 0, done.err
+        found[where] = json.loads(done.out)
+    assert found["cpu"]["widths"] == found["cuda"]["widths"]
+    assert found["cpu"]["accuracy"] == pytest.approx(found["cuda"]["accuracy"], abs=0.01)
+
+
+@needs_gpu
 def test_scores_on_a_gpu_are_those_of_the_cpu() -> None:
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
+    first = [nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1)]
+    network = nn.Sequential(*first, nn.Flatten(), nn.Linear(16, 10)).eval()
     images, labels = torch.randn(2000, 3, 32, 32), torch.randint(10, (2000,))
-    here, there = accuracy(network, images, labels), accuracy(network, images.cuda(), labels.cuda())
-    assert here == pytest.approx(there, abs=0.005)
+    here = accuracy(network, images, labels)
+    assert here == pytest.approx(accuracy(network, images.cuda(), labels.cuda()), abs=0.005)
+    assert here == pytest.approx(accuracy(network, images, labels, device="cuda"), abs=0.005)
     assert next(network.parameters()).device.type == "cpu"
+    reestimate_batch_norm(network, images[:200])  # what a search does next, and writes in place

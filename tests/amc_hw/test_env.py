@@ -115,7 +115,7 @@ ROUGH = CostModel(  # neighbouring groups and the residual stream, not monotone
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(ratio=st.floats(0.75, 1.0), seed=st.integers(0, 10**6), rough=st.booleans())
 def test_every_action_sequence_meets_the_budget(ratio, seed, rough):
     model = ROUGH if rough else macs_model(RESNET, GRIDS)

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import Dataset
 
 from amc_hw.api import load_pruned
 from amc_hw.data import load_data
 from amc_hw.errors import FailedError, UserError
-from amc_hw.finetune import FinetuneConfig, finetune
+from amc_hw.finetune import FinetuneConfig, _in_memory, finetune
 from amc_hw.models import load_model
 from amc_hw.policy import Policy
 from amc_hw.prune import keep_channels, slice_channels
@@ -161,6 +162,42 @@ def test_a_task_without_labels_is_sent_to_its_own_loop(policy: Path) -> None:
     policy.write_text(json.dumps(data))
     with pytest.raises(UserError, match="put amc_hw.load_pruned.policy. into your own training loop"):
         finetune(policy, FinetuneConfig(), progress=quiet)
+
+
+def test_what_ended_is_not_the_answer_to_another_question(policy: Path) -> None:
+    """A trial of one epoch, then other settings, or other weights of the same widths, in the same folder."""
+    first = finetune(policy, FinetuneConfig(epochs=1, batch=512), progress=quiet)
+    assert finetune(policy, FinetuneConfig(epochs=1, batch=512), progress=quiet) == first
+    with pytest.raises(UserError, match="run-finetuned holds another search .epochs: 1, not 2."):
+        finetune(policy, FinetuneConfig(epochs=2, batch=512), progress=quiet)
+    state = torch.load(policy.parent / "pruned.pt", weights_only=True)
+    save_weights(policy.parent / "pruned.pt", {name: value * 1.01 for name, value in state.items()})
+    with pytest.raises(UserError, match="holds another search .weights_sha256: "):
+        finetune(policy, FinetuneConfig(epochs=1, batch=512), progress=quiet)
+
+
+def test_the_policy_says_what_the_data_are_not_the_settings_of_the_folder(
+    policy: Path, monkeypatch: pytest.MonkeyPatch, amc_hw: Callable
+) -> None:
+    monkeypatch.chdir(policy.parent)
+    Path("amc-hw.toml").write_text('data = "npz:nowhere.npz"\ncheckpoint = "nowhere.pt"\n')
+    done = amc_hw("finetune", "--policy", "policy.json", "--epochs", "1", "--batch", "512", "--out", "tuned")
+    assert done.code == 0, done.err
+    assert json.loads(Path("tuned/policy.json").read_text())["data"] == "digits"
+    done = amc_hw("report", "tuned")
+    assert done.code == 2 and "of a fine-tuning, report the search that it began with" in done.mistake
+
+
+def test_images_that_vary_are_drawn_anew_in_every_epoch() -> None:
+    class Varied(Dataset):
+        def __len__(self) -> int:
+            return 4
+
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+            return torch.rand(3, 8, 8), 0
+
+    kept = _in_memory(Varied(), (3, 8, 8))
+    assert not torch.equal(kept[0][0], kept[0][0])
 
 
 def test_a_batch_larger_than_the_data_is_refused(policy: Path) -> None:

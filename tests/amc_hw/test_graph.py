@@ -90,8 +90,7 @@ def test_batch_is_that_of_every_operator_and_not_of_the_macs() -> None:
 def test_channels_add_up() -> None:
     a, b = Channels(3, ((0, 2),)), Channels(1, ((0, 1), (2, 4)))
     assert a.count((5, 7, 1)) == 13
-    assert Channels.joined([a, b]) == Channels(4, ((0, 3), (2, 4)))
-    assert b.times(9) == Channels(9, ((0, 9), (2, 36)))
+    assert b.count((5, 7, 1)) == 10
     assert Channels().count(()) == 0
 
 
@@ -255,8 +254,51 @@ def test_a_product_over_positions_is_refused_not_guessed_at() -> None:
 
 
 def test_patterns_to_keep_that_fit_nothing_are_refused() -> None:
-    with pytest.raises(UserError, match="--keep 'heads.*' fits no module; some are "):
+    with pytest.raises(UserError, match="--keep 'heads.*' fits no module with weights; some are "):
         build_graph(load_model("resnet20").module, (3, 32, 32), keep=("heads.*",))
+
+
+def test_the_name_of_a_container_keeps_all_that_is_in_it() -> None:
+    graph = build_graph(load_model("resnet20").module, (3, 32, 32), keep=("layer2",))
+    kept = [frozen.name for frozen in graph.frozen if frozen.reason == "kept by request"]
+    assert kept and all(any(m.startswith("layer2.") for m in f.modules) for f in graph.frozen if f.name in kept)
+    assert not any("layer2." in member.module for group in graph.groups for member in group.members)
+    assert graph.groups
+
+
+@pytest.mark.parametrize("reshape", [lambda x: x.view(-1, 64), lambda x: torch.reshape(x, (x.shape[0], 64))])
+def test_channels_that_the_code_counts_on_stay(reshape) -> None:
+    """A reshape to a number that is written down: a narrower network would not fit it."""
+    parts = dict(a=nn.Conv2d(3, 8, 1), b=nn.Conv2d(8, 16, 1), pool=nn.AdaptiveAvgPool2d(2), d=nn.Linear(64, 4))
+    graph = graph_of(lambda net, x: net.d(reshape(net.pool(net.b(net.a(x))))), **parts)
+    assert [group.name for group in graph.groups] == ["a"]
+    assert "reshaped to 64 channels" in frozen_of(graph)["b"] and "torch.flatten(x, 1)" in frozen_of(graph)["b"]
+    graph = graph_of(lambda net, x: net.d(net.pool(net.b(net.a(x))).view(x.size(0), -1)), **parts)
+    assert [group.name for group in graph.groups] == ["a", "b"]
+    with pytest.raises(UnsupportedOperatorError, match="to a batch of 1: write torch.flatten"):
+        graph_of(lambda net, x: net.d(net.pool(net.b(net.a(x))).view(1, -1)), **parts)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda net, x: net.c(torch.add(net.a(x), net.b(x), alpha=2)),
+        lambda net, x: net.c(net.a(x)[:, : x.shape[1] // 2]),
+        lambda net, x: net.c(torch.cat(net.a(x).permute(dims=(0, 2, 3, 1)).chunk(2, 1), 1).permute(0, 3, 1, 2)),
+    ],
+)
+def test_arguments_that_nobody_thought_of_are_one_line(forward) -> None:
+    with pytest.raises(UnsupportedOperatorError, match="is not supported"):
+        graph_of(forward, a=nn.Conv2d(3, 8, 1), b=nn.Conv2d(3, 8, 1), c=nn.LazyConv2d(2, 1))
+
+
+def test_a_permutation_by_name() -> None:
+    graph = graph_of(
+        lambda net, x: net.b(net.a(x).permute(dims=(0, 2, 3, 1)).permute(0, 3, 1, 2)),
+        a=nn.Conv2d(3, 8, 1),
+        b=nn.Conv2d(8, 2, 1),
+    )
+    assert [group.name for group in graph.groups] == ["a"]
 
 
 # Names and widths

@@ -28,7 +28,7 @@ from amc_hw import api
 from amc_hw import cli as command_line
 from amc_hw.cli import _Progress
 from amc_hw.runs import alone_in
-from amc_hw.search.loop import AUTO
+from amc_hw.search.loop import AUTO, FREE
 
 Disk = Callable[[int], AbstractContextManager[None]]
 
@@ -801,9 +801,44 @@ def test_a_search_by_auto_is_one_of_the_method_that_it_stands_for(here: Path, am
 
 
 def test_few_episodes_for_an_agent_are_said(here: Path, amc_hw: Run) -> None:
-    assert "warning: 6 episodes are few for the agent to decide on" in (said := amc_hw(*HALF).err)
+    assert "warning: 6 episodes are few for ddpg to decide on 3 groups: give --episodes 30" in (
+        said := amc_hw(*HALF).err
+    )
     assert "--method auto" in said
-    assert "are few" not in amc_hw(*HALF, "--method", "auto", "--out", "other").err
+    said = amc_hw(*HALF, "--method", "auto", "--out", "other").err
+    assert "6 episodes are few for knapsack to decide on 3 groups: give --episodes 7 or more\n" in said
+    assert "are few" not in amc_hw(*HALF, "--method", "random", "--out", "third").err
+
+
+@pytest.mark.parametrize("method", ["knapsack", "greedy", "uniform", "shallow", "deep"])
+def test_a_method_that_needs_a_budget_says_so(here: Path, amc_hw: Callable, method: str) -> None:
+    done = amc_hw(*SEARCH, "--reward", "flops", "--method", method)
+    assert done.code == 2 and f"--method {method} needs a budget" in done.mistake
+
+
+def test_auto_without_a_budget_is_a_method_that_needs_none(here: Path, amc_hw: Callable) -> None:
+    done = amc_hw(*SEARCH, "--reward", "flops", "--method", "auto", "--out", "run")
+    assert done.code == 0, done.err
+    assert json.loads(Path("run/metrics.jsonl").read_text().splitlines()[0])["method"] == FREE
+
+
+def test_another_network_of_the_same_name_is_another_search(here: Path, ended: Path, amc_hw: Callable) -> None:
+    """A factory that brings its own weights: trained anew, it is not what was searched."""
+    assert amc_hw(*HALF).code == 0
+    source = Path("nets.py").read_text()
+    Path("nets.py").write_text(source.replace("rng = np.random.default_rng(0)", "rng = np.random.default_rng(7)"))
+    assert Path("nets.py").read_text() != source
+    done = amc_hw(*HALF)
+    assert done.code == 2 and "run holds another search (weights_sha256: " in done.mistake
+
+
+def test_another_dtype_is_another_search(here: Path, ended: Path, amc_hw: Callable) -> None:
+    header, _, rest = Path("run/metrics.jsonl").read_text().partition("\n")
+    assert json.loads(header)["dtype"] == "float32" and json.loads(header)["batch"] == 1
+    changed = json.dumps(json.loads(header) | {"dtype": "int8"})
+    Path("run/metrics.jsonl").write_text(f"{changed}\n{rest}")
+    done = amc_hw(*HALF)
+    assert done.code == 2 and "(dtype: 'int8', not 'float32')" in done.mistake
 
 
 def test_progress_without_a_terminal_is_a_line_now_and_then(
@@ -820,6 +855,24 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(
         "3/8, 50 s left: best accuracy 0.9",
         "6/8, 20 s left: best accuracy 0.9",
     ]
+
+
+def test_the_time_that_is_left_is_of_what_was_done_since_the_clock_was_set(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in a fine-tuning, which says 0 at the end of every epoch, and goes on in the middle of a run."""
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    progress = _Progress()
+    for done in range(101, 105):
+        now[0] += 10
+        progress(done, 200, "epoch 2")
+    progress(0, 200, "epoch 2 ended")
+    for done in range(105, 109):
+        now[0] += 10
+        progress(done, 200, "epoch 3")
+    said = capsys.readouterr().err.splitlines()
+    assert said == ["103/200, 970 s left: epoch 2", "epoch 2 ended", "107/200, 930 s left: epoch 3"]
 
 
 def test_debug_shows_where(here: Path, amc_hw: Run) -> None:

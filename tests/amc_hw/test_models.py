@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -169,7 +169,6 @@ def channel_maps(draw: st.DrawFn) -> tuple[tuple[int, ...], int, int]:
     return tuple(index), draw(st.integers(1, 3)), channels
 
 
-@settings(deadline=None)
 @given(channel_maps(), st.integers(1, 7), st.integers(1, 7))
 def test_channel_map_does_what_a_loop_does(drawn: tuple[tuple[int, ...], int, int], height: int, width: int) -> None:
     index, stride, channels = drawn

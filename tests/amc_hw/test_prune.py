@@ -228,7 +228,7 @@ def mixed_net(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Laye
     return randomised(f"{file}:factory")
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(data=st.data())
 def test_any_channels_may_stay_down_to_one_per_group(mixed_net: tuple[nn.Module, LayerGraph], data: st.DataObject):
     module, graph = mixed_net
@@ -243,7 +243,7 @@ def test_any_channels_may_stay_down_to_one_per_group(mixed_net: tuple[nn.Module,
     assert real_macs(sliced, images[:1]) == graph.macs([len(kept[group.name]) for group in graph.groups])
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_option_a_shortcuts_are_sliced_on_both_sides(seed: int) -> None:
     """resnet20's stages are separate groups: the map between two of them loses inputs and outputs independently."""

@@ -606,3 +606,15 @@ def test_what_other_channels_repeat_is_made_up_for_whatever_the_layer(layer: nn.
     kept = {group.name: np.array([0, 1])}
     before = output_error(slice_channels(net, graph, kept), net, images)
     assert output_error(refitted(net, graph, kept, images, ridge=1e-9), net, images) < 1e-6 < 0.01 < before
+
+
+@pytest.mark.parametrize("count", [1, 128, 129, 257])
+def test_statistics_where_a_map_is_one_pixel_and_a_batch_one_image(count: int) -> None:
+    net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(3)).eval()
+    images = torch.randn(count, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    reestimate_batch_norm(net, images)
+    assert isinstance(net[1], nn.BatchNorm2d) and net[1].running_mean is not None
+    rest = count - (count % 128 == 1)
+    wanted = images[:rest].mean((0, 2, 3)) if count > 1 else torch.zeros(3)
+    torch.testing.assert_close(net[1].running_mean, wanted, atol=1e-5, rtol=0)
+    assert torch.isfinite(net(images)).all()

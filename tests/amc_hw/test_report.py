@@ -88,7 +88,9 @@ class Page(HTMLParser):
 def test_the_page_of_a_search_says_what_its_files_say(here: Path, amc_hw: Callable) -> None:
     done = amc_hw("report", "run", "--json")
     assert done.code == 0, done.err
-    assert json.loads(done.out) == {"file": "run/report.html"}
+    assert json.loads(done.out) == {"file": "run/report.html", "files": ["run/report.html"]}
+    done = amc_hw("report", "run", "both", "--out", "page.html")
+    assert done.code == 2 and "--out names the page of one run" in done.mistake
     page = Page(Path("run/report.html").read_text())
     result = json.loads(Path("run/result.json").read_text())
     assert f"{result['speedup']:.2f}x" in page.text and f"{result['accuracy']:.4f}" in page.text

@@ -182,7 +182,7 @@ def brute_force(model: CostModel, decided: tuple[int, ...]) -> float:
     return min(model.cost((*decided, *rest)) for rest in left)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(model=random_models(), data=st.data())
 def test_completions_equal_brute_force(model, data):
     """Exact with tables for all steps, and with elimination step by step where those tables are too large."""
@@ -226,7 +226,7 @@ def test_any_groups_may_be_decided():
         assert cost == pytest.approx(expected)  # descent is exact, too: the middle separates the ends
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     model=random_models(),
     share=st.floats(0, 1),

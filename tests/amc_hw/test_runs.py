@@ -57,7 +57,7 @@ def test_a_new_journal_holds_its_header_and_the_folder_is_made(tmp_path: Path) -
     assert path.read_text() == json.dumps(HEADER) + "\n"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(share=st.floats(0, 1))
 def test_a_journal_cut_at_any_byte_loses_its_last_line_at_most(
     tmp_path_factory: pytest.TempPathFactory, share: float

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from amc_hw.errors import UserError
@@ -79,7 +79,6 @@ options = st.dictionaries(words, st.text(st.characters(exclude_characters="&")),
 files = st.builds("{}/{}.py".format, words, words)
 
 
-@settings(deadline=None)
 @given(name=words, path=st.none() | paths, options=options)
 def test_round_trip(name: str, path: str | None, options: dict[str, str]) -> None:
     try:
@@ -94,14 +93,12 @@ def test_round_trip(name: str, path: str | None, options: dict[str, str]) -> Non
     assert hash(again) == hash(spec)
 
 
-@settings(deadline=None)
 @given(name=files, path=words, options=options)
 def test_round_trip_of_files(name: str, path: str, options: dict[str, str]) -> None:
     spec = parse_spec(str(Spec(name, path, options)))
     assert (spec.name, spec.path, spec.options) == (name, path, options)
 
 
-@settings(deadline=None)
 @given(st.text() | st.text(alphabet="ab.:?&=/py"))
 def test_any_text_is_read_back_exactly_or_refused(text: str) -> None:
     try:

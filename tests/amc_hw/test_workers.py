@@ -41,6 +41,69 @@ def test_workers_give_the_scores_of_the_evaluator(here: Path) -> None:
     assert not multiprocessing.active_children()
 
 
+SEVERAL = """
+import torch
+from torch import nn
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 1), nn.Conv2d(1, 8, 1), nn.Conv2d(8, 16, 1)
+        self.d = nn.Linear(16, 4)
+
+    def forward(self, image, depth):
+        return self.d(torch.relu(self.c(torch.relu(self.a(image) + self.b(depth)))).mean((2, 3)))
+
+
+def make():
+    torch.manual_seed(0)
+    return Two().eval(), (torch.zeros(1, 3, 8, 8), torch.zeros(1, 1, 8, 8))
+
+
+def inputs():
+    torch.manual_seed(1)
+    yield torch.randn(60, 3, 8, 8), torch.randn(60, 1, 8, 8)
+
+
+def score(net):
+    (batch,) = inputs()
+    return -float((net(*batch) - make()[0](*batch)).square().mean())
+"""
+
+
+@pytest.mark.slow
+def test_a_network_of_several_inputs_and_its_policy_open_again_from_elsewhere(
+    here: Path, amc_hw: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("two.py").write_text(SEVERAL)
+    subject = ("--device", "fake", "--model", "two.py:make")
+    task = ("--evaluate", "two.py:score", "--calibrate", "two.py:inputs")
+    assert amc_hw("profile", *subject).code == 0
+    for workers in ("1", "2"):
+        search = ("search", *subject, *task, "--latency-ratio", "0.7", "--episodes", "4", "--workers", workers)
+        assert (done := amc_hw(*search, "--out", f"run{workers}")).code == 0, done.err
+    assert amc_hw("measure", "--policy", "run2/policy.json").code == 0
+    assert amc_hw("report", "run1", "run2").code == 0 and Path("run1/report.html").exists()
+    both = ("export", "--policy", "run2/policy.json", "--format", "onnx", "--out", "small.onnx")
+    assert (done := amc_hw(*both)).code == 0, done.err
+    staged = ("search", "--from-policy", "run1/policy.json", "--latency-ratio", "0.9", "--episodes", "3")
+    assert (done := amc_hw(*staged, "--workers", "2", "--out", "run3")).code == 0, done.err
+
+
+@pytest.mark.slow
+def test_workers_find_the_file_of_a_policy_that_lies_elsewhere(
+    here: Path, amc_hw: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert amc_hw(*SEARCH, "--episodes", "3", "--out", "run").code == 0
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    Path("latency_tables").symlink_to("../latency_tables")
+    data = ("--data", "npz:../images.npz", "--latency-ratio", "0.8", "--episodes", "3", "--workers", "2")
+    done = amc_hw("search", "--from-policy", "../run/policy.json", *data, "--out", "more")
+    assert done.code == 0, done.err
+
+
 def test_a_worker_that_dies_is_one_clear_line(here: Path) -> None:
     with Workers(1, _recipe(api.open_subject(device="fake", model="nets.py:tiny"))) as workers:
         widths = api.open_subject(device="fake", model="nets.py:tiny").graph.full_widths

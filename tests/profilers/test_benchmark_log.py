@@ -494,7 +494,7 @@ DAMAGES = (
 SOURCES = [path.read_text() for path in sorted(REAL_LOGS.glob("*.txt"))] or [OLD]
 
 
-@settings(max_examples=150, derandomize=True, deadline=None)
+@settings(max_examples=150, derandomize=True)
 @given(source=st.sampled_from([*SOURCES, new_log(), new_log(csv=True)]), seed=st.integers(0, 2**32))
 def test_a_damaged_log_is_refused_or_read_right(source: str, seed: int) -> None:
     """Only latencies that stand in a log twice can be protected: the mean of the timed runs and those of the rows.
@@ -523,6 +523,6 @@ def test_a_damaged_log_is_refused_or_read_right(source: str, seed: int) -> None:
 
 
 @given(st.one_of(st.binary(max_size=200), st.text(max_size=200)))
-@settings(max_examples=150, derandomize=True, deadline=None)
+@settings(max_examples=150, derandomize=True)
 def test_anything_else_is_refused_in_one_line(text: str | bytes) -> None:
     refusal(text)

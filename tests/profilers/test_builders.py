@@ -461,7 +461,7 @@ def small_networks(draw: st.DrawFn) -> OpGraph:
 
 
 @every_builder
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(graph=small_networks())
 def test_random_convolutions_agree(builder: ModuleType, graph: OpGraph) -> None:
     check(builder, graph)

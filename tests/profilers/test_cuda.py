@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,7 +28,7 @@ from profilers.profile import Anchor, ProfileJob, missing_steps
 from profilers.runtimes import ort_cuda, torch_cuda
 from profilers.table import LatencyTable
 from profilers.targets import Network, open_target
-from profilers.targets.cuda import WAITS_S, CudaTarget
+from profilers.targets.cuda import DTYPES, WAITS_S, CudaTarget
 from profilers.timing import TimingPlan
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
@@ -61,11 +64,12 @@ def network(channels: int = 16, size: int = 16, batch: int = 2) -> OpGraph:
 
 def test_times_are_of_every_network_and_round(gpu: Gpu) -> None:
     target = CudaTarget(CONFIG, gpu)
-    samples = target.time_networks([Network(network(8)), Network(network(64, 64))], PLAN, seed=0)
+    large = network(64, 64) if isinstance(gpu, FakeGpu) else network(512, 128)  # more than launches on a real one
+    samples = target.time_networks([Network(network(8)), Network(large)], PLAN, seed=0)
     assert [len(each) for each in samples] == [5, 5]
     assert all(math.isfinite(ms) and ms > 0 for each in samples for ms in each)
     assert np.median(samples[0]) < np.median(samples[1])
-    again = target.time_networks([Network(network(64, 64))], PLAN, seed=1)
+    again = target.time_networks([Network(large)], PLAN, seed=1)
     assert np.median(again[0]) == pytest.approx(np.median(samples[1]), rel=0.3)
 
 
@@ -139,6 +143,21 @@ def test_a_gpu_that_others_use_is_refused_or_said() -> None:
     assert target.provenance()["others"] == ["process 42", "97% in use"]
 
 
+def test_who_else_is_there_is_asked_before_anything_of_ours_is() -> None:
+    gpu = FakeGpu()
+    target = CudaTarget(CONFIG, gpu)
+    target.identity()
+    gpu._others = ["process 7", "process 8"]  # workers of a search
+    assert target.time_networks([Network(network())], PLAN, seed=0)
+
+
+def test_a_choice_that_is_none_is_told_before_anything_runs() -> None:
+    gpu = FakeGpu()
+    with pytest.raises(UserError, match="unknown execution 'slow'"):
+        CudaTarget(replace(CONFIG, execution="slow"), gpu).time_networks([Network(network())], PLAN, seed=0)
+    assert not gpu.asked
+
+
 @pytest.mark.parametrize(
     ("looks", "found", "waits"),
     [
@@ -198,6 +217,22 @@ def test_a_provider_that_is_not_installed_is_told(provider: str, monkeypatch: py
     assert [probe.ok for probe in target.probes()] == [True, False]
 
 
+def test_a_provider_that_falls_back_is_not_measured_as_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime says that it has a provider, cannot load its libraries, and takes another."""
+    there = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(ort_cuda.onnxruntime, "get_available_providers", lambda: there)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=1))
+    real = ort_cuda.onnxruntime.InferenceSession
+    monkeypatch.setattr(
+        ort_cuda.onnxruntime,
+        "InferenceSession",
+        lambda model, options, providers: real(model, options, providers=["CPUExecutionProvider"]),
+    )
+    target = CudaTarget(replace(CONFIG, runtime="onnxruntime"), FakeGpu())
+    with pytest.raises(DeviceError, match="cannot load its CUDAExecutionProvider .it runs on CPUExecutionProvider"):
+        target.time_networks([Network(network())], PLAN, seed=0)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU")
 def test_without_a_gpu_a_line_says_so() -> None:
     target = open_target(load_device("cuda"))
@@ -249,6 +284,33 @@ def test_switches_are_set_back() -> None:
     assert after == before
 
 
+def test_every_network_is_compiled_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They share the code of their module, of which PyTorch would compile eight versions and run the others eagerly."""
+    compiled = []
+
+    def backend(module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        compiled.append(module)
+        return module.forward
+
+    monkeypatch.setattr(torch_cuda.torch, "compile", functools.partial(torch.compile, backend=backend))
+    config = replace(CONFIG, execution="compile")
+    with torch_cuda.settings(config):
+        for channels in range(8, 20):
+            graph = network(channels, 8)
+            torch_cuda.loaded(graph, random_weights(graph), config, "cpu").run()
+    assert len(compiled) == 12
+
+
+def test_the_profiler_gives_labels_back_as_they_were() -> None:
+    conv = OpSpec("conv", (3,), 8, 8, 4, batch=1)
+    nodes = (OpNode("2.0", conv, (OpGraph.INPUT,)), OpNode("3.10", replace(conv, in_channels=(4,)), ("2.0",)))
+    graph = OpGraph(nodes, (3, 8, 8), ("3.10",))
+    module = torch_builder.Network(graph, random_weights(graph), labelled=True)
+    with torch.profiler.profile() as profiler:
+        module(torch.randn(1, 3, 8, 8))
+    assert {f"{torch_builder.LABEL}{node.name}" for node in nodes} <= {event.name for event in profiler.events()}
+
+
 def test_operators_are_read_in_context_from_eager_pytorch_alone(gpu: Gpu) -> None:
     found = CudaTarget(CONFIG, gpu).profile_ops(network(64, 32), time_s=0.1)
     assert found is not None and set(found) == {node.name for node in network().nodes}
@@ -287,12 +349,31 @@ def test_a_table_predicts_and_shows_the_waves(tmp_path: Path) -> None:
 
 
 @needs_gpu
-@pytest.mark.parametrize("execution", ["eager", "compile", "graph"])
-@pytest.mark.parametrize("dtype", ["float32", "tf32", "float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("execution", "dtype"),
+    [(each, dtype) for each in ("eager", "graph") for dtype in DTYPES] + [("compile", "float16")],
+)
 def test_every_execution_and_type_runs(execution: str, dtype: str) -> None:
     target = CudaTarget(replace(CONFIG, execution=execution, dtype=dtype, layout="channels_last"))
-    (samples,) = target.time_networks([Network(network(32, 32))], PLAN, seed=0)
-    assert min(samples) > 0
+    samples = target.time_networks([Network(network(width, 32)) for width in (32, 24, 16)], PLAN, seed=0)
+    assert min(min(each) for each in samples) > 0
+
+
+@needs_gpu
+def test_graphs_of_several_networks_compute_each_its_own() -> None:
+    """Replaying a graph whose memory was given back reads another network's data."""
+    gpu, config = TorchGpu(), replace(CONFIG, execution="graph")
+    graphs = [network(width, 32) for width in (8, 64, 16)]
+    weights = [random_weights(graph) for graph in graphs]
+    with torch_cuda.settings(config), gpu.working():
+        loaded = [torch_cuda.loaded(*pair, config, gpu.device) for pair in zip(graphs, weights, strict=True)]
+        torch.cuda.empty_cache()
+        for each, graph, arrays in zip(loaded, graphs, weights, strict=True):
+            found = each.run()[0][0]  # type: ignore[index]
+            torch.cuda.synchronize()
+            plain = torch_builder.Network(graph, arrays).to(gpu.device)
+            wanted = plain(*torch_cuda.inputs_of(graph, config, gpu.device))[0]
+            torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
 
 
 @needs_gpu

@@ -205,7 +205,7 @@ def spec(kind: str) -> OpSpec:
     )
 
 
-@settings(max_examples=60, derandomize=True, deadline=None)
+@settings(max_examples=60, derandomize=True)
 @given(data=st.data())
 def test_every_time_goes_to_its_own_operator(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
     kinds = data.draw(st.lists(st.sampled_from(sorted(KINDS_OF)), min_size=1, max_size=14))

@@ -67,14 +67,12 @@ def measured_families(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
     return axes, 1e-3 + constant + 1e-2 * memory * axes.sum(axis=1) + 1e-3 * product * padded.prod(axis=1)
 
 
-@settings(deadline=None)
 @given(family=measured_families())
 def test_measured_points_come_back(family: tuple[np.ndarray, np.ndarray]) -> None:
     axes, latency_ms = family
     np.testing.assert_allclose(FamilyCost(axes, latency_ms)(axes), latency_ms, rtol=0.02)
 
 
-@settings(deadline=None)
 @given(
     latencies=st.dictionaries(
         st.tuples(st.integers(1, 512), st.integers(1, 512)), st.floats(1e-4, 1e3), min_size=1, max_size=15
@@ -220,7 +218,7 @@ def test_several_networks_of_one_table_keep_their_own_references() -> None:
 
 
 @given(drift=st.lists(st.floats(0.5, 2.0), min_size=6, max_size=6))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_a_table_that_was_measured_while_the_machine_drifted_predicts_the_same(drift: list[float]) -> None:
     scale = float(np.median(drift))
     truth = {pointwise(8, width): 0.1 + 0.01 * width for width in WIDTHS}
@@ -332,7 +330,7 @@ def test_drift_is_divided_out_of_networks_too() -> None:
         assert found.predict(graph) == pytest.approx(still.predict(graph))
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(
     scales=st.fixed_dictionaries({kind: st.floats(0.5, 2.0) for kind in ALONE}),
     offset_ms=st.floats(-0.01, 0.02),

@@ -187,7 +187,7 @@ def test_a_complete_table_has_nothing_missing(tmp_path: Path, kind: type[Told]) 
 
 
 @pytest.mark.parametrize("kind", [Told, Opaque])
-@settings(deadline=None, max_examples=8)
+@settings(max_examples=8)
 @given(kills=st.lists(st.integers(0, 4), max_size=6))
 def test_a_run_that_is_killed_again_and_again_measures_every_step_once(kind: type[Told], kills: list[int]) -> None:
     whole = [row for step in missing_steps(JOB, in_memory(), kind()) for row in step.run(beside(kind()))]

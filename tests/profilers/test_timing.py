@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from profilers.errors import DeviceError
@@ -230,7 +230,6 @@ def test_steady_latencies_have_one_ratio() -> None:
     assert ratio_ci95([2.0] * 7, [5.0] * 7) == (2.5, 2.5)
 
 
-@settings(deadline=None)
 @given(drift=LATENCIES)
 def test_drift_that_is_alike_for_both_cancels_in_the_ratio(drift: list[float]) -> None:
     low, high = ratio_ci95(drift, [3 * ms for ms in drift])

@@ -130,6 +130,29 @@ def test_a_budget_that_moves_is_kept_in_the_next_round() -> None:
             assert any(one["cost"] <= env.budget.limit * (1 + 1e-6) for one in found), (name, ratio)
 
 
+@pytest.mark.parametrize("together", [1, 4, 16])
+def test_evolution_begins_with_nothing_alive_however_many_are_asked_together(together: int) -> None:
+    model = costs()
+    env = PruningEnv(GRAPH, model=model, budget=budget_from(model, ratio=0.6), evaluate=accuracy, floor=0.25)
+    method = METHODS["evolution"](0.25, 20, 0)
+    method.together = together
+    assert len(list(method.round(env, 0))) == 20
+
+
+@pytest.mark.parametrize("name", ["knapsack", "sensitivity"])
+@pytest.mark.parametrize("episodes", [3, 4, 6])
+def test_a_group_that_was_not_measured_is_not_free(name: str, episodes: int) -> None:
+    """With fewer evaluations than groups: what is not known is taken to be as the others are."""
+    assert METHODS[name].enough(len(GRIDS)) == 7 > episodes
+    found, env = rounds(name, 0.6, episodes=episodes)
+    inside = [one for one in found if one["cost"] <= env.budget.limit * (1 + 1e-6)]
+    assert inside and len(found) <= episodes
+    curves = Curves(costs(), costs().full_widths, 0.9)
+    curves.add(0, 4, 0.5)
+    assert curves.losses(2)[0] == pytest.approx(np.interp(6 / 32 * 16, GRIDS[0], curves.losses(0)))
+    assert curves.losses(2)[-1] == 0 and (np.diff(curves.losses(2)) <= 0).all()
+
+
 # The knapsack's own objective
 
 
@@ -150,7 +173,7 @@ def problems(draw: st.DrawFn) -> tuple[CostModel, list[np.ndarray], float]:
     return model, losses, limit
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(problems())
 def test_the_knapsack_is_solved_exactly(problem: tuple[CostModel, list[np.ndarray], float]) -> None:
     model, losses, limit = problem
