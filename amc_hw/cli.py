@@ -108,22 +108,23 @@ class _Progress:
 
     def __init__(self) -> None:
         self.start, self.said = time.monotonic(), ""
-        self.last, self.before = self.start, -1
+        self.last, self.before, self.total = self.start, 0, 0
         self.terminal = sys.stderr.isatty()
 
     def __call__(self, done: int, total: int, text: str) -> None:
         now = time.monotonic()
-        if done == 0:
-            self.start, self.before = now, -1
-        elif self.before < 0:  # what was done before the clock was set: a part of a run says 0 in its middle
+        if done == 0 or total != self.total:  # another part of the work
+            self.start, self.before, self.total = now, done or -1, total
+        elif self.before < 0:  # what was done before the clock was set: a part may go on in its middle
             self.before = done - 1
-        left = f"{(now - self.start) / (done - self.before) * (total - done):.0f} s left" if done else ""
+        made = done - self.before if done else 0
+        left = f"{(now - self.start) / made * (total - done):.0f} s left" if made else ""
         if not self.terminal:
             if done == 0 and text != self.said:
                 self.said = text
                 click.echo(text, err=True)
             elif done and now - self.last >= self.EVERY_S:
-                click.echo(f"{done}/{total}, {left}: {text}", err=True)
+                click.echo(f"{done}/{total}{left and f', {left}'}: {text}", err=True)
             else:
                 return
             self.last = now

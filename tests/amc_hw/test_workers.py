@@ -49,8 +49,8 @@ from torch import nn
 class Two(nn.Module):
     def __init__(self):
         super().__init__()
-        self.a, self.b, self.c = nn.Conv2d(3, 8, 1), nn.Conv2d(1, 8, 1), nn.Conv2d(8, 16, 1)
-        self.d = nn.Linear(16, 4)
+        self.a, self.b, self.c = nn.Conv2d(3, 64, 3), nn.Conv2d(1, 64, 3), nn.Conv2d(64, 96, 3)
+        self.d = nn.Linear(96, 4)
 
     def forward(self, image, depth):
         return self.d(torch.relu(self.c(torch.relu(self.a(image) + self.b(depth)))).mean((2, 3)))
@@ -58,12 +58,12 @@ class Two(nn.Module):
 
 def make():
     torch.manual_seed(0)
-    return Two().eval(), (torch.zeros(1, 3, 8, 8), torch.zeros(1, 1, 8, 8))
+    return Two().eval(), (torch.zeros(1, 3, 16, 16), torch.zeros(1, 1, 16, 16))
 
 
 def inputs():
     torch.manual_seed(1)
-    yield torch.randn(60, 3, 8, 8), torch.randn(60, 1, 8, 8)
+    yield torch.randn(60, 3, 16, 16), torch.randn(60, 1, 16, 16)
 
 
 def score(net):
