@@ -11,6 +11,7 @@ import numpy as np
 
 from amc_hw.graph import ChannelGroup, Layer, LayerGraph
 from amc_hw.resources import Budget, Completer, CostModel, choose_width, require_feasible
+from amc_hw.task import Judged
 
 #: Reward name -> (unit of the cost it needs, function of error in 0..1 and cost). AMC, section 3.3.
 REWARDS: Mapping[str, tuple[str | None, Callable[[float, float], float]]] = {
@@ -36,9 +37,9 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     Reward: 0 until the last step, then that of `reward` in REWARDS.
 
     model: the cost that the budget limits and the observation shows. budget: None offers every width
-    (accuracy-guaranteed). evaluate: widths -> accuracy in 0..1. reward_model: cost in the reward, where the
-    reward has one; `model` where it is left out. ahead: told of policies that will be judged, in that order, by
-    whoever can judge several at once. Raises BudgetError for a budget that nothing is known to meet.
+    (accuracy-guaranteed). evaluate: widths -> accuracy in 0..1, or `Judged`. reward_model: cost in the reward,
+    where the reward has one; `model` where it is left out. ahead: told of policies that will be judged, in that
+    order, by whoever can judge several at once. Raises BudgetError for a budget that nothing is known to meet.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         *,
         model: CostModel,
         budget: Budget | None,
-        evaluate: Callable[[tuple[int, ...]], float],
+        evaluate: Callable[[tuple[int, ...]], float | Judged],
         reward: str = "err",
         reward_model: CostModel | None = None,
         floor: float = 0.2,
@@ -58,6 +59,7 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         if not graph.groups:
             raise ValueError("the network has no channel group to decide on")
         unit, self._reward = REWARDS[reward]
+        self._by_error = unit is None
         self._reward_model = model if reward_model is None else reward_model
         if unit is not None and self._reward_model.unit != unit:
             raise ValueError(f"reward {reward!r} needs a cost in {unit}, not in {self._reward_model.unit}")
@@ -115,11 +117,25 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         return tuple(self._decided)
 
     def judge(self, widths: Sequence[int]) -> dict[str, Any]:
-        """`widths`, on their grids and within the budget or not, with their `cost`, `accuracy` and `reward`."""
+        """`widths`, on their grids and within the budget or not, with `cost`, `accuracy`, `distortion` and `reward`.
+
+        `lost`: the distortion where it is known, else the error: policies that a thousand images do not tell apart
+        differ in distortion. `worth`: for ranking policies, -lost where the reward is the error alone, else the reward.
+        """
         widths = tuple(widths)
-        accuracy = float(self.evaluate(widths))
+        found = self.evaluate(widths)
+        accuracy, distortion = found if isinstance(found, Judged) else Judged(float(found))
         reward = self._reward(1.0 - accuracy, self._reward_model.cost(widths))
-        return {"widths": widths, "cost": self.model.cost(widths), "accuracy": accuracy, "reward": reward}
+        lost = 1.0 - accuracy if distortion is None else distortion
+        return {
+            "widths": widths,
+            "cost": self.model.cost(widths),
+            "accuracy": accuracy,
+            "distortion": distortion,
+            "reward": reward,
+            "lost": lost,
+            "worth": -lost if self._by_error else reward,
+        }
 
     def _observation(self) -> np.ndarray:
         step, full = len(self._decided), self.model.full_widths

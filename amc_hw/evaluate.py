@@ -16,7 +16,7 @@ from amc_hw.graph import LayerGraph
 from amc_hw.models import LoadedModel
 from amc_hw.prune import Kept, channel_magnitudes, keep_channels, slice_channels
 from amc_hw.refit import Grams, count_of, gather_grams, reestimate_batch_norm, refit_faithful, refit_fast
-from amc_hw.task import Task
+from amc_hw.task import Judged, Task, distortion
 
 REFIT_BYTES = 4_000_000_000
 REFITS = ("faithful", "fast")
@@ -66,13 +66,22 @@ class Evaluator:
 
     def val_accuracy(self, widths: Sequence[int]) -> float:
         """Held-out score after the refit of a search."""
+        return self.judge(widths).score
+
+    @cached_property
+    def _unpruned(self) -> list[Tensor]:
+        return self.task.score_and_outputs(self.model.module)[1]
+
+    def judge(self, widths: Sequence[int]) -> Judged:
+        """Held-out score after the refit of a search, and how far the outputs are from the unpruned network's."""
         kept = self.kept(widths)
         small = slice_channels(self.model.module, self.graph, kept)
         if self.refit == "fast":
             refit_fast(small, self.model.module, self.graph, kept, self.grams)
         else:
             self._refit_faithful(small, kept, self._calibration(SEARCH_IMAGES), SEARCH_ROWS)
-        return self.task.score(small)
+        score, outputs = self.task.score_and_outputs(small)
+        return Judged(score, distortion(outputs, self._unpruned))
 
     def seconds(self, widths: Sequence[int], *, workers: int = 1) -> tuple[float, float]:
         """About how long a search with `workers` takes for one policy, and in the end for one candidate: measured on

@@ -37,7 +37,7 @@ from amc_hw.resources import (
 from amc_hw.runs import Journal, Scores, alone_in, numbered, record_command, save_json, save_weights
 from amc_hw.search.loop import AUTO, CANDIDATES, FREE, METHODS, Outcome, Problem, Timed, run_search
 from amc_hw.subject import Subject, read_predictor
-from amc_hw.task import Task, check_eval_device, load_task
+from amc_hw.task import Judged, Task, check_eval_device, load_task
 from amc_hw.workers import Recipe, Workers
 from profilers.profile import NETWORK_PLAN, digest
 from profilers.targets import Network
@@ -197,9 +197,9 @@ class _Search:
     def finish(self, widths: Sequence[int]) -> float:
         return self._shared("final", widths, lambda: self.evaluator.task.final_score(self.refitted(tuple(widths))))
 
-    def evaluate(self, widths: Sequence[int]) -> float:
-        compute = self.evaluator.val_accuracy if self.workers is None else self.workers
-        return self._shared("search", widths, lambda: compute(tuple(widths)))
+    def evaluate(self, widths: Sequence[int]) -> Judged:
+        compute = self.evaluator.judge if self.workers is None else self.workers
+        return Judged(*self._shared("search", widths, lambda: compute(tuple(widths))))
 
     def ahead(self, policies: Sequence[tuple[int, ...]]) -> None:
         """Let the workers begin with what `evaluate` will be asked for."""
@@ -208,7 +208,7 @@ class _Search:
             policies = [each for each in policies if not scores.knows(self._question("search", each))]
         self.workers.ahead(policies)
 
-    def _shared(self, kind: str, widths: Sequence[int], compute: Callable[[], float]) -> float:
+    def _shared(self, kind: str, widths: Sequence[int], compute: Callable[[], Any]) -> Any:
         """A score, from the searches that share theirs where one of them has it."""
         return compute() if self.scores is None else self.scores.score(self._question(kind, widths), compute)
 

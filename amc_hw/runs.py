@@ -104,13 +104,13 @@ class Scores:
 
     def __init__(self, path: Path) -> None:
         self._journal = Journal(path, {"schema_version": 1, "holds": "scores"})
-        self._known = {json.dumps(row["question"]): float(row["score"]) for row in self._journal.recorded}
+        self._known = {json.dumps(row["question"]): row["score"] for row in self._journal.recorded}
 
     def knows(self, question: Sequence[Any]) -> bool:
         return json.dumps(question) in self._known
 
-    def score(self, question: Sequence[Any], compute: Callable[[], float]) -> float:
-        """What `compute` gives, or gave to whoever asked first."""
+    def score(self, question: Sequence[Any], compute: Callable[[], Any]) -> Any:
+        """What `compute` gives, or gave to whoever asked first: a number, or several in a sequence."""
         key = json.dumps(question)
         if key not in self._known:
             self._known[key] = compute()

@@ -9,10 +9,11 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from amc_hw.data import Splits, load_data, load_tensors
 from amc_hw.errors import DeviceError, UserError
@@ -22,6 +23,16 @@ from amc_hw.specs import Spec, load_function, one_line, parse_spec
 #: Images of a batch on a CPU, in bytes: a layer's values are several times as large.
 CACHED_BYTES, LARGEST_BATCH = 800_000, 250
 FINAL_IMAGES, FINAL_BYTES = 5000, 1_000_000_000  #: held-out images that candidates are compared on, at most
+PROBES, PROBED = 200, 25  #: inputs whose outputs are compared where a function of the user's own scores; of a batch
+FAR = 1e6  #: distortion of outputs that are no numbers
+
+
+class Judged(NamedTuple):
+    """What a search knows of a policy. score: as of `Task.score`; distortion: how far the network's outputs are from
+    the unpruned one's (`distortion`), None where only the score is known."""
+
+    score: float
+    distortion: float | None = None
 
 
 class Task(Protocol):
@@ -34,6 +45,9 @@ class Task(Protocol):
 
     def score(self, module: nn.Module) -> float:
         """On held-out training data: of the networks that a search tries."""
+
+    def score_and_outputs(self, module: nn.Module) -> tuple[float, list[Tensor]]:
+        """As `score`, and what the network gives for inputs that are the same every time, a tensor per output."""
 
     def unlikely(self, score: float) -> str | None:
         """Why the unpruned network's `score` cannot be that of a trained one; None where it can."""
@@ -82,24 +96,45 @@ def accuracy(
     the images are; those that are elsewhere are brought there a batch at a time.
     """
     device = images.device if device is None else torch.device(device)
-    if batch is None:
-        each = images[:1].numel() * images.element_size()
-        batch = min(max(CACHED_BYTES // max(each, 1), 8), LARGEST_BATCH) if device.type == "cpu" else LARGEST_BATCH
+    batch = _batch_of(images, device) if batch is None else batch
     right = 0
+    for logits, wanted in zip(_logits(module, images, batch, device), labels.split(batch), strict=True):
+        right += int((logits.argmax(1) == wanted.to(device)).sum())
+    return right / len(images)
+
+
+def _batch_of(images: Tensor, device: torch.device) -> int:
+    each = images[:1].numel() * images.element_size()
+    return min(max(CACHED_BYTES // max(each, 1), 8), LARGEST_BATCH) if device.type == "cpu" else LARGEST_BATCH
+
+
+def _logits(module: nn.Module, images: Tensor, batch: int, device: torch.device) -> Iterator[Tensor]:
+    """(batch, classes) for one batch after the other."""
+    layout = torch.channels_last if images.dim() == 4 and not images.is_contiguous() else None
     with on(module, device), torch.inference_mode():  # moved outside of it: what is moved inside can only be read
-        for chunk, wanted in zip(images.split(batch), labels.split(batch), strict=True):
+        for chunk in images.split(batch):
             try:
-                logits = module(chunk.to(device))
+                logits = module(chunk.to(device) if layout else chunk.contiguous().to(device))
             except RuntimeError as error:
-                if "view size" not in str(error) or images.is_contiguous():
+                if "view size" not in str(error) or layout is None:
                     raise
-                # `view` wants channels first
-                return accuracy(module, images.contiguous(), labels, batch=batch, device=device)
+                layout = None  # `view` wants channels first
+                logits = module(chunk.contiguous().to(device))
             if not isinstance(logits, Tensor) or logits.dim() != 2:
                 what = f"{tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
                 raise UserError(f"the network returns {what}, not (N, classes): give --evaluate file.py:function")
-            right += int((logits.argmax(1) == wanted.to(device)).sum())
-    return right / len(images)
+            yield logits
+
+
+def distortion(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    """How far a network's outputs are from those of the unpruned one: the mean squared difference over the variance of
+    the latter, averaged over the outputs. It tells policies apart whose scores are too close."""
+    each = [
+        float((one.double() - other.double()).square().mean() / other.double().var().clamp(min=1e-30))
+        for one, other in zip(found, wanted, strict=True)
+    ]
+    far = sum(each) / len(each)
+    return far if math.isfinite(far) else FAR
 
 
 class Classification:
@@ -131,6 +166,11 @@ class Classification:
 
     def score(self, module: nn.Module) -> float:
         return accuracy(module, *self.val)
+
+    def score_and_outputs(self, module: nn.Module) -> tuple[float, list[Tensor]]:
+        images, labels = self.val
+        logits = torch.cat(list(_logits(module, images, _batch_of(images, images.device), images.device)))
+        return int((logits.argmax(1) == labels).sum()) / len(labels), [logits]
 
     def unlikely(self, score: float) -> str | None:
         share = float(torch.bincount(self.val[1]).max()) / len(self.val[1])
@@ -186,6 +226,22 @@ class OwnTask:
             return self.labelled.score(module)
         with on(module, self.device):
             return own_score(self._evaluate, self._names[0], module)
+
+    def score_and_outputs(self, module: nn.Module) -> tuple[float, list[Tensor]]:
+        if self._evaluate is None:
+            assert self.labelled is not None
+            return self.labelled.score_and_outputs(module)
+        return self.score(module), self._outputs(module)
+
+    @cached_property
+    def _probes(self) -> tuple[Tensor, ...]:
+        return self.inputs(PROBES)
+
+    def _outputs(self, module: nn.Module) -> list[Tensor]:
+        with on(module, self.device), torch.inference_mode():
+            chunks = [part.to(self.device).split(PROBED) for part in self._probes]
+            found = [tree_leaves(module(*chunk)) for chunk in zip(*chunks, strict=True)]
+        return [torch.cat(parts) for parts in zip(*found, strict=True)]
 
     def unlikely(self, score: float) -> str | None:
         if self._evaluate is not None:

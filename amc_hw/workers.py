@@ -74,9 +74,9 @@ class Workers:
     def __init__(self, count: int, recipe: Recipe, *, final: bool = False) -> None:
         self._count, self._recipe, self._final = count, recipe, final
         self._made: ProcessPoolExecutor | None = None
-        self._asked: dict[Widths, Future[float]] = {}
+        self._asked: dict[Widths, Future[Any]] = {}
 
-    def _submitted(self, widths: Widths) -> Future[float]:
+    def _submitted(self, widths: Widths) -> Future[Any]:
         """Processes are made when there is something to score, deaf to a terminal's interrupt, which they inherit: the
         parent ends them."""
         if self._made is None:
@@ -108,7 +108,8 @@ class Workers:
                 except BrokenProcessPool:
                     raise FailedError(LOST) from None
 
-    def __call__(self, widths: Widths) -> float:
+    def __call__(self, widths: Widths) -> Any:
+        """As `Evaluator.judge`; with `final` the score on the test split."""
         self.ahead([widths])
         try:
             return self._asked.pop(widths).result()
@@ -140,7 +141,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _score(widths: Widths, final: bool) -> float:
+def _score(widths: Widths, final: bool) -> Any:
     """Here and not in `_begin`, whose errors would not reach the parent: the evaluator is built once."""
     global _evaluator
     if _evaluator is None:
@@ -148,4 +149,4 @@ def _score(widths: Widths, final: bool) -> float:
         _evaluator = _recipe.evaluator()
     if final:
         return _evaluator.task.test_scores([_evaluator.final(widths)])[0]
-    return _evaluator.val_accuracy(widths)
+    return _evaluator.judge(widths)

@@ -46,7 +46,7 @@ class EvolutionSearch(Method):
 
     def _child(self) -> np.ndarray:
         rivals = self._rng.choice(len(self._alive), min(TOURNAMENT, len(self._alive)), replace=False)
-        parent = max((self._alive[index] for index in rivals), key=lambda one: one["reward"])
+        parent = max((self._alive[index] for index in rivals), key=lambda one: one["worth"])
         widths = np.array(parent["widths"], dtype=float)
         moved = self._rng.random(len(widths)) < MOVED
         moved[self._rng.integers(len(widths))] = True

@@ -40,7 +40,7 @@ class GreedySearch(Method):
                 found.append(one)
                 yield one
             left -= len(found)
-            at = self.at = max(found, key=lambda one: (one["reward"], -one["cost"]))["widths"]
+            at = self.at = max(found, key=lambda one: (one["worth"], -one["cost"]))["widths"]
 
 
 def shrunk(model: CostModel, at: Sequence[int], limit: float) -> list[tuple[int, ...]]:

@@ -25,6 +25,7 @@ MAX_VARIABLES = 60_000  #: of the integer program; larger ones are solved by Lag
 NODES = 2000  #: of its branches, at most: a limit of time would let the machine's load choose the policy
 GAP = 1e-6
 PRIOR = 0.002
+SEEN = 1e-4  #: share of it where losses are distortions
 
 
 class KnapsackSearch(CurveSearch):
@@ -47,7 +48,7 @@ class KnapsackSearch(CurveSearch):
             judge = partial(self._judge, env)
             self.curves = yield from measure_curves(env.model, judge, round(SHARE * left), ahead=env.ahead)
             left -= self.curves.evaluated
-        losses = [self.curves.losses(group) + prior(grid) for group, grid in enumerate(env.model.grids)]
+        losses = [self.curves.losses(group) + self._prior(grid) for group, grid in enumerate(env.model.grids)]
         if self.best is None or self.best["cost"] > limit * (1 + ROUNDING):
             self.best = self._judge(env, solve(env.model, losses, limit))
             left -= 1
@@ -64,11 +65,16 @@ class KnapsackSearch(CurveSearch):
         found = self.known[tuple(widths)] = env.judge(widths)
         return found
 
+    def _prior(self, grid: Sequence[int]) -> np.ndarray:
+        """Of distortion all is seen: then only of widths that lose the same the wider is taken."""
+        coarse = any(one["distortion"] is None for one in self.known.values())
+        return prior(grid) * (1.0 if coarse else SEEN)
+
     def _around(self, env: PruningEnv, limit: float, left: int) -> Iterator[dict[str, Any]]:
         """Curves around the best policy, one width narrower and one wider per group, and the solution within them."""
         assert self.best is not None
         model, base = env.model, self.best["widths"]
-        curves = Curves(model, base, self.best["accuracy"])
+        curves = Curves(model, base, self.best["lost"])
         wanted: list[tuple[int, int]] = []  # group, width
         for group, width in enumerate(base):
             grid, place = model.grids[group], model.position(group, width)
@@ -82,9 +88,10 @@ class KnapsackSearch(CurveSearch):
                 left -= 1
                 yield self._judge(env, curves.widths(*each))
             if (found := self.known.get(curves.widths(*each))) is not None:
-                curves.add(*each, found["accuracy"])
+                curves.add(*each, found["lost"])
         measured = [curves.points(group) for group in range(len(base))]
-        losses = [np.interp(grid, *each) + prior(grid) for grid, each in zip(model.grids, measured, strict=True)]
+        least = self._prior
+        losses = [np.interp(grid, *each) + least(grid) for grid, each in zip(model.grids, measured, strict=True)]
         reach = [
             [place for place, width in enumerate(grid) if widths[0] <= width <= widths[-1]]
             for grid, (widths, _) in zip(model.grids, measured, strict=True)
@@ -93,7 +100,7 @@ class KnapsackSearch(CurveSearch):
         if left > 0 and widths not in self.known:
             yield self._judge(env, widths)
         inside = [one for one in self.known.values() if one["cost"] <= limit * (1 + ROUNDING)]
-        self.best = max(inside, key=lambda one: (one["accuracy"], -one["cost"]))
+        self.best = min(inside, key=lambda one: (one["lost"], one["cost"]))
 
 
 def prior(grid: Sequence[int]) -> np.ndarray:

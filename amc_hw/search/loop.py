@@ -35,6 +35,7 @@ from amc_hw.search.method import Method
 from amc_hw.search.random import RandomSearch
 from amc_hw.search.sensitivity import SensitivitySearch
 from amc_hw.search.uniform import tied_groups, uniform_policies
+from amc_hw.task import Judged
 
 METHODS: dict[str, type[Method]] = {
     "ddpg": DDPGSearch,
@@ -64,9 +65,11 @@ OFF = 0.04  #: measured this far below the budget, relative, a first round is fo
 
 @dataclass(frozen=True)
 class Episode:
+    """worth: for ranking, as of `PruningEnv.judge`."""
+
     widths: tuple[int, ...]
     accuracy: float
-    reward: float
+    worth: float
     cost: float
 
 
@@ -83,7 +86,8 @@ class Timed:
 class Problem:
     """What is searched.
 
-    evaluate: widths -> held-out accuracy after the refit of a search. finish: the same after the final refit.
+    evaluate: widths -> held-out accuracy after the refit of a search, or `Judged`. finish: accuracy after the final
+    refit.
     time: policies -> their latency, timed together. confirm: one policy as it will be deployed, timed in a process
     of its own, None where the device is away. used: what a timed policy uses of the budget, 1 being all of it; None
     where the budget is not one of measured latency. fallback: uniform policies take part in the end. ahead: told of
@@ -94,7 +98,7 @@ class Problem:
     graph: LayerGraph
     costs: CostModel
     budget: Budget | None
-    evaluate: Callable[[Sequence[int]], float]
+    evaluate: Callable[[Sequence[int]], float | Judged]
     finish: Callable[[Sequence[int]], float]
     time: Callable[[Sequence[tuple[int, ...]]], list[Timed]]
     confirm: Callable[[tuple[int, ...]], tuple[list[float], list[float]]] | None
@@ -109,7 +113,7 @@ class Problem:
 
     def env(
         self,
-        evaluate: Callable[[Sequence[int]], float],
+        evaluate: Callable[[Sequence[int]], float | Judged],
         budget: Budget | None,
         ahead: Callable[[Sequence[tuple[int, ...]]], None],
     ) -> PruningEnv:
@@ -141,13 +145,16 @@ class _Memory:
     def __init__(self, journal: Journal) -> None:
         self.journal = journal
         self._recorded, self._read = iter(list(journal.recorded)), 0
-        self._known: dict[tuple[int, ...], float] = {}
+        self._known: dict[tuple[int, ...], Judged] = {}
 
-    def accuracy(self, widths: tuple[int, ...], evaluate: Callable[[Sequence[int]], float]) -> float:
-        def compute() -> float:
-            return self._known[widths] if widths in self._known else evaluate(widths)
+    def judged(self, widths: tuple[int, ...], evaluate: Callable[[Sequence[int]], float | Judged]) -> Judged:
+        def compute() -> dict[str, Any]:
+            found = self._known[widths] if widths in self._known else evaluate(widths)
+            score, distortion = found if isinstance(found, Judged) else Judged(float(found))
+            return {"accuracy": score} | ({} if distortion is None else {"distortion": distortion})
 
-        self._known[widths] = float(self.result({"widths": list(widths)}, "accuracy", compute))
+        found = self._results({"widths": list(widths)}, "accuracy", compute)
+        self._known[widths] = Judged(float(found["accuracy"]), found.get("distortion"))
         return self._known[widths]
 
     def ahead(self, policies: Sequence[tuple[int, ...]], begin: Callable[[Sequence[tuple[int, ...]]], None]) -> None:
@@ -157,17 +164,21 @@ class _Memory:
 
     def result(self, question: dict[str, Any], name: str, compute: Callable[[], Any]) -> Any:
         """What `compute` gives, or what it gave when the same question was asked at this place."""
+        return self._results(question, name, lambda: {name: compute()})[name]
+
+    def _results(self, question: dict[str, Any], name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """As `result`, several by name, one of which there must be."""
         known = next(self._recorded, None)
         self._read += known is not None
         if known is None:
             result = compute()
-            self.journal.append(question | {name: result})
+            self.journal.append(question | result)
             return result
         if {key: known.get(key) for key in question} != question or name not in known:
             raise UserError(
                 f"{self.journal.path} was not made by this search on this machine and table: name another --out"
             )
-        return known[name]
+        return known
 
 
 def run_search(
@@ -236,13 +247,13 @@ class _Rounds:
             if problem.ahead is not None:
                 memory.ahead(policies, problem.ahead)
 
-        env = problem.env(lambda widths: memory.accuracy(tuple(widths), problem.evaluate), budget, ahead)
+        env = problem.env(lambda widths: memory.judged(tuple(widths), problem.evaluate), budget, ahead)
         total = self.episodes + method.planned(number)
         count = round(SHOWN * method.episodes)
         shown = _demonstrations(problem, budget, count, self.seed) if number == 0 else []
         for info in method.round(env, number, shown):
             self.episodes += 1
-            one = Episode(tuple(info["widths"]), info["accuracy"], info["reward"], info["cost"])
+            one = Episode(tuple(info["widths"]), info["accuracy"], info["worth"], info["cost"])
             self.found.setdefault(one.widths, one)
             inside = [each.accuracy for each in self.found.values() if _within(each, limit)]
             best = f"best accuracy {max(inside):.4f}" if inside else "no policy within the budget yet"
@@ -357,8 +368,8 @@ def _within(one: Episode, limit: float | None) -> bool:
 
 
 def _ranked(episodes: Iterable[Episode]) -> list[Episode]:
-    """Best reward first; among equals the cheaper."""
-    return sorted(episodes, key=lambda one: (-one.reward, one.cost))
+    """Best first; among equals the cheaper."""
+    return sorted(episodes, key=lambda one: (-one.worth, one.cost))
 
 
 def _pilots(problem: Problem, seed: int) -> list[tuple[int, ...]]:

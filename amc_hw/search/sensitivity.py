@@ -1,4 +1,4 @@
-"""Per-layer sensitivity: what pruning one group alone costs, and policies that lose the same in every group.
+"""Per-layer sensitivity: what pruning one group alone loses, and policies that lose the same in every group.
 
 Curves are measured with all other groups at full width (Li et al., ICLR 2017, section 3.1). A policy follows from one
 threshold: every group takes the smallest width that loses at most that much; the threshold is bisected to the budget.
@@ -22,8 +22,8 @@ Judge = Callable[[Sequence[int]], dict[str, Any]]  #: as `PruningEnv.judge`
 
 
 class Curves:
-    """Accuracy lost by a group at each width of its grid, all other groups as in `base`: measured at a few widths,
-    linear in between, never falling as widths do."""
+    """What a group loses at each width of its grid, all other groups as in `base`: measured at a few widths, linear in
+    between, never falling as widths do. reference: what `base` loses, as `lost` of `PruningEnv.judge`."""
 
     def __init__(self, costs: CostModel, base: Sequence[int], reference: float) -> None:
         self.costs, self.base, self.reference = costs, tuple(base), reference
@@ -32,8 +32,8 @@ class Curves:
     def widths(self, group: int, width: int) -> tuple[int, ...]:
         return (*self.base[:group], width, *self.base[group + 1 :])
 
-    def add(self, group: int, width: int, accuracy: float) -> None:
-        self._measured[group][width] = self.reference - accuracy
+    def add(self, group: int, width: int, lost: float) -> None:
+        self._measured[group][width] = lost - self.reference
 
     @property
     def evaluated(self) -> int:
@@ -82,7 +82,7 @@ def measure_curves(
     """Yields what was evaluated, at most `budget` policies, and returns the curves. ahead: as of `PruningEnv`."""
     whole = judge(costs.full_widths)
     yield whole
-    curves = Curves(costs, costs.full_widths, whole["accuracy"])
+    curves = Curves(costs, costs.full_widths, whole["lost"])
     each = min(MOST_POINTS, max(1, (budget - 1) // len(costs.grids)))
     wanted = [(group, width) for group, grid in enumerate(costs.grids) for width in points(grid, each)]
     if len(wanted) > budget - 1:  # not one for every group: spread over the network
@@ -90,7 +90,7 @@ def measure_curves(
     ahead([curves.widths(group, width) for group, width in wanted])
     for group, width in wanted:
         found = judge(curves.widths(group, width))
-        curves.add(group, width, found["accuracy"])
+        curves.add(group, width, found["lost"])
         yield found
     return curves
 

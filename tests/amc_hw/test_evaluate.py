@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 import zlib
 
@@ -19,7 +20,7 @@ from amc_hw.images import TensorImages
 from amc_hw.models import LoadedModel
 from amc_hw.prune import keep_channels, slice_channels
 from amc_hw.refit import reestimate_batch_norm, refit_faithful, refit_fast
-from amc_hw.task import Classification, accuracy
+from amc_hw.task import FAR, Classification, accuracy, distortion
 
 SHAPE = (3, 8, 8)
 
@@ -252,6 +253,27 @@ def test_any_data_set_of_image_and_label_will_do(trained: tuple[LoadedModel, Lay
     a, b = (Evaluator(*trained, task, calibration_images=50) for task in tasks)
     assert all(torch.equal(one, other) for one, other in zip(a.task.val, b.task.val, strict=True))
     assert torch.equal(a.calibration[0], b.calibration[0])
+
+
+def test_a_policy_is_judged_by_its_score_and_how_far_its_outputs_are(evaluator: Evaluator) -> None:
+    full = evaluator.graph.full_widths
+    score, far = evaluator.judge(full)
+    assert score == evaluator.val_accuracy(full) and far == pytest.approx(0, abs=1e-9)
+    fars = [evaluator.judge((width, full[1])).distortion for width in (full[0] - 1, full[0] // 2, 2)]
+    assert all(each is not None and math.isfinite(each) for each in fars)
+    assert 0 < fars[0] < fars[1] < fars[2]  # type: ignore[operator]
+    small = slice_channels(evaluator.model.module, evaluator.graph, evaluator.kept((2, full[1])))
+    _, (logits,) = evaluator.task.score_and_outputs(small)
+    with torch.inference_mode():
+        torch.testing.assert_close(logits, small(evaluator.task.val[0]), rtol=1e-4, atol=1e-4)
+
+
+def test_distortion_by_hand() -> None:
+    wanted = [torch.tensor([[0.0, 2.0]]), torch.tensor([[1.0, 1.0, 4.0]])]  # variances 2 and 3
+    assert distortion(wanted, wanted) == 0
+    assert distortion([wanted[0] + 1, wanted[1]], wanted) == pytest.approx((1 / 2 + 0) / 2)
+    assert distortion([wanted[0], wanted[1] * 0], wanted) == pytest.approx((18 / 3) / 3 / 2)
+    assert distortion([wanted[0] * float("nan"), wanted[1]], wanted) == FAR
 
 
 def test_a_search_refits_faithfully_on_few_images(evaluator: Evaluator) -> None:

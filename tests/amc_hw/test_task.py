@@ -103,6 +103,15 @@ def test_scores_and_inputs_are_those_of_the_users_functions(functions: str) -> N
     assert task_of(functions, evaluate="half").score(module) == 0.5
 
 
+def test_outputs_are_those_of_the_same_inputs_every_time(functions: str) -> None:
+    task = task_of(functions)
+    module = task.model.module
+    score, (outputs,) = task.score_and_outputs(module)
+    assert score == task.score(module)
+    torch.testing.assert_close(outputs, module(task.inputs(200)[0]))
+    assert len(task_of(functions, evaluate="half").score_and_outputs(module)[1]) == 1
+
+
 def test_options_reach_the_function(functions: str) -> None:
     model = load_model(f"{functions}:net")
     task = load_task(model, data=None, evaluate=f"{functions}:half?factor=0.75", calibrate=f"{functions}:inputs")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from amc_hw.runs import Journal
 from amc_hw.search.knapsack import solve
 from amc_hw.search.loop import METHODS, Problem, run_search
 from amc_hw.search.sensitivity import Curves, points
+from amc_hw.task import Judged
 
 GRIDS = ((4, 6, 8, 10, 12, 14, 16),) * 2 + (tuple(range(6, 33, 2)),)
 SEARCHING = [name for name in METHODS if name not in ("uniform", "shallow", "deep")]
@@ -130,6 +132,33 @@ def test_a_budget_that_moves_is_kept_in_the_next_round() -> None:
             assert any(one["cost"] <= env.budget.limit * (1 + 1e-6) for one in found), (name, ratio)
 
 
+@pytest.mark.parametrize("name", ["knapsack", "greedy", "evolution", "sensitivity"])
+def test_distortion_tells_apart_what_accuracy_does_not(name: str) -> None:
+    """Accuracies of a few images: all alike but for chance. What a method thinks best is best in distortion."""
+
+    def judged(widths: Sequence[int]) -> Judged:
+        chance = 0.01 * (hash(tuple(widths)) % 3)
+        return Judged(0.8 + chance, 0.9 - accuracy(widths))
+
+    model = costs()
+    env = PruningEnv(GRAPH, model=model, budget=budget_from(model, ratio=0.6), evaluate=judged, floor=0.25)
+    found = list(METHODS[name](0.25, EPISODES, 0).round(env, 0))
+    inside = [one for one in found if one["cost"] <= env.budget.limit * (1 + 1e-6)]  # type: ignore[union-attr]
+    best = max(inside, key=lambda one: one["worth"])
+    assert best["lost"] == best["distortion"] == min(one["distortion"] for one in inside)
+    (uniform,), _ = rounds("uniform", 0.6)
+    assert accuracy(best["widths"]) > uniform["accuracy"]
+
+
+def test_a_reward_of_cost_and_error_ranks_by_itself() -> None:
+    model = costs()
+    env = PruningEnv(
+        GRAPH, model=replace(model, unit="MACs"), budget=None, evaluate=lambda w: Judged(0.9, 0.1), reward="flops"
+    )
+    found = env.judge(model.full_widths)
+    assert found["worth"] == found["reward"] != -0.1 and found["lost"] == 0.1
+
+
 @pytest.mark.parametrize("together", [1, 4, 16])
 def test_evolution_begins_with_nothing_alive_however_many_are_asked_together(together: int) -> None:
     model = costs()
@@ -147,7 +176,7 @@ def test_a_group_that_was_not_measured_is_not_free(name: str, episodes: int) -> 
     found, env = rounds(name, 0.6, episodes=episodes)
     inside = [one for one in found if one["cost"] <= env.budget.limit * (1 + 1e-6)]
     assert inside and len(found) <= episodes
-    curves = Curves(costs(), costs().full_widths, 0.9)
+    curves = Curves(costs(), costs().full_widths, 0.1)
     curves.add(0, 4, 0.5)
     assert curves.losses(2)[0] == pytest.approx(np.interp(6 / 32 * 16, GRIDS[0], curves.losses(0)))
     assert curves.losses(2)[-1] == 0 and (np.diff(curves.losses(2)) <= 0).all()
@@ -201,15 +230,15 @@ def test_within_reach_only_and_the_cheapest_where_nothing_fits() -> None:
 
 def test_curves_interpolate_and_never_fall_with_fewer_channels() -> None:
     model = costs()
-    curves = Curves(model, model.full_widths, 0.9)
+    curves = Curves(model, model.full_widths, 0.1)
     curves.add(0, 4, 0.5)
-    curves.add(0, 10, 0.7)
-    curves.add(0, 12, 0.85)
-    curves.add(0, 14, 0.80)  # noise: worse than with 12
+    curves.add(0, 10, 0.3)
+    curves.add(0, 12, 0.15)
+    curves.add(0, 14, 0.20)  # noise: worse than with 12
     assert curves.losses(0) == pytest.approx([0.4, 0.4 - 0.2 / 3, 0.4 - 0.4 / 3, 0.2, 0.1, 0.1, 0.0])
     assert curves.losses(1) == pytest.approx(curves.losses(0))  # not measured: as the others, here on the same grid
-    assert not Curves(model, model.full_widths, 0.9).losses(1).any()
-    curves.add(1, 12, 0.8)
+    assert not Curves(model, model.full_widths, 0.1).losses(1).any()
+    curves.add(1, 12, 0.2)
     assert curves.losses(1)[0] == pytest.approx(0.1 + 8 * 0.1 / 4)  # on as it rose last
 
 
