@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
@@ -81,12 +82,37 @@ TASK = ("data", "evaluate", "calibrate")
 _STDOUT = "amc_hw.stdout"
 
 
+@contextmanager
+def _result_alone() -> Iterator[TextIO]:
+    """A file for the result on standard output; what a user's own code and libraries, in C too, print there is talk."""
+    out = sys.stdout
+    try:
+        real = out.fileno() == 1
+    except (OSError, ValueError):  # whoever calls us keeps it for himself
+        real = False
+    if not real:
+        with redirect_stdout(sys.stderr):
+            yield out
+        return
+    out.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with (
+            redirect_stdout(sys.stderr),
+            os.fdopen(os.dup(kept), "w", encoding=out.encoding, errors=out.errors) as file,
+        ):
+            yield file
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
 class _Command(click.Command):
-    """Standard output holds the result alone: what a user's own code prints is talk, too."""
+    """Standard output holds the result alone."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        ctx.meta[_STDOUT] = sys.stdout
-        with redirect_stdout(sys.stderr):
+        with _result_alone() as ctx.meta[_STDOUT]:
             return super().invoke(ctx)
 
 

@@ -93,8 +93,7 @@ class Evaluator:
             self._refit_faithful(small, kept, self._calibration(images), SEARCH_ROWS)
 
         refit(10)  # what runs for the first time takes longer
-        if self.refit == "fast":
-            _ = self.grams
+        _ = self._unpruned, self.grams if self.refit == "fast" else None
         threads = torch.get_num_threads()
         torch.set_num_threads(max(1, threads // workers))
         try:

@@ -43,14 +43,15 @@ def test_an_interrupted_profile_goes_on_where_it_stopped(tmp_path: Path) -> None
     assert set(resumed) == set(expected.splitlines())
 
 
-def test_what_a_users_own_code_prints_is_talk(tmp_path: Path) -> None:
+def test_what_a_users_own_code_prints_in_c_too_is_talk(tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text(
-        "from torch import nn\nprint('imported')\n\ndef make():\n    print('made')\n"
+        "import os\nfrom torch import nn\nprint('imported')\nos.write(1, b'in C\\n')\n"
+        "\ndef make():\n    print('made')\n"
         "    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1))\n"
     )
     done = amc_hw(tmp_path, "graph", "--model", "net.py:make", "--input", "1x3x8x8", "--json")
     assert [group["name"] for group in json.loads(done.stdout)["groups"]] == ["0"]
-    assert done.stderr.splitlines()[:2] == ["imported", "made"]
+    assert done.stderr.splitlines()[:3] == ["imported", "in C", "made"]
 
 
 @pytest.mark.parametrize(
