@@ -34,8 +34,8 @@ def test_workers_give_the_scores_of_the_evaluator(here: Path) -> None:
     policies = [tuple(grid[place % len(grid)] for grid in subject.grids) for place in range(4)]
     with Workers(2, _recipe(subject)) as workers:
         workers.ahead(policies)
-        assert [workers(widths) for widths in policies] == [evaluator.val_accuracy(widths) for widths in policies]
-        assert workers(policies[0]) == evaluator.val_accuracy(policies[0])  # asked for again
+        assert [workers(widths) for widths in policies] == [evaluator.judge(widths) for widths in policies]
+        assert workers(policies[0]) == evaluator.judge(policies[0])  # asked for again
     with Workers(1, _recipe(subject), final=True) as workers:
         assert workers(policies[1]) == task.test_scores([evaluator.final(policies[1])])[0]
     assert not multiprocessing.active_children()
