@@ -123,8 +123,7 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         differ in distortion. `worth`: for ranking policies, -lost where the reward is the error alone, else the reward.
         """
         widths = tuple(widths)
-        found = self.evaluate(widths)
-        accuracy, distortion = found if isinstance(found, Judged) else Judged(float(found))
+        accuracy, distortion = Judged.of(self.evaluate(widths))
         reward = self._reward(1.0 - accuracy, self._reward_model.cost(widths))
         lost = 1.0 - accuracy if distortion is None else distortion
         return {

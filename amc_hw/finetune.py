@@ -6,7 +6,6 @@ What is pruned stays pruned. A run that was cut goes on after the last epoch tha
 from __future__ import annotations
 
 import copy
-import hashlib
 import io
 import json
 import math
@@ -110,7 +109,7 @@ def finetune(policy: Path, config: FinetuneConfig, *, progress: Progress) -> dic
     with alone_in(out / f"rank{accelerator.process_index}" if accelerator.num_processes > 1 else out):
         journal = None
         if accelerator.is_main_process:
-            journal = Journal(out / "metrics.jsonl", _header(policy, pruned, config))
+            journal = Journal(out / "metrics.jsonl", _header(pruned, config))
         finished = out / "result.json"
         if finished.exists():
             found: dict[str, Any] = json.loads(finished.read_text())
@@ -141,15 +140,14 @@ def finetune(policy: Path, config: FinetuneConfig, *, progress: Progress) -> dic
         return result
 
 
-def _header(policy: Path, pruned: Pruned, config: FinetuneConfig) -> dict[str, Any]:
+def _header(pruned: Pruned, config: FinetuneConfig) -> dict[str, Any]:
     named = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
     found = pruned.policy
-    weights = hashlib.sha256((policy.parent / found.weights).read_bytes()).hexdigest()
     return {
         "schema_version": 1,
         "model": found.model,
         "widths": found.widths,
-        "weights_sha256": weights,
+        "weights_sha256": pruned.weights_sha256(),
         **named,
         "out": None,
     }

@@ -87,6 +87,10 @@ class Pruned:
     model: LoadedModel
     graph: LayerGraph
     module: nn.Module
+    weights: Path  #: the file of the module's weights
+
+    def weights_sha256(self) -> str:
+        return hashlib.sha256(self.weights.read_bytes()).hexdigest()
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -109,7 +113,7 @@ def open_pruned(path: Path) -> Pruned:
         module.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     except Exception as error:  # unpickling an arbitrary file fails in arbitrary ways
         raise UserError(f"cannot load the weights {weights}: {one_line(error)}") from None
-    return Pruned(found, model, graph, module.eval())
+    return Pruned(found, model, graph, module.eval(), weights)
 
 
 def open_subject(
@@ -146,8 +150,7 @@ def open_subject(
     else:
         base = open_pruned(start)
         keep = (*base.policy.keep, *keep)
-        digest = hashlib.sha256((start.parent / base.policy.weights).read_bytes()).hexdigest()
-        loaded = replace(base.model, module=base.module, checkpoint_sha256=digest)
+        loaded = replace(base.model, module=base.module, checkpoint_sha256=base.weights_sha256())
         graph = build_graph(base.module, loaded.input_shape, examples=loaded.example_inputs, keep=keep)
     if not graph.groups:
         reasons = "; ".join(f"{frozen.name}: {frozen.reason}" for frozen in graph.frozen)

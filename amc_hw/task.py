@@ -34,6 +34,10 @@ class Judged(NamedTuple):
     score: float
     distortion: float | None = None
 
+    @classmethod
+    def of(cls, found: float | Judged) -> Judged:
+        return found if isinstance(found, Judged) else cls(float(found))
+
 
 class Task(Protocol):
     """How good a network is. Scores are better when higher; an accuracy is a fraction."""
@@ -95,31 +99,29 @@ def accuracy(
     batch: None for as many as keep a layer's values in a CPU's caches. device: where the network runs, None for where
     the images are; those that are elsewhere are brought there a batch at a time.
     """
+    predicted = torch.cat([logits.argmax(1) for logits in _logits(module, images, batch=batch, device=device)])
+    return sum(one == other for one, other in zip(predicted.tolist(), labels.tolist(), strict=True)) / len(images)
+
+
+def _logits(
+    module: nn.Module, images: Tensor, *, batch: int | None = None, device: torch.device | str | None = None
+) -> Iterator[Tensor]:
+    """(batch, classes) for one batch after the other; batch, device: as of `accuracy`."""
     device = images.device if device is None else torch.device(device)
-    batch = _batch_of(images, device) if batch is None else batch
-    right = 0
-    for logits, wanted in zip(_logits(module, images, batch, device), labels.split(batch), strict=True):
-        right += int((logits.argmax(1) == wanted.to(device)).sum())
-    return right / len(images)
-
-
-def _batch_of(images: Tensor, device: torch.device) -> int:
-    each = images[:1].numel() * images.element_size()
-    return min(max(CACHED_BYTES // max(each, 1), 8), LARGEST_BATCH) if device.type == "cpu" else LARGEST_BATCH
-
-
-def _logits(module: nn.Module, images: Tensor, batch: int, device: torch.device) -> Iterator[Tensor]:
-    """(batch, classes) for one batch after the other."""
-    layout = torch.channels_last if images.dim() == 4 and not images.is_contiguous() else None
+    if batch is None:
+        each = images[:1].numel() * images.element_size()
+        batch = min(max(CACHED_BYTES // max(each, 1), 8), LARGEST_BATCH) if device.type == "cpu" else LARGEST_BATCH
+    plain = False  # `view` wants channels first
     with on(module, device), torch.inference_mode():  # moved outside of it: what is moved inside can only be read
-        for chunk in images.split(batch):
+        for part in images.split(batch):
+            chunk = (part.contiguous() if plain else part).to(device)
             try:
-                logits = module(chunk.to(device) if layout else chunk.contiguous().to(device))
+                logits = module(chunk)
             except RuntimeError as error:
-                if "view size" not in str(error) or layout is None:
+                if "view size" not in str(error) or chunk.is_contiguous():
                     raise
-                layout = None  # `view` wants channels first
-                logits = module(chunk.contiguous().to(device))
+                plain = True
+                logits = module(chunk.contiguous())
             if not isinstance(logits, Tensor) or logits.dim() != 2:
                 what = f"{tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
                 raise UserError(f"the network returns {what}, not (N, classes): give --evaluate file.py:function")
@@ -169,7 +171,7 @@ class Classification:
 
     def score_and_outputs(self, module: nn.Module) -> tuple[float, list[Tensor]]:
         images, labels = self.val
-        logits = torch.cat(list(_logits(module, images, _batch_of(images, images.device), images.device)))
+        logits = torch.cat(list(_logits(module, images)))
         return int((logits.argmax(1) == labels).sum()) / len(labels), [logits]
 
     def unlikely(self, score: float) -> str | None:

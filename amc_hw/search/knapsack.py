@@ -90,8 +90,7 @@ class KnapsackSearch(CurveSearch):
             if (found := self.known.get(curves.widths(*each))) is not None:
                 curves.add(*each, found["lost"])
         measured = [curves.points(group) for group in range(len(base))]
-        least = self._prior
-        losses = [np.interp(grid, *each) + least(grid) for grid, each in zip(model.grids, measured, strict=True)]
+        losses = [np.interp(grid, *each) + self._prior(grid) for grid, each in zip(model.grids, measured, strict=True)]
         reach = [
             [place for place, width in enumerate(grid) if widths[0] <= width <= widths[-1]]
             for grid, (widths, _) in zip(model.grids, measured, strict=True)

@@ -149,8 +149,7 @@ class _Memory:
 
     def judged(self, widths: tuple[int, ...], evaluate: Callable[[Sequence[int]], float | Judged]) -> Judged:
         def compute() -> dict[str, Any]:
-            found = self._known[widths] if widths in self._known else evaluate(widths)
-            score, distortion = found if isinstance(found, Judged) else Judged(float(found))
+            score, distortion = Judged.of(self._known[widths] if widths in self._known else evaluate(widths))
             return {"accuracy": score} | ({} if distortion is None else {"distortion": distortion})
 
         found = self._results({"widths": list(widths)}, "accuracy", compute)

@@ -841,11 +841,17 @@ def test_another_dtype_is_another_search(here: Path, ended: Path, amc_hw: Callab
     assert done.code == 2 and "(dtype: 'int8', not 'float32')" in done.mistake
 
 
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds that a clock shows, to be moved."""
+    seconds = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: seconds[0])
+    return seconds
+
+
 def test_progress_without_a_terminal_is_a_line_now_and_then(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    now: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    now = [0.0]
-    monkeypatch.setattr("time.monotonic", lambda: now[0])
     progress = _Progress()
     for done in range(8):
         progress(done, 8, "begun" if done == 0 else "best accuracy 0.9")
@@ -858,11 +864,9 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(
 
 
 def test_the_time_that_is_left_is_of_what_was_done_since_the_clock_was_set(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    now: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As in a fine-tuning, which says 0 at the end of every epoch, and goes on in the middle of a run."""
-    now = [0.0]
-    monkeypatch.setattr("time.monotonic", lambda: now[0])
     progress = _Progress()
     for done in range(101, 105):
         now[0] += 10
