@@ -141,7 +141,12 @@ class ServerLink:
         with tempfile.NamedTemporaryFile() as file:
             file.write(data)
             file.flush()
-            self._run(["push", file.name, path], timeout_s=_transfer_s(len(data)))
+            try:
+                self._run(["push", file.name, path], timeout_s=_transfer_s(len(data)))
+            except LinkLost as lost:
+                if ": remote " in str(lost):
+                    raise DeviceError(f"the device refuses a file: {lost}") from None
+                raise
 
     def fetch(self, path: str) -> bytes:
         with tempfile.TemporaryDirectory() as folder:
@@ -334,14 +339,16 @@ def open_device(name: str, *, address: str = "", serial: str = "") -> AdbDevice:
     ANDROID_SERIAL stands in where neither is given. DeviceError where several are attached and none is named, or none.
     """
     serial = serial or ("" if address else os.environ.get("ANDROID_SERIAL", ""))
-    if ":" in serial and not address:
+    known = attached()
+    if ":" in serial and not address and serial not in known:
         address, serial = serial, ""
+    if address in known:  # its server owns the connection
+        address, serial = "", address
     if address:
         host, _, port = address.rpartition(":")
         if not host or not port.isdigit():
             raise DeviceError(f"device {name}: address {address!r} is not HOST:PORT, such as 192.168.1.20:5555")
         return AdbDevice(f"{name} at {address}", lambda: ShellLink(address=address))
-    known = attached()
     there = [serial] if serial else known or on_usb()
     if len(there) > 1:
         raise DeviceError(f"several devices are attached ({', '.join(there)}): give --serial, or ANDROID_SERIAL")

@@ -13,6 +13,7 @@ from typing import Any
 
 from profilers.errors import UserError
 
+MANY = ("adb", "fake")  #: targets of which there may be several, told apart by serials and addresses
 DTYPES = ("float32", "int8", "tf32", "float16", "bfloat16")
 
 
@@ -36,6 +37,7 @@ class DeviceConfig:
     gpu: index or UUID of a CUDA GPU; execution: PyTorch's "eager", "compile" or "graph"; layout: "channels_first" or
     "channels_last"; provider: of ONNX Runtime on a GPU, "cuda" or "tensorrt"; clock: "events" of the GPU, or "host",
     launches included; flush_l2: whether the L2 cache is emptied before every run; shared: whether others may use it.
+    slowest_s: how long an inference over ADB may take: a job that takes much longer hangs.
     min_time_s: how long a network is timed at least; noise_pct: the spread above which a machine is too unstable.
     """
 
@@ -65,6 +67,7 @@ class DeviceConfig:
     lock_wait_s: float = 120.0
     fixed_performance: bool = True
     root: bool = False
+    slowest_s: float = 1.25
     gpu: str = ""
     execution: str = "eager"
     layout: str = "channels_first"
@@ -81,14 +84,17 @@ class DeviceConfig:
                 raise UserError(f"device {self.name}: {name} must be at least {least}, not {getattr(self, name)}")
         if self.dtype not in DTYPES:
             raise UserError(f"device {self.name}: unknown dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
-        if not (self.min_time_s > 0 and self.noise_pct > 0):
-            raise UserError(f"device {self.name}: min_time_s and noise_pct must be positive")
+        for name in ("min_time_s", "noise_pct", "slowest_s"):
+            if not getattr(self, name) > 0:  # NaN is not, either
+                raise UserError(f"device {self.name}: {name} must be positive")
         if not re.fullmatch("any|big|[0-9a-f]+", self.affinity):
             raise UserError(
                 f"device {self.name}: affinity {self.affinity!r} must be any, big, or a hexadecimal mask such as f0"
             )
         if self.lock_wait_s < 0:
             raise UserError(f"device {self.name}: lock_wait_s must not be negative")
+        if (self.serials or self.serial or self.address) and self.target not in MANY:
+            raise UserError(f"device {self.name}: it is not reached over ADB: leave serials and addresses out")
         if self.serials and (self.serial or self.address):
             raise UserError(f"device {self.name}: serials stand alone: leave serial and address out")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -28,13 +28,21 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     "MEAN": ("global_avg_pool",),
     "MAX_POOL_2D": ("max_pool",),
     "ADD": ("add",),
-    "MUL": ("mul",),
+    "MUL": ("mul", "scale"),
     "CONCATENATION": ("concat",),
-    "RELU": ("activation",),
-    "RELU6": ("activation",),
-    "HARD_SWISH": ("activation",),
-    "LOGISTIC": ("activation",),
 }
+#: Activations as operators of their own, in the log alone or in the network, too.
+ACTIVATIONS: Mapping[str, tuple[str, ...]] = {
+    "relu": ("RELU",),
+    "relu6": ("RELU6",),
+    "hardswish": ("HARD_SWISH",),
+    "sigmoid": ("LOGISTIC",),
+    "tanh": ("TANH",),
+    "gelu": ("GELU",),
+    "silu": ("LOGISTIC", "MUL"),
+    "hardsigmoid": ("ADD", "MUL"),
+}
+PADS = ("PAD", "PADV2")  #: before an operator whose padding TFLite does not have
 FLATTENS = ("RESHAPE", "SQUEEZE")
 #: Operators that move or rescale what the network made: they stand in the log and not in the network.
 ASIDE = (*FLATTENS, "SOFTMAX", "TRANSPOSE", "QUANTIZE", "DEQUANTIZE")
@@ -97,7 +105,8 @@ def _attributable(run: BenchmarkRun) -> bool:
 
 
 def _laid_beside(log: Log, graph: OpGraph) -> Iterator[tuple[OpNode, OpRow]]:
-    """Every node with its row; a flattening without one moved nothing."""
+    """Every node with its row, what pads before it and what activates after it included; a flattening without one
+    moved nothing."""
     rows = list(log.run.ops)
     place = 0
     for node in graph.nodes:
@@ -108,11 +117,21 @@ def _laid_beside(log: Log, graph: OpGraph) -> Iterator[tuple[OpNode, OpRow]]:
             continue
         place += 1
         where = f"{log.path} is of another network: its operator {place}"
+        padded = any((*node.op.padding, *node.op.padding_after))
+        own = [rows.pop(0)] if padded and rows and rows[0].type in PADS else []
         if not rows:
             raise UserError(f"{where} should be {node.op} ({node.name}), the log ends before it")
-        if node.op.kind not in KINDS.get(rows[0].type, ()):
+        if node.op.kind != "activation":
+            if node.op.kind not in KINDS.get(rows[0].type, ()):
+                raise UserError(f"{where} is {rows[0].type} ({rows[0].name}), the network has {node.op} ({node.name})")
+            own.append(rows.pop(0))
+        follow = ACTIVATIONS.get(node.op.activation, ())
+        if tuple(row.type for row in rows[: len(follow)]) == follow:
+            own += rows[: len(follow)]
+            del rows[: len(follow)]
+        elif node.op.kind == "activation":
             raise UserError(f"{where} is {rows[0].type} ({rows[0].name}), the network has {node.op} ({node.name})")
-        yield node, rows.pop(0)
+        yield node, replace(own[0], mean_ms=sum(row.mean_ms for row in own))
     for row in rows:
         if row.type not in ASIDE:
             where = f"{log.path} is of another network: its operator {place + 1}"

@@ -10,9 +10,11 @@ one) and a constant, so a prediction stays a sum over operators.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 from scipy import linalg
@@ -212,6 +214,14 @@ class Calibration:
     left_out_pct: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
+class _Known(NamedTuple):
+    """A network that was timed, its lowered operators, and their milliseconds before calibration."""
+
+    row: Measurement
+    ops: Sequence[OpSpec]
+    raw_ms: np.ndarray
+
+
 class Predictor:
     """Latencies of operators and networks, from a table alone.
 
@@ -237,10 +247,14 @@ class Predictor:
         networks = [row for row in table.rows if row.type in ("network", "calibration") and _whole(row)]
         ops = table.of_type("op")
         self.families = self._regressed(networks) if networks and not ops else self._fitted(ops)
-        if len(networks) >= self.MIN_NETWORKS:
-            self.calibration = self._calibrated(networks)
-        elif networks:
-            self.calibration = Calibration(error_pct=self._left_out_pct(table))
+        known = list(self._known(networks))
+        if len(known) < len(networks):
+            count = len(networks) - len(known)
+            warnings.warn(f"{self.path}: {count} networks calibrate nothing: it lacks their operators", stacklevel=2)
+        if len(known) >= self.MIN_NETWORKS:
+            self.calibration = self._calibrated(known)
+        if known and self.calibration.error_pct is None:
+            self.calibration = replace(self.calibration, error_pct=self._left_out_pct(table))
 
     @property
     def constant_ms(self) -> float:
@@ -254,10 +268,6 @@ class Predictor:
         """As `error_pct`, of the pruned networks of one unpruned one alone, given by its digest."""
         errors = self.calibration.left_out_pct.get(anchor)
         return float(np.quantile(errors, 0.9)) if errors else None
-
-    def reference_ms(self, anchor: str) -> float | None:
-        """Median latency of the network of that digest, timed beside others; None where it never was."""
-        return self._references.get(anchor)
 
     def measured_ms(self, row: Measurement) -> float:
         """The row's median, drift divided out by its anchor."""
@@ -372,7 +382,17 @@ class Predictor:
         """Milliseconds of a whole network."""
         return float(self.op_ms(self.lower(graph).ops).sum() + self.constant_ms)
 
-    def _calibrated(self, rows: Sequence[Measurement]) -> Calibration:
+    def _known(self, rows: Sequence[Measurement]) -> Iterator[_Known]:
+        """The networks all of whose operators can be predicted."""
+        for row in rows:
+            assert row.graph is not None
+            ops = self.lower(row.graph).ops
+            try:
+                yield _Known(row, ops, self._raw_ms(ops))
+            except TableError:
+                continue
+
+    def _calibrated(self, networks: Sequence[_Known]) -> Calibration:
         """Ridge regression of relative errors: classes near 1, families near their class, the rest near 0.
 
         What operators leave in common, by their class (the layout that they hand on, memory that they evict), is taken
@@ -380,18 +400,13 @@ class Predictor:
         Only networks whose operators were not read while they ran themselves ("calibration" rows) count for the
         error; each is predicted by the fit without it.
         """
-        families = list(self.families)
+        families, rows = list(self.families), [network.row for network in networks]
         column = {family: index for index, family in enumerate(families)}
-        sums, counts = np.zeros((len(rows), len(families))), np.zeros(len(rows))
-        each_part = []
-        for index, row in enumerate(rows):
-            assert row.graph is not None
-            ops = self.lower(row.graph).ops
-            raw_ms = self._raw_ms(ops)
-            np.add.at(sums[index], [column[op.family()] for op in ops], raw_ms)
-            counts[index] = len(ops)
-            each_part.append(_parts(ops).sum(axis=0))
-        parts = np.array(each_part)
+        sums = np.zeros((len(rows), len(families)))
+        for total, network in zip(sums, networks, strict=True):
+            np.add.at(total, [column[op.family()] for op in network.ops], network.raw_ms)
+        counts = np.array([float(len(network.ops)) for network in networks])
+        parts = np.array([_parts(network.ops).sum(axis=0) for network in networks])
         measured = np.array([self.measured_ms(row) for row in rows])
         classes = np.eye(len(_CLASSES))[[_op_class(family) for family in families]]  # (F, classes)
         smallest = float(measured.min())

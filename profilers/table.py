@@ -41,6 +41,14 @@ class Identity:
     dtype: str = "float32"
     batch: int = 1
 
+    def first_difference(self, other: Identity) -> tuple[str, Any, Any]:
+        """The name of the first part that differs from `other`, here and there; ValueError where none does."""
+        for part in fields(self):
+            here, there = getattr(self, part.name), getattr(other, part.name)
+            if here != there:
+                return part.name, here, there
+        raise ValueError("the identities are equal")
+
     def digest(self) -> str:
         """A short name, for files."""
         return f"{zlib.crc32(json.dumps(asdict(self), sort_keys=True).encode()):08x}"
@@ -91,14 +99,21 @@ class Measurement:
         samples = data["samples_ms"]
         if not isinstance(samples, list) or any(type(ms) not in (int, float) for ms in samples):
             raise ValueError("samples_ms must be a list of numbers")
+        details = data.get("details", {})
+        if not isinstance(details, dict) or ("anchor" in details and not _positive(details.get("anchor_ms"))):
+            raise ValueError("details must be an object, with a positive anchor_ms where it names an anchor")
         return cls(
             type=data["type"],
             samples_ms=tuple(float(ms) for ms in samples),
             op=OpSpec.from_json(data["op"]) if "op" in data else None,
             graph=OpGraph.from_json(data["graph"]) if "graph" in data else None,
             context=data.get("context", "alone"),
-            details=data.get("details", {}),
+            details=details,
         )
+
+
+def _positive(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and value > 0
 
 
 class LatencyTable:
@@ -151,19 +166,28 @@ class LatencyTable:
         for number, line in enumerate(lines[1:], start=2):
             try:
                 rows.append(Measurement.from_json(_parse(path, number, line)))
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
                 raise TableError(f"{path}:{number}: {error}") from None
         return cls(path, identity, provenance, rows)
 
     def require_identity(self, identity: Identity) -> None:
         """TableError, naming the first part that differs, where the table is of another identity."""
-        for part in fields(Identity):
-            here, wanted = getattr(self.identity, part.name), getattr(identity, part.name)
-            if here != wanted:
-                raise TableError(
-                    f"{self.path} was measured with {part.name} {here!r}, not {wanted!r}: move the file away, or name "
-                    "another device"
-                )
+        if identity != self.identity:
+            part, here, wanted = self.identity.first_difference(identity)
+            raise TableError(
+                f"{self.path} was measured with {part} {here!r}, not {wanted!r}: move the file away, or name another "
+                "device"
+            )
+
+    def reference_ms(self, anchor: str, member: str = "") -> float | None:
+        """Median milliseconds of the network of that digest where it was timed beside others, on that one of several
+        devices; None where it never was."""
+        times = [
+            row.details["anchor_ms"]
+            for row in self.rows
+            if row.details.get("anchor") == anchor and row.details.get("member", "") == member
+        ]
+        return statistics.median(times) if times else None
 
     def append(self, rows: list[Measurement]) -> None:
         """Add rows, in memory and on disk: one write, flushed and synced, under the file's lock."""

@@ -15,7 +15,7 @@ import shlex
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cached_property
@@ -33,14 +33,16 @@ from profilers.targets.adb_runners import RUNNERS, RUNTIME, Runner
 from profilers.targets.models import Models
 from profilers.timing import TimingPlan
 
-LOCK_S = 900  #: that a job may hold the lock, at most
+LOCK_S = 3600  #: that a job may hold the lock, at most
+PUSH_S = 300  #: that models may take to arrive
 LOCK_POLL_S = 0.5
 SEVERE = 3  #: Android's thermal status from which clocks are cut hard
 COOL_S = (10.0, 30.0, 60.0, 120.0)
 KEPT_MODELS = 24
 DOWNLOAD_S = 120.0
-RECORD = "runner.json"  #: in the work folder: where the user's program came from
 GOVERNORS = "governors.txt"  #: in the work folder, while ours are set: those that were
+#: What else lies there, of any runner.
+FILES = ("job.json", "job.sh", "result.json", "out.txt", "run.txt", "times.csv", "log.txt", "pid", "lock", GOVERNORS)
 CONDITIONS = """
 for core in /sys/devices/system/cpu/cpu[0-9]*/cpufreq; do
     [ -r "$core/scaling_cur_freq" ] && echo "clock_mhz $(($(cat "$core/scaling_cur_freq") / 1000))"
@@ -127,7 +129,7 @@ class AdbTarget:
 
     def provenance(self) -> dict[str, Any]:
         _, kernel = self.device.try_run("uname -sr")
-        code, record = self.device.try_run(f"cat {shlex.quote(f'{self.work}/{RECORD}')}")
+        code, record = self.device.try_run(f"cat {shlex.quote(self._record)}")
         return {
             "transport": "adb",
             "runner": self.config.runner,
@@ -138,6 +140,11 @@ class AdbTarget:
             "governor_set": self.config.root,
             **self.conditions(),
         }
+
+    @property
+    def _record(self) -> str:
+        """Where the user's program came from, in the work folder."""
+        return f"{self.work}/{self.config.runner}.json"
 
     def conditions(self) -> dict[str, Any]:
         """Clocks of all cores, the highest temperature, battery and thermal status: those that the device tells."""
@@ -190,9 +197,10 @@ class AdbTarget:
         models = [self._model(network) for network in networks]
         runner = self._runner
         runner.version()  # where there is none, nothing is pushed
-        with self._alone(runner.seconds(plan, len(models))):
+        with self._alone(sum(COOL_S) + PUSH_S) as hold:
             self._cool()
             names = self._pushed(models)
+            hold(runner.seconds(plan, len(models)))
             with self._steady_clocks():
                 return runner.time(names, plan, seed, self._prefix)
 
@@ -224,19 +232,20 @@ class AdbTarget:
         return self.config.lock or f"{self.work}/lock"
 
     @contextmanager
-    def _alone(self, seconds: float) -> Iterator[None]:
-        """Hold the device's lock: two people never time on one phone at once. After so many seconds anyone may take it.
+    def _alone(self, seconds: float) -> Iterator[Callable[[float], None]]:
+        """Hold the device's lock: two people never time on one phone at once. After so many seconds anyone may take it;
+        what is yielded holds it for so many seconds more, from then on.
 
         Time on the device is counted since it was started: its clock may jump. A lock that holds for longer than LOCK_S
         from now is from before that.
         """
         lock, owner = shlex.quote(self._lock), secrets.token_hex(8)
-        limit = math.ceil(min(seconds, LOCK_S))
+        end = f"$((now + {math.ceil(min(seconds, LOCK_S))}))"
+        now = "now=$(cut -d. -f1 /proc/uptime); "
         self.device.run(f"mkdir -p {shlex.quote(self.work)} {shlex.quote(str(Path(self._lock).parent))}")
         waited = time.monotonic()
         take = (  # a link is made with all that it says, or not at all
-            "now=$(cut -d. -f1 /proc/uptime); "
-            f"if ln -s {owner}:$((now + {limit})) {lock} 2>/dev/null; then echo taken; "
+            f"{now}if ln -s {owner}:{end} {lock} 2>/dev/null; then echo taken; "
             f"else held=$(readlink {lock}); end=${{held#*:}}; "
             f'if [ "${{held%%:*}}" = {owner} ]; then echo taken; '
             f'elif [ -n "$end" ] && [ $((end - now)) -gt 0 ] && [ $((end - now)) -le {LOCK_S} ]; then echo held; '
@@ -248,8 +257,19 @@ class AdbTarget:
                     f"{self.device.name} is being measured by someone else: wait, or remove {self._lock} there"
                 )
             time.sleep(0.1 if answer == "stale" else LOCK_POLL_S)
+
+        def hold(seconds: float) -> None:
+            end = f"$((now + {math.ceil(min(seconds, LOCK_S))}))"
+            mine = shlex.quote(f"{self._lock}.{owner}")
+            code, _ = self.device.try_run(
+                f'{now}case "$(readlink {lock})" in {owner}:*) rm -f {mine}; ln -s {owner}:{end} {mine} && '
+                f"mv -f {mine} {lock} ;; *) exit 1 ;; esac"
+            )
+            if code != 0:
+                raise DeviceError(f"{self.device.name}: {self._lock} there was taken by someone else: run this again")
+
         try:
-            yield
+            yield hold
         finally:
             self.device.try_run(f'case "$(readlink {lock})" in {owner}:*) rm -f {lock} ;; esac')
 
@@ -266,15 +286,15 @@ class AdbTarget:
     @contextmanager
     def _steady_clocks(self) -> Iterator[None]:
         """Hold Android's fixed-performance mode and the governors, as far as the configuration lets us."""
-        if self._fixed:
-            self.device.run(f"{FIXED} true")
-        if self.config.root:
-            self._as_root(
-                f"cd {shlex.quote(self.work)} || exit; files={CPUFREQ}/policy*/scaling_governor; [ -f {GOVERNORS} ] || "
-                f'for file in $files; do echo "$file $(cat "$file")"; done > {GOVERNORS}; '
-                "for file in $files; do echo performance > $file; done"
-            )
         try:
+            if self._fixed:
+                self.device.run(f"{FIXED} true")
+            if self.config.root:
+                self._as_root(
+                    f"cd {shlex.quote(self.work)} || exit; files={CPUFREQ}/policy*/scaling_governor; "
+                    f'[ -f {GOVERNORS} ] || for file in $files; do echo "$file $(cat "$file")"; done > {GOVERNORS}; '
+                    "for file in $files; do echo performance > $file; done"
+                )
             yield
         finally:
             self._free_clocks()
@@ -282,9 +302,9 @@ class AdbTarget:
     def _free_clocks(self) -> None:
         if self._fixed:
             self.device.try_run(f"{FIXED} false")
-        if self.config.root:
+        if self.config.root and self.device.try_run(f"[ -f {shlex.quote(f'{self.work}/{GOVERNORS}')} ]")[0] == 0:
             self._as_root(
-                f"cd {shlex.quote(self.work)} 2>/dev/null && [ -f {GOVERNORS} ] && "
+                f"cd {shlex.quote(self.work)} && "
                 f'while read file governor; do echo "$governor" > "$file"; done < {GOVERNORS}; rm -f {GOVERNORS}'
             )
 
@@ -336,13 +356,19 @@ class AdbTarget:
         self.device.run(f"mkdir -p {shlex.quote(self.work)}")
         self.device.push(data, runner.path, executable=True)
         record = {"source": source, "sha256": digest, "date": datetime.now(UTC).isoformat(timespec="seconds")}
-        self.device.push(json.dumps(record).encode(), f"{self.work}/{RECORD}")
+        self.device.push(json.dumps(record).encode(), self._record)
         return self.probes()
 
     def clean(self) -> None:
         """Remove all that was put on the device, and set back what was changed."""
         self._free_clocks()
-        self.device.run(f"rm -rf {shlex.quote(self.work)}")
+        runner = self._runner
+        ours = [*FILES, f"{self.config.runner}.json", getattr(runner, "name", "device_runner.py")]
+        files = " ".join(shlex.quote(f"{name}{end}") for name in ours for end in ("", ".part"))
+        folder = shlex.quote(self.work)
+        self.device.run(
+            f"cd {folder} 2>/dev/null || exit 0; rm -rf models; rm -f {files}; cd /; rmdir {folder} 2>/dev/null; true"
+        )
 
 
 def _downloaded(address: str) -> bytes:

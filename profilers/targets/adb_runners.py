@@ -24,6 +24,7 @@ from profilers.errors import DeviceError, UserError
 from profilers.timing import TimingPlan
 
 JOB_S = 60.0  #: of a job beyond what its plan takes
+SLACK = 10  #: a burst of so many times its length is no burst
 VISIT = "amc-hw-visit"  #: begins the output of each of a program's runs
 LEAST_RUNS = 10  #: of a program that is started for every sample
 START_S = 2.0  #: of it
@@ -51,9 +52,14 @@ class Runner(ABC):
     def time(self, models: Sequence[str], plan: TimingPlan, seed: int, prefix: str) -> list[list[float]]:
         """Milliseconds per model, one sample for every round; models: paths on the device; prefix: of its command."""
 
+    def runs(self, plan: TimingPlan) -> int:
+        """Inferences of a visit, at least, one uncounted among them."""
+        return plan.min_runs + 1
+
     def seconds(self, plan: TimingPlan, models: int) -> float:
         """How long a job may take: bursts of slow models are as long as their least number of runs."""
-        return JOB_S + models * (plan.rounds + 1) * max(10 * plan.burst_s, 5.0)
+        visit_s = max(SLACK * plan.burst_s, self.runs(plan) * self.config.slowest_s)
+        return JOB_S + models * (plan.rounds + 1) * visit_s
 
     def _has(self, tool: str) -> bool:
         return self.device.try_run(tool)[0] == 0
@@ -81,7 +87,10 @@ class Runner(ABC):
             timeout_s=seconds + 20,
         )
         if code == TIMED_OUT and limit:
-            return code, f"it hangs: no end within {math.ceil(seconds)} s"
+            return code, (
+                f"it hangs: no end within {math.ceil(seconds)} s (where an inference takes more than "
+                f"{self.config.slowest_s:g} s: slowest_s in the device's configuration)"
+            )
         if code == NO_FOLDER:
             return code, f"{self.config.workdir} is gone: was the device started anew? Run the same command again"
         _, log = self.device.try_run(f"tail -n 1 {self.work}/log.txt")
@@ -239,8 +248,14 @@ class PerfTest(ProgramRunner):
     name = "onnxruntime_perf_test"
     output = "times.csv"
 
+    def runs(self, plan: TimingPlan) -> int:
+        return self._counted(plan) + 1
+
+    def _counted(self, plan: TimingPlan) -> int:
+        return max(plan.min_runs, LEAST_RUNS)
+
     def flags(self, model: str, plan: TimingPlan) -> str:
-        runs = max(plan.min_runs, LEAST_RUNS)
+        runs = self._counted(plan)
         # random input of a fixed seed; subnormals as zero
         return f"-e cpu -I -S 1 -z -x {self.config.threads} -y 1 -m times -r {runs} {shlex.quote(model)} {self.output}"
 
@@ -249,7 +264,7 @@ class PerfTest(ProgramRunner):
         lines = text.decode(errors="replace").splitlines()
         rows = [re.fullmatch(r"[^,]*,([0-9.]+(?:e[-+]?[0-9]+)?),[0-9]+,[0-9]+,([0-9]+)", line) for line in lines]
         found = [(int(row[2]), float(row[1])) for row in rows if row]
-        if len(found) != len(lines) or [index for index, _ in found] != list(range(max(plan.min_runs, LEAST_RUNS))):
+        if len(found) != len(lines) or [index for index, _ in found] != list(range(self._counted(plan))):
             raise UserError(f"{name}: its file of times is damaged: {len(found)} of {len(lines)} lines are times")
         return 1e3 * float(np.median([seconds for _, seconds in found]))
 

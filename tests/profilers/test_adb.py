@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from profilers.adb import RETRIES, AdbDevice, LinkLost, open_device
+from profilers.adb import RETRIES, AdbDevice, LinkLost, ServerLink, open_device
 from profilers.device import DeviceConfig, load_device
 from profilers.errors import DeviceError, UserError
 from profilers.ops import OpGraph, OpNode, OpSpec
@@ -351,6 +351,39 @@ def test_names_do_no_harm_in_the_devices_shell(config: DeviceConfig, tmp_path: P
     assert not list(tmp_path.rglob("pwned")) and not Path("pwned").exists() and not (tmp_path / name).exists()
 
 
+def test_cleaning_leaves_what_is_not_ours(config: DeviceConfig) -> None:
+    work, binary = Path(config.workdir), Path(config.workdir).parent / "benchmark_model"
+    binary.write_text("#!/bin/sh\n")
+    programs = [
+        replace(config, runner="benchmark_model"),
+        replace(config, runner="onnxruntime_perf_test", runtime="onnxruntime"),
+    ]
+    targets = [AdbTarget(each, device(Folder())) for each in programs]
+    for target in targets:
+        target.setup(binary)
+    (work / "photos").mkdir()
+    (work / "photos" / "holiday.jpg").touch()
+    sources = [target.provenance()["program"]["source"] for target in targets]
+    assert sources == ["benchmark_model"] * 2 and len(list(work.glob("*.json"))) == 2  # each its own record
+    targets[0].clean()
+    assert sorted(path.name for path in work.iterdir()) == [
+        "onnxruntime_perf_test",
+        "onnxruntime_perf_test.json",
+        "photos",
+    ]
+    targets[1].clean()
+    assert [path.name for path in work.rglob("*")] == ["photos", "holiday.jpg"]
+    targets[1].clean()  # and where nothing is left of ours
+
+
+def test_a_job_may_take_as_long_as_slow_inferences_do(config: DeviceConfig) -> None:
+    plan, slow = TimingPlan(rounds=9, burst_s=0.02), replace(config, slowest_s=4.0)
+    for each, runs in ((slow, 4), (replace(slow, runner="onnxruntime_perf_test", runtime="onnxruntime"), 11)):
+        seconds = AdbTarget(each, device(Folder()))._runner.seconds(plan, 2)
+        assert seconds >= 2 * (9 + 1) * runs * 4.0
+    assert AdbTarget(config, device(Folder()))._runner.seconds(plan, 2) < 200
+
+
 def test_a_mask_is_a_number(config: DeviceConfig) -> None:
     with pytest.raises(UserError, match="affinity 'f0; reboot' must be any, big, or a hexadecimal mask"):
         replace(config, affinity="f0; reboot")
@@ -548,6 +581,13 @@ def test_a_phone_without_the_mode_or_without_root_says_so(config: DeviceConfig, 
     assert target.provenance()["fixed_performance"] is False
     with pytest.raises(DeviceError, match="phone gives no root: set root = false in the configuration of phone"):
         AdbTarget(replace(config, root=True), device(phone)).time_networks(NETWORKS, PLAN, seed=0)
+    phone.program("cmd", f'echo "$@" >> {shlex.quote(str(phone.said))}')
+    rooted = AdbTarget(replace(config, root=True), device(phone))
+    with pytest.raises(DeviceError, match="phone gives no root"):
+        rooted.time_networks(NETWORKS, PLAN, seed=0)
+    assert phone.said.read_text().split()[-1] == "false"  # what was set before is set back
+    rooted.clean()
+    assert not Path(config.workdir).exists()
 
 
 @needs_litert
@@ -595,6 +635,25 @@ def test_a_lock_that_someone_holds_is_waited_for_and_then_respected(
         assert not lock.is_symlink()
 
 
+def test_a_lock_is_held_anew_once_the_job_begins(config: DeviceConfig) -> None:
+    lock, target = Path(config.workdir, "lock"), AdbTarget(config, device(Folder()))
+
+    def left() -> float:
+        return int(str(lock.readlink()).split(":")[1]) - float(Path("/proc/uptime").read_text().split()[0])
+
+    with target._alone(30) as hold:
+        assert 28 <= left() <= 31
+        hold(500)
+        assert 498 <= left() <= 501
+    assert not lock.is_symlink()
+    with pytest.raises(DeviceError, match="lock there was taken by someone else"), target._alone(30) as hold:
+        lock.unlink()
+        lock.symlink_to("somebody:99999999")
+        hold(500)
+    assert str(lock.readlink()).startswith("somebody")
+    assert [path.name for path in lock.parent.iterdir()] == ["lock"]
+
+
 @needs_litert
 def test_a_lock_is_never_held_by_two(config: DeviceConfig) -> None:
     """Jobs of several clients on one device: from taking to freeing, nobody else takes."""
@@ -639,6 +698,9 @@ def test_a_device_is_named_or_the_only_one(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("ANDROID_SERIAL", "A1")
     assert open_device("pixel").name == "pixel (A1)"
     assert open_device("pixel", serial="10.0.0.7:5555").name == "pixel at 10.0.0.7:5555"
+    monkeypatch.setattr("profilers.adb.attached", lambda: ["A1", "10.0.0.7:37123"])  # paired: its server owns it
+    for named in ({"serial": "10.0.0.7:37123"}, {"address": "10.0.0.7:37123"}):
+        assert open_device("pixel", **named).name == "pixel (10.0.0.7:37123)"
     with pytest.raises(DeviceError, match="address 'phone' is not HOST:PORT"):
         open_device("pixel", address="phone")
 
@@ -649,6 +711,20 @@ def test_nobody_at_the_address_is_a_line(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(phone, "_sleep", lambda seconds: None)
     with pytest.raises(DeviceError, match="board at 127.0.0.1:9 cannot be reached"):
         phone.run("true")
+
+
+def test_a_file_that_the_device_refuses_is_no_fault_of_the_cable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adb = tmp_path / "adb"
+    adb.write_text(
+        '#!/bin/sh\n[ "$3" = get-state ] && echo device && exit\n'
+        "echo \"adb: error: failed to copy 'x' to '/data/x': remote No space left on device\" >&2; exit 1\n"
+    )
+    adb.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    with pytest.raises(DeviceError, match="the device refuses a file: .*No space left on device"):
+        AdbDevice("phone", lambda: ServerLink("A1"), sleep=lambda seconds: None).push(b"x", "/data/x")
 
 
 def test_unknown_runners_and_dtypes_are_named() -> None:

@@ -127,8 +127,10 @@ def test_a_device_needs_a_target_and_a_runtime(own: Path, key: str) -> None:
         ("threads = 0", "threads must be at least 1, not 0"),
         ("batch = -1", "batch must be at least 1, not -1"),
         ("channel_multiple = -1", "channel_multiple must be at least 0, not -1"),
-        ("min_time_s = 0", "min_time_s and noise_pct must be positive"),
-        ("noise_pct = nan", "min_time_s and noise_pct must be positive"),
+        ("min_time_s = 0", "min_time_s must be positive"),
+        ("noise_pct = nan", "noise_pct must be positive"),
+        ("slowest_s = 0", "slowest_s must be positive"),
+        ('serial = "A"', "it is not reached over ADB: leave serials and addresses out"),
     ],
 )
 def test_an_impossible_value_is_named(own: Path, line: str, message: str) -> None:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from profilers.builders.weights import random_weights
 from profilers.device import DeviceConfig
 from profilers.errors import DeviceError
 from profilers.ops import OpGraph, OpNode, OpSpec, fuse_adds
@@ -26,11 +27,13 @@ from profilers.profile import (
     Anchor,
     ProfileJob,
     Step,
+    _copies,
     digest,
     missing_steps,
     refining_steps,
     time_network,
 )
+from profilers.runtimes import load_runtime
 from profilers.sampling import corner_widths, random_widths
 from profilers.table import Identity, LatencyTable, Measurement
 from profilers.targets import Network
@@ -271,7 +274,8 @@ def test_two_networks_in_one_table_are_each_measured_beside_their_own() -> None:
     predictor = Predictor(table, target.lower)
     for graph in (UNPRUNED, without_block((64, 64))):
         truth = OVERHEAD_MS + sum(map(op_latency_ms, graph.ops))
-        assert predictor.reference_ms(digest(graph)) == pytest.approx(truth, rel=0.01)
+        assert table.reference_ms(digest(graph)) == pytest.approx(truth, rel=0.01)
+        assert predictor.predict(graph) == pytest.approx(truth, rel=0.05)
 
 
 # Operators on their own
@@ -307,6 +311,15 @@ def test_an_operator_alone_is_n_copies_and_2n_copies_side_by_side_on_one_input()
             assert all(set(node.inputs) == {OpGraph.INPUT} for node in graph.nodes)
             assert graph.outputs == tuple(node.name for node in graph.nodes)  # none can be optimised away
             assert graph.input_shape == (op.in_channels[0], op.height, op.width)
+
+
+def test_an_operator_with_an_addition_inside_is_timed_alone_as_the_two_that_make_it() -> None:
+    residual = OpSpec("conv", (8,), 8, 8, 8, (3, 3), (1, 1), (1, 1), activation="relu", fused_add=True)
+    for count in (2, 4):
+        copies = _copies(residual, count)
+        assert set(fuse_adds(copies).ops) == {residual} and len(fuse_adds(copies).nodes) == count
+        runtime = load_runtime("onnxruntime")
+        assert runtime.session(runtime.build(copies, random_weights(copies, seed=0)))
 
 
 def test_operators_that_were_timed_are_not_timed_again() -> None:

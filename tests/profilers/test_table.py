@@ -1,6 +1,7 @@
 """Journals: what is appended comes back, torn lines go, everything else malformed is named."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from profilers.table import Identity, LatencyTable, Measurement
 
 IDENTITY = Identity("chip", "runtime", "1.0")
 ROW = Measurement("op", (0.5, 0.25, 1.0), op=OpSpec("conv", (3,), 8, 8, 4, kernel=(3, 3), padding=(1, 1)))
+
+GOOD = json.dumps(ROW.to_json())
 
 
 def table(tmp_path: Path, rows: int = 2) -> Path:
@@ -45,7 +48,19 @@ def test_a_cut_anywhere_in_the_last_line_loses_that_line_only(
 
 
 @pytest.mark.parametrize(
-    "line", ["rubbish", "[]", '{"type":"op","samples_ms":[1.0]}', '{"type":"op","samples_ms":[0]}']
+    "line",
+    [
+        "rubbish",
+        "[]",
+        '{"type":"op","samples_ms":[1.0]}',
+        '{"type":"op","samples_ms":[0]}',
+        '{"type":"op","samples_ms":[1.0],"op":[]}',
+        '{"type":"network","samples_ms":[1.0],"graph":{"nodes":[1]}}',
+        GOOD[:-1] + ',"details":[1]}',
+        GOOD[:-1] + ',"details":{"anchor":"a"}}',
+        GOOD[:-1] + ',"details":{"anchor":"a","anchor_ms":0}}',
+        GOOD[:-1] + ',"details":{"anchor":"a","anchor_ms":"1"}}',
+    ],
 )
 def test_a_bad_line_in_the_middle_is_named(tmp_path: Path, line: str) -> None:
     path = table(tmp_path)
@@ -53,6 +68,16 @@ def test_a_bad_line_in_the_middle_is_named(tmp_path: Path, line: str) -> None:
     path.write_text("\n".join([lines[0], line, *lines[1:]]) + "\n")
     with pytest.raises(TableError, match=r"t\.jsonl:2: "):
         LatencyTable.read(path)
+
+
+def test_a_reference_is_that_of_one_network_on_one_device(tmp_path: Path) -> None:
+    def row(anchor: str, ms: float, **more: str) -> Measurement:
+        return replace(ROW, details={"anchor": anchor, "anchor_ms": ms, **more})
+
+    rows = [row("a", 1.0), row("a", 3.0), row("a", 1.2), row("b", 9.0), row("a", 5.0, member="slow"), ROW]
+    found = LatencyTable(tmp_path / "t.jsonl", IDENTITY, {}, rows)
+    assert [found.reference_ms("a"), found.reference_ms("b"), found.reference_ms("c")] == [1.2, 9.0, None]
+    assert found.reference_ms("a", "slow") == 5.0 and found.reference_ms("b", "slow") is None
 
 
 def test_another_identity_is_refused(tmp_path: Path) -> None:
