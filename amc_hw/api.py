@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import nn
 from amc_hw.compare import CompareConfig, compare
 from amc_hw.errors import DeviceError, FailedError, TableError, UserError
 from amc_hw.evaluate import Evaluator, check_expected, warn_of_guessing
-from amc_hw.export import FORMATS, export_int8, export_network, folded_weights
+from amc_hw.export import FORMATS, RUNTIME_OF, export_int8, export_network, folded_weights
 from amc_hw.find import BUDGETS, Progress, SearchConfig, check_workers, plan_search, search, search_time, time_apart
 from amc_hw.finetune import PRECISIONS, FinetuneConfig, finetune
 from amc_hw.graph import LayerGraph
@@ -181,7 +182,7 @@ def describe_graph(
         ],
         "frozen": frozen,
         "macs": network.macs,
-        "params": network.params,
+        "params": graph.params(),
     }
 
 
@@ -212,12 +213,13 @@ def check_network(
     return {
         "model": subject.model.spec,
         "accuracy": score,
+        "metric": "score" if task.split == "evaluate" else "accuracy",
         "groups": len(subject.graph.groups),
         "frozen": [
             {"name": group.name, "width": group.width, "reason": group.reason} for group in subject.graph.frozen
         ],
         "macs": network.macs,
-        "params": network.params,
+        "params": subject.graph.params(),
         "smallest_macs": subject.graph.macs([grid[0] for grid in subject.grids]),
         "table": None if table is None else table["table"],
         "measurements_missing": None if table is None else table["steps"],
@@ -250,6 +252,8 @@ def _open_table(subject: Subject) -> LatencyTable:
     identity = subject.target.identity()
     path = table_path(subject.device, identity)
     own = Path("latency_tables") / path.name
+    if path.exists() and own.exists() and LatencyTable.read_identity(own) not in (identity, None):
+        own = own.with_name(f"{subject.device.name}@{identity.digest()}.jsonl")  # another one of its name is there
     if path.exists() and not own.exists():
         try:
             own.parent.mkdir(parents=True, exist_ok=True)
@@ -442,6 +446,12 @@ def export(
     """
     pruned = open_pruned(Path(policy))
     found, network = pruned.policy, pruned.graph.op_graph(pruned.widths, batch=batch)
+    if file_format in RUNTIME_OF and (found.dtype == "int8") != int8:
+        warnings.warn(
+            f"{policy} was searched for {found.dtype}: what was measured is not the latency of this "
+            f"{'int8' if int8 else 'float32'} file",
+            stacklevel=2,
+        )
     task = load_task(pruned.model, data=data or found.data, evaluate=found.evaluate, calibrate=found.calibrate)
     if not int8:
         inputs = task.inputs(CHECK_IMAGES)
@@ -465,6 +475,8 @@ def open_policy(
     pruned = open_pruned(policy)
     found = pruned.policy
     options |= {"dtype": options.get("dtype") or found.dtype, "keep": found.keep}
+    if device in (None, found.device) and options.get("threads") is None:
+        options["threads"] = found.threads
     subject = open_subject(device=device or found.device, model=found.model, unpruned=pruned, **options)
     if subject.device.dtype != found.dtype:
         raise UserError(

@@ -38,7 +38,9 @@ _OPTIONS = {
         "--model", default=api.DEFAULT_MODEL, show_default=True, help="NAME[?key=value], FILE.py:FN."
     ),
     "input": click.option("--input", "input_shape", callback=_shape, help="Input shape, such as 1x3x224x224."),
-    "threads": click.option("--threads", type=click.IntRange(1), help="Of the runtime; default: the device's."),
+    "threads": click.option(
+        "--threads", type=click.IntRange(1), help="Of the runtime; default: the device's or policy's."
+    ),
     "serial": click.option(
         "--serial",
         "serials",
@@ -49,7 +51,13 @@ _OPTIONS = {
     "multiple": click.option("--channel-multiple", type=click.IntRange(1), help="Widths are multiples of it."),
     "floor": click.option("--floor", default=0.2, show_default=True, help="Smallest fraction of channels kept."),
     "keep": click.option("--keep", multiple=True, help="Modules left at full width, such as 'head.*'; repeatable."),
-    "seed": click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1)),
+    "seed": click.option(
+        "--seed",
+        default=0,
+        show_default=True,
+        type=click.IntRange(0, 2**63 - 1),
+        help="Of whatever is drawn at random.",
+    ),
     "widths": click.option("--widths", help="24,48,... one per group, or conv1=24,..."),
     "policy": click.option("--policy", type=_PATH, help="A policy.json of a search, in place of --model and --widths."),
     "checkpoint": click.option("--checkpoint", type=_PATH, help="Trained weights (a state dict)."),
@@ -59,9 +67,12 @@ _OPTIONS = {
     "evaluate": click.option("--evaluate", help="file.py:fn, model -> score (higher is better): your own task."),
     "calibrate": click.option("--calibrate", help="file.py:fn, yields inputs of the network, to refit with."),
     "refit": click.option(
-        "--refit", default="faithful", show_default=True, help="Of every policy tried: faithful or fast."
+        "--refit", default="faithful", show_default=True, help="How every policy tried is refitted: faithful or fast."
     ),
     "workers": click.option("--workers", default=1, show_default=True, help="Processes that score policies."),
+    "expect": click.option(
+        "--expect-accuracy", type=float, help="Stop where the unpruned held-out accuracy is more than 0.01 from this."
+    ),
     "dry": click.option("--dry-run", is_flag=True, help="Say what would be done and how long it takes."),
 }
 
@@ -191,6 +202,8 @@ def _of_policy(context: click.Context, arguments: dict[str, Any], found: api.Pol
     arguments |= {"model": found.model, "input_shape": found.input_shape}
     arguments |= {} if _typed(context, "device") else {"device": found.device}
     arguments |= {} if _typed(context, "dtype") else {"dtype": found.dtype}
+    if arguments["device"] == found.device and not _typed(context, "threads"):
+        arguments["threads"] = found.threads
     if not any(_typed(context, name) for name in TASK):
         arguments |= {"data": found.data, "evaluate": found.evaluate, "calibrate": found.calibrate}
 
@@ -345,8 +358,7 @@ def _locked(frozen: dict[str, Any]) -> str:
 @cli.command()
 @_options(*SUBJECT, "seed", "checkpoint", *TASK, "json")
 @click.option("--episodes", default=400, show_default=True, type=click.IntRange(1), help="Of the search to come.")
-@_options("refit", "workers")
-@click.option("--expect-accuracy", type=float, help="Fail where the unpruned accuracy is not this.")
+@_options("refit", "workers", "expect")
 @click.pass_context
 def check(context: click.Context, as_json: bool, checkpoint: Path | None, **arguments: Any) -> None:
     """In a minute what to know before a long run: accuracy, groups, what is frozen, what profile and search will take.
@@ -370,7 +382,7 @@ def _check_lines(r: dict[str, Any]) -> list[str]:
     else:
         table = f"{r['table']} has all that a search needs"
     return [
-        f"accuracy    {r['accuracy']:.4f} unpruned, on held-out data",
+        f"{r['metric']:<11} {r['accuracy']:.4f} unpruned{'' if r['metric'] == 'score' else ', on held-out data'}",
         f"groups      {r['groups']} to prune, {len(r['frozen'])} frozen (amc-hw graph says why)",
         f"MMACs       {r['macs'] / 1e6:.1f}; {r['smallest_macs'] / 1e6:.1f} with all groups at their smallest",
         f"table       {table}",
@@ -443,7 +455,7 @@ def _profile_lines(r: dict[str, Any]) -> list[str]:
 
 @cli.command()
 @_options(*SUBJECT, "seed", "json")
-@click.option("--samples", default=20, show_default=True)
+@click.option("--samples", default=20, show_default=True, help="Random networks to time.")
 @click.option("--plot", type=_PATH, help="A .svg or .png file: predicted against measured.")
 def validate(as_json: bool, seed: int, samples: int, plot: Path | None, **arguments: Any) -> None:
     """Predicted against measured latency on fresh random pruned networks.
@@ -560,7 +572,7 @@ def table_merge(paths: tuple[Path, ...], out: Path, as_json: bool) -> None:
 
 @table.command("export-csv")
 @click.argument("name")
-@click.option("--out", type=_PATH, required=True)
+@click.option("--out", type=_PATH, required=True, help="The file to write.")
 @_options("json")
 def table_csv(name: str, out: Path, as_json: bool) -> None:
     """Every row as comma-separated values.
@@ -653,9 +665,15 @@ def measure(context: click.Context, as_json: bool, seed: int, max_ms: float | No
 @click.option("--reward", default="err", show_default=True, help="err; flops, params or latency need no budget.")
 @click.option("--eval-device", default="cpu", show_default=True, help="Where networks are scored: cpu, cuda, cuda:1.")
 @_options("refit", "workers")
-@click.option("--episodes", default=400, show_default=True, type=click.IntRange(1))
+@click.option(
+    "--episodes",
+    default=400,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Policies to try; the agent wants 10 a group.",
+)
 @click.option("--slack", default=0.02, show_default=True, help="How far a measurement may exceed the budget.")
-@click.option("--expect-accuracy", type=float, help="Refuse to go on where the unpruned accuracy is not this.")
+@_options("expect")
 @click.option("--from-policy", type=_PATH, help="Go on from a pruned, perhaps fine-tuned network: a policy.json.")
 @click.option("--out", type=_PATH, help="Folder of the run; an interrupted one goes on.")
 @click.pass_context
@@ -714,8 +732,9 @@ def _search_lines(r: dict[str, Any]) -> list[str]:
             f"latency     {r['baseline_ms']:.4f} -> {r['measured_ms']:.4f} ms {predicted}",
             f"speed-up    {r['speedup']:.2f}x (95%: {low:.2f} to {high:.2f})",
         ]
+    metric = "score" if r["accuracy_split"] == "evaluate" else "accuracy"
     return [
-        f"accuracy    {r['baseline_accuracy']:.4f} -> {r['accuracy']:.4f} ({r['accuracy_split']})",
+        f"{metric:<11} {r['baseline_accuracy']:.4f} -> {r['accuracy']:.4f} ({r['accuracy_split']})",
         *latency,
         f"MMACs       {r['baseline_macs'] / 1e6:.2f} -> {r['macs'] / 1e6:.2f}",
         f"policy      {r['policy']}",
@@ -735,7 +754,7 @@ def _search_lines(r: dict[str, Any]) -> list[str]:
 @_options("refit", "workers")
 @click.option("--episodes", default=150, show_default=True, type=click.IntRange(1), help="Evaluations of each search.")
 @click.option("--slack", default=0.02, show_default=True, help="How far a measurement may exceed the budget.")
-@click.option("--expect-accuracy", type=float, help="Refuse to go on where the unpruned accuracy is not this.")
+@_options("expect")
 @click.option("--out", type=_PATH, default=Path("runs/compare"), show_default=True, help="An interrupted one goes on.")
 @click.pass_context
 def compare(
@@ -790,7 +809,7 @@ def report(runs: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
     """One HTML page per folder of a search or comparison: what was found, on which evidence, how to make it again.
 
     \b
-    amc-hw report runs/mobilenet_v1-host-latency_ratio0.5-1
+    amc-hw report runs/mobilenet_v1-host-ort-latency_ratio0.5-1
     amc-hw report runs/compare --out compare.html
     """
     if out is not None and len(runs) > 1:
@@ -801,10 +820,10 @@ def report(runs: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
 
 @cli.command()
 @click.option("--policy", type=_PATH, required=True, help="A policy.json of a search.")
-@click.option("--format", "file_format", type=click.Choice(api.FORMATS), required=True)
+@click.option("--format", "file_format", type=click.Choice(api.FORMATS), required=True, help="Of the file.")
 @click.option("--out", type=_PATH, required=True, help="The file to write.")
 @click.option("--data", help="Images to check with; default: those of the search.")
-@click.option("--batch", default=1, show_default=True, type=click.IntRange(1))
+@click.option("--batch", default=1, show_default=True, type=click.IntRange(1), help="Images that the file takes.")
 @click.option("--int8", is_flag=True, help="Quantized after training, calibrated on the data.")
 @_options("json")
 @click.pass_context
@@ -832,9 +851,11 @@ def _export_lines(r: dict[str, Any]) -> list[str]:
 @click.option(
     "--checkpoint", type=_PATH, help="Of the unpruned network: reported beside, and the teacher of --distill."
 )
-@click.option("--epochs", default=30, show_default=True, type=click.IntRange(1))
+@click.option("--epochs", default=30, show_default=True, type=click.IntRange(1), help="Over the training split.")
 @click.option("--lr", default=0.05, show_default=True, help="Largest learning rate; a cosine takes it to zero.")
-@click.option("--batch", default=128, show_default=True, type=click.IntRange(2))
+@click.option(
+    "--batch", default=128, show_default=True, type=click.IntRange(2), help="Images of a step, on each process."
+)
 @click.option("--distill", default=0.0, show_default=True, help="Weight of the unpruned network's outputs in the loss.")
 @click.option("--flip/--no-flip", default=False, show_default=True, help="Mirror images at random.")
 @click.option(
@@ -881,7 +902,9 @@ def main() -> None:
         click.echo(f"amc-hw: {error}", err=True)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted: the same command goes on from here", err=True)
+        resumed = ("profile", "search", "compare", "finetune")
+        goes_on = ": the same command goes on from here" if set(resumed) & set(sys.argv[1:3]) else ""
+        click.echo(f"interrupted{goes_on}", err=True)
         sys.exit(130)
 
 

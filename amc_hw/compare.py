@@ -22,6 +22,7 @@ from amc_hw.resources import check_ratio
 from amc_hw.runs import Scores, alone_in, save_json
 from amc_hw.search.loop import METHODS
 from amc_hw.subject import Subject
+from amc_hw.task import shown_gain
 
 EQUAL = 0.01  #: how near measured latencies must lie to count as equal, relative
 STEPS = 8  #: of the search for a FLOPs ratio that gives the latency wanted
@@ -74,7 +75,7 @@ def compare(subject: Subject, config: CompareConfig, *, progress: Progress) -> d
         result = {
             "schema_version": 1,
             "rows": rows,
-            "verdict": verdict(rows),
+            "verdict": verdict(rows, accuracy=config.search.evaluate is None),
             "plot": str(config.out / "pareto.svg"),
         }
         save_pareto(config.out / "pareto.svg", f"{subject.model.spec}, {subject.device.name}", rows)
@@ -156,8 +157,9 @@ def _matched(run: Callable[..., dict[str, Any]], latency: dict[str, Any], full_m
     return best[1] | {"budget": f"flops, as fast as {latency['budget']}", "reason": reason}
 
 
-def verdict(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """What the rows say, in words: the best method per budget, and what a latency budget earns over a FLOPs budget."""
+def verdict(rows: Sequence[dict[str, Any]], *, accuracy: bool = True) -> list[str]:
+    """What the rows say, in words: the best method per budget, and what a latency budget earns over a FLOPs budget.
+    accuracy: whether scores are accuracies, whose differences are points."""
     said = []
     for budget in dict.fromkeys(row["budget"] for row in rows):
         found = {method: values for method, values in _by_method(rows, budget).items() if values}
@@ -167,16 +169,17 @@ def verdict(rows: Sequence[dict[str, Any]]) -> list[str]:
             first, second = order[:2]
             said.append(
                 f"{budget}: {first} is best with {means[first]:.4f}, then {second} with {means[second]:.4f}"
-                + _interval(found[first], found[second])
+                + _interval(found[first], found[second], accuracy)
             )
     for latency in [b for b in dict.fromkeys(row["budget"] for row in rows) if b.startswith("latency ratio")]:
         one, other = _by_method(rows, latency), _by_method(rows, f"flops, as fast as {latency}")
         for method in one:
             if one[method] and other.get(method):
                 gain = _paired(one[method], other[method])
+                earned = shown_gain(float(np.mean(gain)), accuracy=accuracy)
                 said.append(
-                    f"{method}: a {latency} budget earns {100 * float(np.mean(gain)):+.2f} points over a FLOPs budget "
-                    f"of equal measured latency{_interval(one[method], other[method])}"
+                    f"{method}: a {latency} budget earns {earned} over a FLOPs budget of equal measured latency"
+                    + _interval(one[method], other[method], accuracy)
                 )
     return said
 
@@ -197,12 +200,13 @@ def _paired(one: dict[int, float], other: dict[int, float]) -> np.ndarray:
     return np.array([one[seed] - other[seed] for seed in sorted(set(one) & set(other))])
 
 
-def _interval(one: dict[int, float], other: dict[int, float]) -> str:
+def _interval(one: dict[int, float], other: dict[int, float], accuracy: bool) -> str:
     """95% of the mean paired difference, by bootstrap over seeds; says so where there is one seed."""
     gain = _paired(one, other)
     if len(gain) < 2:
         return " (one seed: no interval)"
     drawn = np.random.default_rng(0).choice(gain, (RESAMPLED, len(gain))).mean(axis=1)
-    low, high = 100 * np.quantile(drawn, (0.025, 0.975))
+    low, high = np.quantile(drawn, (0.025, 0.975))
     sure = "" if low > 0 or high < 0 else "; not told apart"
-    return f" (difference over {len(gain)} seeds: 95% {low:+.2f} to {high:+.2f} points{sure})"
+    interval = " to ".join(shown_gain(float(each), accuracy=accuracy) for each in (low, high))
+    return f" (difference over {len(gain)} seeds: 95% {interval}{sure})"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from amc_hw.errors import FailedError, UserError
 from amc_hw.graph import LayerGraph
 from amc_hw.models.channel_map import ChannelMap
 from amc_hw.refit import Inputs, batches, count_of
-from amc_hw.tracing import batch_norm_affine
+from amc_hw.symbolic import batch_norm_affine
 from profilers.files import write_whole
 from profilers.ops import OpGraph
 from profilers.runtimes import Runtime, load_runtime
@@ -38,10 +39,11 @@ def folded_weights(module: nn.Module, graph: LayerGraph) -> dict[str, dict[str, 
         if layer.op.kind == "slice":
             weights[layer.name] = {"start": np.array(layer.start)}
         elif layer.op.kind == "prelu":
-            slope = module.get_parameter(f"{layer.module}.weight") if layer.module else torch.tensor([layer.slope])
+            named = layer.module and (layer.module if layer.parameter else f"{layer.module}.weight")
+            slope = attrgetter(named)(module) if named else torch.tensor([layer.slope])
             weights[layer.name] = {"weight": _float32(slope.detach())}
         elif layer.op.kind == "affine" and layer.parameter:
-            scale = module.get_parameter(str(layer.module)).detach().flatten()
+            scale = attrgetter(str(layer.module))(module).detach().flatten()
             weights[layer.name] = {"weight": _float32(scale), "bias": np.zeros(len(scale), np.float32)}
         part = module.get_submodule(layer.module) if layer.module and not layer.parameter else None
         if isinstance(part, ChannelMap):

@@ -36,15 +36,17 @@ from amc_hw.resources import (
 )
 from amc_hw.runs import Journal, Scores, alone_in, numbered, record_command, save_json, save_weights
 from amc_hw.search.loop import AUTO, CANDIDATES, FREE, METHODS, Outcome, Problem, Timed, run_search
-from amc_hw.subject import Subject, read_predictor
+from amc_hw.subject import Subject, read_predictor, read_table
 from amc_hw.task import Judged, Task, check_eval_device, load_task
 from amc_hw.workers import Recipe, Workers
 from profilers.profile import NETWORK_PLAN, digest
+from profilers.table import LatencyTable
 from profilers.targets import Network
 from profilers.timing import Steady, TimingPlan, ratio_ci95, refuse_noise
 
 POLICY = "policy.json"
 BUDGETS = ("latency_ms", "latency_ratio", "flops_ratio", "params_ratio")
+MOST_RUNS = 1_000_000  #: of a burst in a fresh process, which is as long as `min_time_s` asks
 Progress = Callable[[int, int, str], None]  # (done, total, what there is to say)
 
 
@@ -103,11 +105,17 @@ class SearchConfig:
 def time_apart(subject: Subject, networks: Sequence[Network], *, rounds: int = 25, seed: int = 0) -> list[list[float]]:
     """Milliseconds per network, interleaved, in a process that has done nothing else; DeviceError where they spread
     too far."""
-    plan = TimingPlan(rounds=rounds, burst_s=max(0.02, subject.device.min_time_s / rounds))
+    burst_s = max(0.02, subject.device.min_time_s / rounds)
+    plan = TimingPlan(rounds=rounds, burst_s=burst_s, max_runs=MOST_RUNS)
     found = subject.target.time_in_fresh_process(networks, plan, seed=seed)
     for samples in found:
         refuse_noise(samples, subject.device.noise_pct)
     return found
+
+
+def steady_beside(subject: Subject, table: LatencyTable) -> Steady:
+    """Measures beside the unpruned network, which should take what it took for the table."""
+    return Steady(table.reference_ms(digest(subject.network_at(None)), subject.target.config.member))
 
 
 def check_workers(workers: int) -> None:
@@ -135,8 +143,9 @@ class _Search:
         self.model, self.graph = subject.model, subject.graph
         self.given = config.budget
         self.weights_sha256 = subject.model.weights_sha256()
-        self.predictor = read_predictor(subject)
-        self.steady = Steady(self.predictor.reference_ms(digest(subject.network_at(None))))
+        table = read_table(subject)
+        self.predictor = read_predictor(subject, table)
+        self.steady = steady_beside(subject, table)
         self.out = config.out or numbered(self._folder(), self._header())
         self.workers: Workers | None = None
         self._refitted: dict[tuple[int, ...], nn.Module] = {}
@@ -381,7 +390,7 @@ class _Search:
             "latency_source": "predicted" if measured is None else "measured",
             "macs": network.macs,
             "baseline_macs": network.macs,
-            "params": network.params,
+            "params": self.graph.params(),
             "episodes": 0,
             "message": f"the unpruned network meets the budget of {budget.text}: nothing to prune",
         }
@@ -408,6 +417,7 @@ class _Search:
             checkpoint_sha256=self.model.checkpoint_sha256,
             device=self.subject.device.name,
             dtype=self.subject.device.dtype,
+            threads=self.subject.device.threads,
         )
         save_weights(self.out / policy.weights, module.state_dict())
         policy.save(self.out / POLICY)
@@ -429,7 +439,7 @@ class _Search:
             "latency_source": "predicted" if samples is None else "measured",
             "macs": network.macs,
             "baseline_macs": self.baseline.graph.macs,
-            "params": network.params,
+            "params": self.graph.params(outcome.widths),
             "widths": list(outcome.widths),
         }
 

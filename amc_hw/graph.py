@@ -17,7 +17,8 @@ from scipy.sparse import coo_array, csgraph
 from torch import Tensor, nn
 
 from amc_hw.errors import UserError
-from amc_hw.tracing import TracedOp, TracedOps, eval_mode, trace_ops
+from amc_hw.symbolic import eval_mode
+from amc_hw.tracing import TracedOp, TracedOps, trace_ops
 from profilers.ops import PRODUCER_KINDS, OpGraph, OpNode, OpSpec
 
 
@@ -132,6 +133,17 @@ class LayerGraph:
 
     def macs(self, widths: Sequence[int] | None = None) -> int:
         return self.op_graph(widths).macs
+
+    @property
+    def weighted(self) -> tuple[Layer, ...]:
+        """Layers with weights per channel, one that is called at several places once."""
+        own = [layer for layer in self.layers if layer.module and not (layer.op.kind == "prelu" and layer.parameter)]
+        return tuple({layer.module: layer for layer in reversed(own)}.values())[::-1]
+
+    def params(self, widths: Sequence[int] | None = None) -> int:
+        """Weights and biases, batch-norms folded; a slope that all channels share is not counted."""
+        widths = self.full_widths if widths is None else self.checked(widths)
+        return sum(layer.at(widths).params for layer in self.weighted)
 
     def checked(self, widths: Sequence[int]) -> tuple[int, ...]:
         """`widths` as a tuple, one number per group and within 1..full; UserError if not."""
@@ -286,7 +298,8 @@ class _Couplings:
                 self._fix(out, f"normalised together at {op.name}")
             elif kind == "affine" and op.parameter:
                 self._fix(out, f"scaled by the parameter {op.module}")
-        for module in (op.module if kind not in PRODUCER_KINDS else None, op.batch_norm):
+        one_slope = kind == "prelu" and op.parameter  # for all channels
+        for module in (None if kind in PRODUCER_KINDS or one_slope else op.module, op.batch_norm):
             if module is not None:
                 self._reads(module, "through", out)
         return out

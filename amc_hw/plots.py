@@ -45,12 +45,17 @@ def save_staircase(
     """Latency against width: measured (width, ms) as points, what is predicted at every width as a line."""
     check_picture(path)
     figure, axes = _axes()
-    axes.plot(widths, predicted_ms, drawstyle="steps-mid", linewidth=1, label="predicted")
-    axes.plot(*zip(*measured, strict=True), "o", markersize=3, label="measured")
-    axes.set(xlabel="channels", ylabel="ms", ylim=(0, None))
+    _staircase(axes, measured, widths, predicted_ms)
     axes.set_title(title, fontsize=8)
     axes.legend()
     _save(figure, path)
+
+
+def _staircase(axes: Any, measured: Sequence[tuple[int, float]], widths: np.ndarray, predicted_ms: np.ndarray) -> None:
+    axes.plot(widths, predicted_ms, drawstyle="steps-mid", linewidth=1, label="predicted")
+    if measured:
+        axes.plot(*zip(*measured, strict=True), "o", markersize=3, label="measured")
+    axes.set(xlabel="channels", ylabel="ms", ylim=(0, None))
 
 
 def save_pareto(path: Path, title: str, rows: Sequence[dict[str, Any]]) -> None:
@@ -130,11 +135,8 @@ def chosen_on_staircase(
 ) -> bytes:
     """As `save_staircase`, with the (width, ms) that was chosen."""
     figure, axes = _axes(size=(6.4, 3.0))
-    axes.plot(widths, predicted_ms, drawstyle="steps-mid", linewidth=1, label="predicted")
-    if measured:
-        axes.plot(*zip(*measured, strict=True), "o", markersize=3, label="measured")
+    _staircase(axes, measured, widths, predicted_ms)
     axes.plot(*chosen, "*", markersize=12, color="#c2410c", label="chosen")
-    axes.set(xlabel="channels", ylabel="ms", ylim=(0, None))
     axes.legend(fontsize=7)
     return _drawn(figure)
 

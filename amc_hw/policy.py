@@ -19,6 +19,7 @@ class Policy:
 
     mean, std: what images in [0, 1] are normalised by. data: where the network's images come from, None where
     evaluate and calibrate, functions of the user's own, do without. keep: patterns of modules left at full width.
+    threads: of the runtime that it was searched for; older policies do not say.
     """
 
     model: str
@@ -35,6 +36,7 @@ class Policy:
     evaluate: str | None = None
     calibrate: str | None = None
     keep: tuple[str, ...] = ()
+    threads: int | None = None
 
     def save(self, path: Path) -> None:
         save_json(path, {"schema_version": SCHEMA_VERSION, **asdict(self)})
@@ -51,6 +53,8 @@ def load_policy(path: Path) -> Policy:
         found = Policy(**data | tuples | {"keep": tuple(data.get("keep", ()))})
         if not all(isinstance(text, str) for text in (found.model, found.device, found.dtype, found.weights)):
             raise ValueError("model, device, dtype and weights must be strings")
+        if not isinstance(found.threads, int | None):
+            raise ValueError("threads must be a number or null")
         if not all(isinstance(text, str | None) for text in (found.data, found.evaluate, found.calibrate)):
             raise ValueError("data, evaluate and calibrate must be strings or null")
         if {name: len(channels) for name, channels in found.kept.items()} != found.widths:

@@ -19,7 +19,7 @@ from amc_hw.graph import LayerGraph
 from amc_hw.models.channel_map import ChannelMap
 from amc_hw.padding import padded, padding_of
 from amc_hw.prune import Kept, KeptAxes, kept_axes, plain_weight
-from amc_hw.tracing import batch_norm_affine, eval_mode, trace_fx
+from amc_hw.symbolic import batch_norm_affine, eval_mode, trace_fx
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,6 +171,7 @@ class _Lockstep:
         self._last_reader = {source: node for node in nodes for source in node.all_input_nodes}
         self.nodes = [node for node in nodes if node.op not in ("placeholder", "output")]
         sources = [node for node in nodes if node.op == "placeholder"]
+        images = [_channels_last(part) for part in ((images,) if isinstance(images, Tensor) else images)]
         chunks = [dict(zip(sources, chunk, strict=True)) for chunk in batches(images, self.CHUNK)]
         self.chunks: list[tuple[dict[fx.Node, Any], dict[fx.Node, Any]]] = [(chunk, chunk.copy()) for chunk in chunks]
 
@@ -206,12 +207,11 @@ class _Lockstep:
         return self._unpruned_value(node, first), self._pruned_value(node, second)
 
     def _unpruned_value(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-        self._first.env = values
-        return self._first.run_node(node)
+        return _value(self._first, node, values)
 
     def _pruned_value(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-        self._second.env = {self._twin[known]: value for known, value in values.items()}
-        return self._second.run_node(self._twin[node])
+        twins = {self._twin[source]: values[source] for source in node.all_input_nodes}
+        return _value(self._second, self._twin[node], twins)
 
     def can_be_read(self, node: fx.Node) -> bool:
         """Whether both values of a node are known, or follow from known ones without weights."""
@@ -220,6 +220,25 @@ class _Lockstep:
             return True
         part = self.module.get_submodule(str(node.target)) if node.op == "call_module" else None
         return isinstance(part, nn.Identity | ChannelMap) and all(source in known for source in node.all_input_nodes)
+
+
+def _value(interpreter: fx.Interpreter, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+    """What a node gives for the values of its sources; `view` is given them with channels first."""
+    interpreter.env = values
+    try:
+        return interpreter.run_node(node)
+    except RuntimeError as error:
+        if "view size" not in str(error):
+            raise
+    for source in node.all_input_nodes:
+        if isinstance(values[source], Tensor):
+            values[source] = values[source].contiguous()
+    return interpreter.run_node(node)
+
+
+def _channels_last(images: Tensor) -> Tensor:
+    """Where there are channels: in the layout that convolutions are faster on."""
+    return images.contiguous(memory_format=torch.channels_last) if images.dim() == 4 else images
 
 
 def _fit(

@@ -10,6 +10,7 @@ import html
 import json
 import shlex
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from amc_hw.errors import DeviceError, TableError, UserError
 from amc_hw.policy import load_policy
 from amc_hw.resources import latency_model
 from amc_hw.subject import Pruned, Subject, open_pruned, open_subject, read_predictor, read_table, tables
+from amc_hw.task import shown_gain
 from profilers.files import write_whole
 from profilers.ops import OpSpec
 from profilers.predictor import Predictor
@@ -140,10 +142,7 @@ def _search(folder: Path) -> bytes:
     title = f"{policy.model} on {policy.device}: {budget}"
     sections = [_headline(result, policy.evaluate is not None), _kept_channels(pruned)]
     try:
-        table = _table_of(subject)
-    except (TableError, DeviceError) as error:
-        sections.append(_section("Latency per layer", f"<p>Not shown: {_text(error)}.</p>"))
-    else:
+        table = _table_of(subject, header)
         predictor = read_predictor(subject, table)
         sections += [
             _layers(subject, pruned, predictor),
@@ -151,19 +150,21 @@ def _search(folder: Path) -> bytes:
             _more(subject, header, journal, result, predictor),
             _trust(subject, table, predictor, [] if _staged(subject, header) else journal),
         ]
+    except (TableError, DeviceError) as error:
+        sections.append(_section("Latency per layer", f"<p>Not shown: {_text(error)}.</p>"))
     sections += [_learning(journal, header), _made(folder, header)]
     return _page(title, *sections)
 
 
-def _table_of(subject: Subject) -> LatencyTable:
-    """The device's table; where the device is away and has one table only, that one."""
+def _table_of(subject: Subject, header: dict[str, Any]) -> LatencyTable:
+    """The device's table; where the device is away, the one that the search was made with."""
     try:
         return read_table(subject)
     except DeviceError:
-        found = tables(subject.device.name)
-        if len(found) != 1:
-            raise
-        return LatencyTable.read(found[0])
+        for table in map(LatencyTable.read, tables(subject.device.name)):
+            if all(header.get(part) == value for part, value in asdict(table.identity).items()):
+                return table
+        raise
 
 
 def _staged(subject: Subject, header: dict[str, Any]) -> bool:
@@ -278,6 +279,7 @@ def _more(
     predictor: Predictor,
 ) -> str:
     """What another budget would have bought, as far as the policies tried tell."""
+    accuracy = result["accuracy_split"] != "evaluate"
     tried = {tuple(row["widths"]): row["accuracy"] for row in _episodes(journal)}
     if not tried or _staged(subject, header):
         return ""
@@ -295,17 +297,17 @@ def _more(
     now, rows = best(here), []
     for share in AROUND:
         found = best(share * here)
-        gain = "" if found is None or now is None else f"{100 * (found - now):+.2f}"
+        gain = "" if found is None or now is None else shown_gain(found - now, accuracy=accuracy)
         rows.append((f"{share * here:.4g} ms ({share:.0%})", "none" if found is None else f"{found:.4f}", gain))
     said = "Best held-out score among the policies that this search tried, by predicted latency."
     wider = best(here * AROUND[-1])
     if now is not None and wider is not None:
         step = (AROUND[-1] - 1) * here
-        said += f" With {step:.3g} ms more, the best of them scores {100 * (wider - now):+.2f} points."
+        said += f" With {step:.3g} ms more, the best of them scores {shown_gain(wider - now, accuracy=accuracy)}."
     return _section(
         "What another millisecond would buy",
         f"<p>{_text(said)} It is a lower bound: the search looked near its own budget.</p>",
-        _table(("latency", "best score", "points"), rows, best=AROUND.index(1.0)),
+        _table(("latency", "best score", "difference"), rows, best=AROUND.index(1.0)),
         _figure(plots.tried_policies(points, here), "Every policy tried: predicted latency and held-out score"),
     )
 
@@ -395,7 +397,7 @@ def _comparison(folder: Path) -> bytes:
     return _page(
         title,
         _section(
-            "Verdict", f"<ul>{verdict}</ul>" if verdict else "<p>One method and one budget: nothing to compare.</p>"
+            "Verdict", f"<ul>{verdict}</ul>" if verdict else "<p>No budget has results of two methods to compare.</p>"
         ),
         _section(
             "Accuracy against measured latency",

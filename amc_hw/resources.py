@@ -120,12 +120,12 @@ class Predictor(Protocol):
 
 def macs_model(graph: LayerGraph, grids: Sequence[Sequence[int]]) -> CostModel:
     """Multiply-accumulates for one image."""
-    return _counted(graph, grids, lambda op: op.macs, "MACs")
+    return _counted(graph, graph.layers, grids, lambda op: op.macs, "MACs")
 
 
 def params_model(graph: LayerGraph, grids: Sequence[Sequence[int]]) -> CostModel:
-    """Weights and biases, batch-norms folded."""
-    return _counted(graph, grids, lambda op: op.params, "params")
+    """Weights and biases as `LayerGraph.params` counts them."""
+    return _counted(graph, graph.weighted, grids, lambda op: op.params, "params")
 
 
 def latency_model(
@@ -166,12 +166,17 @@ def latency_model(
 
 
 def _counted(
-    graph: LayerGraph, grids: Sequence[Sequence[int]], quantity: Callable[[OpSpec], int], unit: str
+    graph: LayerGraph,
+    layers: Sequence[Layer],
+    grids: Sequence[Sequence[int]],
+    quantity: Callable[[OpSpec], int],
+    unit: str,
 ) -> CostModel:
-    """A model of a quantity that is linear in the outputs and affine in the inputs, as MACs and parameters are."""
+    """A model of a quantity of layers that is linear in the outputs and affine in the inputs, as MACs and parameters
+    are."""
     checked = _checked_grids(graph, grids)
     parts: list[Factor] = []
-    for layer in graph.layers:
+    for layer in layers:
         if not quantity(layer.op):
             continue
         if not layer.groups:

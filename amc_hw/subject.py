@@ -63,9 +63,11 @@ def load_graph(
     input_shape: Sequence[int] | None = None,
     checkpoint: Path | None = None,
     keep: Sequence[str] = (),
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> tuple[LoadedModel, LayerGraph]:
-    """A model given by its spec, and its channel groups and operators."""
-    loaded = load_model(model, input_shape=input_shape, checkpoint=checkpoint)
+    """A model given by its spec, and its channel groups and operators. mean, std: in place of the model's own."""
+    loaded = load_model(model, input_shape=input_shape, checkpoint=checkpoint, mean=mean, std=std)
     return loaded, build_graph(loaded.module, loaded.input_shape, examples=loaded.example_inputs, keep=keep)
 
 
@@ -100,7 +102,13 @@ class Pruned:
 def open_pruned(path: Path) -> Pruned:
     """The network of a `policy.json` and the weights beside it; UserError where they do not fit each other."""
     found = load_policy(path)
-    model, graph = load_graph(_found_near(found.model, path), input_shape=found.input_shape, keep=found.keep)
+    model, graph = load_graph(
+        _found_near(found.model, path),
+        input_shape=found.input_shape,
+        keep=found.keep,
+        mean=found.mean,
+        std=found.std,
+    )
     model = replace(model, spec=found.model, file=model.spec)
     try:
         kept = {name: np.array(channels) for name, channels in found.kept.items()}
@@ -199,14 +207,27 @@ def read_table(subject: Subject) -> LatencyTable:
     identity = subject.target.identity()
     path = table_path(subject.device, identity)
     others = tables(subject.device.name)
-    if not path.exists() and others:
-        LatencyTable.read(others[0]).require_identity(identity)
     if not path.exists() or LatencyTable.read_identity(path) is None:
-        asked = f"amc-hw profile --device {subject.device.name} --model {subject.model.spec}"
+        asked = _profile_command(subject)
+        if others and (known := LatencyTable.read_identity(others[0])) is not None:
+            part, here, wanted = known.first_difference(identity)
+            raise TableError(
+                f"{others[0]} was measured with {part} {here!r}, not {wanted!r}: '{asked}' measures a table beside it"
+            )
         raise TableError(f"no latency table {path}: measure one with '{asked}'")
     table = LatencyTable.read(path)
     table.require_identity(identity)
     return table
+
+
+def _profile_command(subject: Subject) -> str:
+    """The command that measures the subject's table."""
+    config, usual = subject.device, load_device(subject.device.name)
+    flags = {"device": config.name, "model": subject.model.spec}
+    flags |= {
+        name: getattr(config, name) for name in ("dtype", "threads") if getattr(config, name) != getattr(usual, name)
+    }
+    return " ".join(["amc-hw profile", *(f"--{name} {value}" for name, value in flags.items())])
 
 
 def read_predictor(subject: Subject, table: LatencyTable | None = None) -> Predictor:

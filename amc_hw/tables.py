@@ -30,7 +30,9 @@ def find_table(name: str) -> Path:
         return Path(name)
     found: dict[str, Path] = {}
     for path in tables(load_device(name).name):
-        found.setdefault(path.name, path)  # the user's own hides the shipped one that it began as a copy of
+        other = found.setdefault(path.name, path)
+        if LatencyTable.read_identity(path) != LatencyTable.read_identity(other):
+            found[str(path)] = path  # else the user's own hides the shipped one that it began as a copy of
     if not found:
         raise TableError(f"no latency table of {name}: measure one with 'amc-hw profile --device {name}'")
     if len(found) > 1:
@@ -93,7 +95,17 @@ def _family_name(family: OpSpec) -> str:
     kind, _, rest = str(family).partition(" ")
     _, _, size = rest.partition("x")
     height_width, _, tail = size.partition("->")
-    return f"{kind} {height_width}" + (f" {tail.partition(' ')[2]}" if " " in tail else "")
+    name = f"{kind} {height_width}" + (f" {tail.partition(' ')[2]}" if " " in tail else "")
+    if family.kind in ("conv", "conv_transpose", "depthwise_conv", "max_pool", "avg_pool"):
+        usual = tuple(d * (k - 1) // 2 for d, k in zip(family.dilation, family.kernel, strict=True))
+        name += f" p{_by(family.padding)}" if family.padding != usual else ""
+        name += f"-{_by(family.padding_after)}" if family.padding_after != family.padding else ""
+        name += f" d{_by(family.dilation)}" if family.dilation != (1, 1) else ""
+    return name + (f" g{family.groups} {_by(family.axes)}" if family.groups > 1 else "")
+
+
+def _by(sizes: Sequence[int]) -> str:
+    return "x".join(map(str, sizes))
 
 
 def plot_table(name: str, *, op: str | None, out: Path) -> dict[str, Any]:
@@ -137,7 +149,7 @@ def merge_tables(paths: Sequence[Path], *, out: Path) -> dict[str, Any]:
 
 CSV_COLUMNS = (
     "type", "median_ms", "samples", "op", "in_channels", "out_channels", "height", "width", "kernel", "stride",
-    "activation", "context", "macs", "params", "anchor_ms",
+    "activation", "context", "macs", "params", "anchor_ms", "padding", "dilation", "groups", "fused_add",
 )  # fmt: skip
 
 
@@ -157,8 +169,9 @@ def export_csv(name: str, *, out: Path) -> dict[str, Any]:
         if row.op is not None:
             op = row.op
             line |= {"op": op.kind, "in_channels": "+".join(map(str, op.in_channels)), "context": row.context}
-            line |= {name: getattr(op, name) for name in ("out_channels", "height", "width", "activation")}
-            line |= {"kernel": "x".join(map(str, op.kernel)), "stride": "x".join(map(str, op.stride))}
+            plain = ("out_channels", "height", "width", "groups", "activation", "fused_add")
+            line |= {name: getattr(op, name) for name in plain}
+            line |= {name: _by(getattr(op, name)) for name in ("kernel", "stride", "padding", "dilation")}
         measured = row.op or row.graph
         assert measured is not None
         writer.writerow(line | {"macs": measured.macs, "params": measured.params})

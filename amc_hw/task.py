@@ -19,6 +19,7 @@ from amc_hw.data import Splits, load_data, load_tensors
 from amc_hw.errors import DeviceError, UserError
 from amc_hw.models import LoadedModel
 from amc_hw.specs import Spec, load_function, one_line, parse_spec
+from amc_hw.symbolic import folded
 
 #: Images of a batch on a CPU, in bytes: a layer's values are several times as large.
 CACHED_BYTES, LARGEST_BATCH = 800_000, 250
@@ -37,6 +38,11 @@ class Judged(NamedTuple):
     @classmethod
     def of(cls, found: float | Judged) -> Judged:
         return found if isinstance(found, Judged) else cls(float(found))
+
+
+def shown_gain(difference: float, *, accuracy: bool) -> str:
+    """A difference of scores for a reader: of accuracies in points."""
+    return f"{100 * difference:+.2f} points" if accuracy else f"{difference:+.4g}"
 
 
 class Task(Protocol):
@@ -112,6 +118,7 @@ def _logits(
         each = images[:1].numel() * images.element_size()
         batch = min(max(CACHED_BYTES // max(each, 1), 8), LARGEST_BATCH) if device.type == "cpu" else LARGEST_BATCH
     plain = False  # `view` wants channels first
+    module = folded(module)
     with on(module, device), torch.inference_mode():  # moved outside of it: what is moved inside can only be read
         for part in images.split(batch):
             chunk = (part.contiguous() if plain else part).to(device)

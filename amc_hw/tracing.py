@@ -6,12 +6,10 @@ there a linear layer is a convolution of one pixel.
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import math
 import operator
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,6 +22,7 @@ from amc_hw.errors import UnsupportedOperatorError, UserError
 from amc_hw.models.channel_map import ChannelMap
 from amc_hw.padding import Pads, around, padding_of
 from amc_hw.specs import one_line
+from amc_hw.symbolic import PERMUTE, origin, trace_fx
 from profilers.ops import OpGraph, OpSpec
 
 ACTIVATION_MODULES: dict[type[nn.Module], str] = {
@@ -56,7 +55,6 @@ ACTIVATION_FUNCTIONS: dict[Any, str] = {
 IDENTITY_MODULES = (nn.Identity, nn.Dropout, nn.Dropout2d)
 IDENTITY_FUNCTIONS: tuple[Any, ...] = (F.dropout, F.dropout2d, "contiguous", "clone", "detach")
 #: Of torchvision, by name: to import it takes as long as PyTorch does, and many networks do without.
-PERMUTE = ("torchvision.ops.misc", "Permute")
 STOCHASTIC_DEPTH = ("torchvision.ops.stochastic_depth", "stochastic_depth")
 #: What is computed of sizes alone makes no tensor.
 SHAPE_CALLS: tuple[Any, ...] = ("size", "dim", getattr, operator.getitem)
@@ -74,7 +72,7 @@ CHANNELS_LAST, CHANNELS_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
 class TracedOp:
     """An operator with the modules it came from; `inputs` are names of earlier ones or of the network's inputs.
 
-    module: dotted name of the module that holds the weights, or of a `parameter` that no module of its own holds.
+    module: dotted name of the module that holds the weights, or of a `parameter` that is read as it is.
     start: a slice's first channel. slope: below zero, of a `prelu` without weights.
     """
 
@@ -99,70 +97,6 @@ class TracedOps:
     fixed: dict[str, str] = field(default_factory=dict)
 
 
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        # classes derived of them, too
-        leaves = ChannelMap | nn.Conv2d | nn.BatchNorm2d | nn.LayerNorm | nn.Linear
-        if isinstance(module, leaves) or _named(type(module)) == PERMUTE:
-            return True
-        return super().is_leaf_module(module, qualified_name)
-
-
-def trace_fx(module: nn.Module) -> fx.GraphModule:
-    """The fx graph of a module in eval mode; UserError where torch.fx cannot trace it.
-
-    Arguments of forward() that have a default keep it.
-    """
-    parameters = inspect.signature(module.forward).parameters.values()
-    if needed := [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]:
-        name = type(module).__name__
-        raise UserError(f"forward() of {name} needs the keyword argument {needed[0]!r}: give a factory that wraps it")
-    constants = {p.name: p.default for p in parameters if p.default is not p.empty}
-    try:
-        graph = _Tracer().trace(module, constants or None)
-        _drop_constants(graph, constants)
-        return fx.GraphModule(module, graph)
-    except Exception as error:  # tracing runs the user's forward: anything can be raised
-        reason = one_line(error)
-        raise UserError(
-            f"{type(module).__name__} cannot be traced by torch.fx ({reason}): give a factory that returns a module "
-            "whose forward() takes tensors only, by position, and does not branch on their values"
-        ) from error
-
-
-def _drop_constants(graph: fx.Graph, constants: Mapping[str, Any]) -> None:
-    """Without the inputs that are constants, and what torch.fx adds to check that they are."""
-    names = {node: str(node.target) for node in graph.nodes if node.op == "placeholder"}
-    doomed = {node for node, name in names.items() if name in constants or name.rpartition("_")[0] in constants}
-    for node in graph.nodes:
-        if node.all_input_nodes and doomed.issuperset(node.all_input_nodes):
-            doomed.add(node)
-    for node in reversed(list(graph.nodes)):
-        if node in doomed:
-            graph.erase_node(node)
-
-
-@contextmanager
-def eval_mode(module: nn.Module) -> Iterator[None]:
-    flags = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, flag in flags.items():
-            part.training = flag
-
-
-def batch_norm_affine(norm: nn.Module, *, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a batch-norm in eval mode multiplies by and adds, (channels,) each."""
-    assert isinstance(norm, nn.BatchNorm2d) and norm.running_var is not None and norm.running_mean is not None
-    scale = (norm.running_var.to(dtype) + norm.eps).rsqrt()
-    shift = torch.zeros_like(scale)
-    if norm.affine:
-        scale, shift = scale * norm.weight, norm.bias.to(dtype)
-    return scale, shift - scale * norm.running_mean
-
-
 def trace_ops(module: nn.Module, *examples: torch.Tensor) -> TracedOps:
     """The operators of `module` for example inputs, (N, C, H, W) or (N, C) each, in execution order."""
     graph_module = trace_fx(module)
@@ -172,16 +106,51 @@ def trace_ops(module: nn.Module, *examples: torch.Tensor) -> TracedOps:
     except Exception as error:
         name, shapes = type(module).__name__, " and ".join(str(tuple(example.shape)) for example in examples)
         raise UserError(f"{name} fails on an input of shape {shapes}: {one_line(error)}") from error
+    _read_what_is_written(graph_module)
     return _Lowering(graph_module, len(examples)).run()
+
+
+def _read_what_is_written(graph_module: fx.GraphModule) -> None:
+    """Where a tensor is written in place, those that read it afterwards read what was written."""
+    order = {node: number for number, node in enumerate(graph_module.graph.nodes)}
+    for node in order:
+        if not node.all_input_nodes or not _in_place(graph_module, node):
+            continue
+        source = node.all_input_nodes[0]
+        for reader in [user for user in source.users if order[user] > order[node]]:
+            reader.replace_input_with(source, node)
+
+
+def _in_place(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return bool(getattr(graph_module.get_submodule(str(node.target)), "inplace", False))
+    if node.op == "call_method":
+        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+    if node.target in (operator.iadd, operator.imul):
+        return True
+    called = getattr(node.target, "__name__", "")
+    return bool(node.op == "call_function" and (node.kwargs.get("inplace") or called.endswith("_")))
+
+
+@torch.no_grad()
+def _is_linear(layer: nn.Linear) -> bool:
+    """Whether a layer, perhaps of a class derived of nn.Linear, computes what its weights say."""
+    if type(layer).forward is nn.Linear.forward:
+        return True
+    drawn = torch.randn(2, layer.in_features, generator=torch.Generator().manual_seed(0))
+    drawn = drawn.to(layer.weight.device, layer.weight.dtype)
+    wanted = F.linear(drawn, layer.weight, layer.bias)
+    try:
+        found = layer.forward(drawn)
+    except Exception:  # the user's code
+        return False
+    same = isinstance(found, torch.Tensor) and found.shape == wanted.shape
+    return same and torch.allclose(found, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
 
 
 def _shape(node: fx.Node) -> tuple[int, ...] | None:
     shape = getattr(node.meta.get("tensor_meta"), "shape", None)
     return None if shape is None else tuple(shape)
-
-
-def _named(thing: Any) -> tuple[str, str]:
-    return getattr(thing, "__module__", ""), getattr(thing, "__name__", "")
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -279,6 +248,8 @@ class _Lowering:
             source = node.all_input_nodes[0]
             if source not in self.last and len(_shape(source) or ()) != 2:
                 raise UnsupportedOperatorError(f"{name}: a linear layer over the last axis of {_shape(source)}")
+            if not _is_linear(module):
+                raise UnsupportedOperatorError(f"{name}: a {type(module).__name__} that is no plain linear layer")
             self._emit(node, "linear", out_channels=module.out_features, module=name)
         elif isinstance(module, ChannelMap):
             self._emit(node, "channel_map", out_channels=module.out_channels, stride=_pair(module.stride), module=name)
@@ -292,7 +263,7 @@ class _Lowering:
             self._activation(node, ACTIVATION_MODULES[type(module)])
         elif isinstance(module, nn.PReLU):
             if module.num_parameters == 1:
-                self._emit(node, "prelu", slope=float(module.weight.detach()))
+                self._emit(node, "prelu", module=f"{name}.weight", parameter=True)
             else:
                 self._emit(node, "prelu", module=name)
         elif isinstance(module, nn.LeakyReLU):
@@ -318,7 +289,7 @@ class _Lowering:
             self._upsample(node, module.mode, module.align_corners)
         elif isinstance(module, nn.ChannelShuffle):
             self._emit(node, "shuffle", groups=module.groups)
-        elif _named(type(module)) == PERMUTE:
+        elif origin(type(module)) == PERMUTE:
             self._permute(node, tuple(module.dims))  # type: ignore[arg-type]
         else:
             raise self._unsupported(node)
@@ -338,7 +309,7 @@ class _Lowering:
             self._emit(node, "prelu", slope=float(slope))  # type: ignore[arg-type]
         elif target in (F.softmax, torch.softmax, "softmax"):
             self._softmax(node, node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None))
-        elif target in IDENTITY_FUNCTIONS or _named(target) == STOCHASTIC_DEPTH:
+        elif target in IDENTITY_FUNCTIONS or origin(target) == STOCHASTIC_DEPTH:
             self._same(node)
         elif target in (operator.add, operator.iadd, torch.add, "add", "add_"):
             if node.kwargs.get("alpha", 1) != 1:

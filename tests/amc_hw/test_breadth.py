@@ -17,6 +17,7 @@ from amc_hw.export import export_network
 from amc_hw.graph import LayerGraph, build_graph
 from amc_hw.models import load_model
 from amc_hw.prune import keep_channels, mask_channels, slice_channels
+from amc_hw.resources import params_model
 from profilers.ops import OpGraph, OpSpec
 
 
@@ -105,6 +106,85 @@ def test_slopes_below_zero_go_with_their_channels(tmp_path: Path) -> None:
     for file_format in ["onnx"] + ["tflite"] * (importlib.util.find_spec("ai_edge_litert") is not None):
         out = tmp_path / file_format
         assert export_network(small, graph, graph.op_graph(half), image, file_format=file_format, out=out)["bytes"]
+
+
+def test_one_slope_for_all_channels_is_read_where_it_was_trained(tmp_path: Path) -> None:
+    """The graph of a policy is built before its weights are there."""
+    net = Net(lambda net, x: net.b(net.q(net.q(net.a(x)))), a=nn.Conv2d(3, 8, 1), q=nn.PReLU(), b=nn.Conv2d(8, 2, 1))
+    image = torch.randn(2, 3, 6, 6)
+    graph = same_when_sliced(net, image)
+    assert [group.name for group in graph.groups] == ["a"]
+    small = slice_channels(net, graph, keep_channels(net, graph, [4]))
+    with torch.no_grad():
+        small.q.weight.fill_(0.7)
+    export_network(small, graph, graph.op_graph([4]), image, file_format="onnx", out=tmp_path / "a.onnx")
+
+
+@pytest.mark.parametrize("kind", ["parameter", "buffer", "tensor"])
+def test_a_gain_per_channel_is_exported_whatever_holds_it(tmp_path: Path, kind: str) -> None:
+    net = Net(lambda net, x: net.b(net.a(x) * net.gain), a=nn.Conv2d(3, 4, 1), b=nn.Conv2d(4, 6, 1), c=nn.Identity())
+    gain = torch.rand(1, 4, 1, 1)
+    if kind == "buffer":
+        net.register_buffer("gain", gain)
+    else:
+        net.gain = nn.Parameter(gain) if kind == "parameter" else gain
+    graph, image = build_graph(net.eval(), (3, 5, 5)), torch.randn(2, 3, 5, 5)
+    assert frozen_of(graph)["a"] == "scaled by the parameter gain"
+    export_network(net, graph, graph.op_graph(), image, file_format="onnx", out=tmp_path / "a.onnx")
+
+
+def written_in_place(net, x):
+    y = net.relu(net.a(x))  # writes what it reads
+    return net.c(net.b(y) + net.a2(x))
+
+
+def read_after(net, x):
+    x = net.a(x)
+    y = net.relu(x)
+    return net.c(net.b(y) + x)  # what was written
+
+
+def added_in_place(net, x):
+    other, x = net.a2(x), net.a(x)
+    y = net.b(x)
+    x += y
+    x.relu_()
+    return net.c(x + other)
+
+
+@pytest.mark.parametrize("forward", [written_in_place, read_after, added_in_place])
+def test_what_is_written_in_place_is_read_as_written(tmp_path: Path, forward) -> None:
+    parts = dict(a=nn.Conv2d(3, 6, 1), a2=nn.Conv2d(3, 6, 1), b=nn.Conv2d(6, 6, 1), c=nn.Conv2d(6, 2, 1))
+    net, image = Net(forward, relu=nn.ReLU(inplace=True), **parts), torch.randn(2, 3, 5, 5)
+    graph = same_when_sliced(net, image)
+    export_network(net, graph, graph.op_graph(), image, file_format="onnx", out=tmp_path / "a.onnx")
+
+
+class Cosine(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.normalize(x), F.normalize(self.weight))
+
+
+class Plain(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight) + self.bias
+
+
+def test_a_linear_layer_that_computes_something_else_is_refused() -> None:
+    def net(head: nn.Module) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), head).eval()
+
+    with pytest.raises(UnsupportedOperatorError, match="3: a Cosine that is no plain linear layer"):
+        build_graph(net(Cosine(4, 2)), (3, 4, 4))
+    assert build_graph(net(Plain(4, 2)), (3, 4, 4)).groups
+
+
+def test_weights_that_are_read_twice_are_counted_once() -> None:
+    parts = dict(a=nn.Conv2d(3, 4, 1), b=nn.Conv2d(4, 4, 1), c=nn.Conv2d(4, 2, 1), q=nn.PReLU(), r=nn.LeakyReLU())
+    net = Net(lambda net, x: net.c(net.r(net.b(net.q(net.b(net.a(x)))))), **parts)
+    graph = build_graph(net.eval(), (3, 5, 5))
+    assert graph.params() == 4 * 4 + 5 * 4 + 5 * 2
+    assert graph.params([2]) == 4 * 2 + 3 * 2 + 3 * 2 == params_model(graph, [(2, 4)]).cost((2,))
 
 
 class Gated(nn.Module):

@@ -117,6 +117,10 @@ def test_the_verdict_by_hand() -> None:
         row(m, "latency ratio 0.5", s, v) for m, s, v in [("a", 0, 0.5), ("b", 0, 0.6), ("a", 1, 0.6), ("b", 1, 0.51)]
     ]
     assert "not told apart" in verdict(mixed)[0]
+    scores = [row("a", "flops ratio 0.5", s, 30.5 + s) for s in (0, 1)] + [
+        row("b", "flops ratio 0.5", s, 30.0 + s) for s in (0, 1)
+    ]
+    assert "95% +0.5 to +0.5)" in verdict(scores, accuracy=False)[0]  # of a user's own score, not points
 
 
 def test_a_comparison_of_nothing_is_refused() -> None:

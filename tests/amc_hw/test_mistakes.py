@@ -329,6 +329,7 @@ def test_another_identity_is_another_file(here: Path, amc_hw: Run) -> None:
     for command in (("predict", *TINY), HALF):
         refused = amc_hw(*command, "--threads", "2")
         assert refused.code == 2 and "measured with threads 1, not 2" in refused.mistake
+        assert f"'amc-hw profile {' '.join(TINY)} --threads 2' measures a table beside it" in refused.mistake
     found = json.loads(amc_hw("profile", *TINY, "--threads", "2", "--json").out)
     assert found["rows_new"] == found["rows_total"] > 100
     second = Path(found["table"])
@@ -340,6 +341,13 @@ def test_another_identity_is_another_file(here: Path, amc_hw: Run) -> None:
         assert again["rows_new"] == 0 and again["table"] == str(TABLE if threads == "1" else second)
     listed = {device["name"]: device["tables"] for device in json.loads(amc_hw("devices", "--json").out)["devices"]}
     assert listed["fake"] == [str(TABLE), str(second)]
+    assert amc_hw(*HALF, "--threads", "2", "--out", "two").code == 0
+    policy = ("--policy", "two/policy.json")
+    assert json.loads(amc_hw("measure", *policy, "--json").out)["threads"] == 2  # as it was searched
+    assert json.loads(amc_hw("measure", *policy, "--threads", "1", "--json").out)["threads"] == 1
+    TABLE.unlink()
+    assert amc_hw("predict", *policy).code == 0
+    assert amc_hw("search", "--from-policy", "two/policy.json", "--latency-ratio", "0.9", "--dry-run").code == 0
 
 
 @pytest.mark.parametrize("left", [0, 40])

@@ -100,7 +100,7 @@ def test_json_that_is_no_object(tmp_path: Path, content: str) -> None:
 def test_a_key_too_many_or_too_few_is_named(tmp_path: Path) -> None:
     path = tmp_path / "policy.json"
     POLICY.save(path)
-    data, defaults = json.loads(path.read_text()), {"weights", "evaluate", "calibrate", "keep"}
+    data, defaults = json.loads(path.read_text()), {"weights", "evaluate", "calibrate", "keep", "threads"}
     for key in data:
         if key in defaults:
             continue
@@ -114,7 +114,9 @@ def test_a_key_too_many_or_too_few_is_named(tmp_path: Path) -> None:
     assert "is not a policy" in one_line(path)
 
 
-@pytest.mark.parametrize("wrong", [{"widths": 3}, {"kept": None}, {"widths": {"a": "8"}}, {"model": 7}])
+@pytest.mark.parametrize(
+    "wrong", [{"widths": 3}, {"kept": None}, {"widths": {"a": "8"}}, {"model": 7}, {"threads": "2"}]
+)
 def test_values_of_a_wrong_type_are_refused(tmp_path: Path, wrong: dict[str, object]) -> None:
     path = tmp_path / "policy.json"
     POLICY.save(path)

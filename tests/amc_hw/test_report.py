@@ -123,6 +123,16 @@ def test_without_the_table_the_rest_is_shown(here: Path, amc_hw: Callable) -> No
     assert "Not shown: no latency table" in page.text and "Channels kept" in page.text
 
 
+@pytest.mark.slow
+def test_with_another_networks_table_the_rest_is_shown(here: Path, amc_hw: Callable) -> None:
+    table = Path("latency_tables/fake.jsonl")
+    lines = [line for line in table.read_text().splitlines() if '"kind":"linear"' not in line]
+    table.write_text("\n".join(lines) + "\n")
+    assert amc_hw("report", "run").code == 0
+    page = Page(Path("run/report.html").read_text())
+    assert "Not shown: " in page.text and "has no measurement for linear" in page.text and "The search" in page.text
+
+
 def test_a_folder_that_is_no_run_is_a_line(tmp_path: Path, amc_hw: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     done = amc_hw("report", "nothing")

@@ -122,6 +122,37 @@ def test_pictures_that_cannot_be_made(amc_hw: Run) -> None:
     assert [path.name for path in Path().iterdir()] == ["latency_tables"]
 
 
+def test_a_table_without_operators_is_drawn_from_its_predictions(amc_hw: Run) -> None:
+    subject = api.open_subject(device="fake", model="resnet20")
+    api.profile(subject, way="networks", progress=lambda *_: None)
+    code, out, _ = amc_hw("table", "plot", "fake", "--out", "a.svg", "--json")
+    assert code == 0 and json.loads(out)["points"] == 0
+    assert "measured" not in "".join(ElementTree.parse("a.svg").getroot().itertext())
+
+
+def test_operators_that_differ_have_names_that_differ(amc_hw: Run) -> None:
+    table = LatencyTable.open(Path("latency_tables/fake.jsonl"), Identity("fake", "formula", "1"))
+    kernels = [dict(padding=(d, d), dilation=(d, d)) for d in (1, 2, 4)] + [dict(padding=(0, 0)), dict(groups=8)]
+    ops = [OpSpec("conv", (c,), 16, 16, c, (3, 3), **({"padding": (1, 1)} | k)) for k in kernels for c in (16, 32)]
+    table.append([Measurement("op", (1.0,), op=op) for op in ops])
+    names = [each["op"] for each in show_table("fake")["operators"]]
+    assert len(set(names)) == len(names) == 6
+    assert names[:2] == ["conv 16x16 k3x3 s1", "conv 16x16 k3x3 s1 d2x2"]
+    export_csv("fake", out=Path("a.csv"))
+    with Path("a.csv").open() as file:
+        assert len({tuple(line.values()) for line in csv.DictReader(file)}) == len(ops)
+
+
+def test_ones_own_table_of_another_identity_does_not_hide_the_shipped_one(here: Path) -> None:
+    subject = api.open_subject(device="pixel1", model="mobilenet_v1", threads=4)
+    LatencyTable.open(Path("latency_tables/pixel1.jsonl"), subject.target.identity())
+    with pytest.raises(UserError, match="pixel1 has several tables, name one"):
+        find_table("pixel1")
+    usual = api.open_subject(device="pixel1", model="mobilenet_v1")
+    copied = api._open_table(usual)
+    assert copied.path.match("latency_tables/pixel1@????????.jsonl") and len(copied.rows) == 180
+
+
 def test_merged_tables_hold_every_row_once_in_order(amc_hw: Run) -> None:
     first, second = board("a.jsonl"), board("b.jsonl")
     extra = Measurement("op", (0.5,), op=depthwise(128))
@@ -284,9 +315,10 @@ def test_a_csv_by_hand(amc_hw: Run) -> None:
     assert amc_hw("table", "export-csv", "t.jsonl", "--out", "t.csv")[1] == "t.csv: 2 rows\n"
     assert Path("t.csv").read_text().splitlines() == [
         "type,median_ms,samples,op,in_channels,out_channels,height,width,kernel,stride,activation,context,macs,params,"
-        "anchor_ms",
-        "op,0.5,3,conv,3,4,8,6,3x1,2x1,relu6,in_context,864,40,2.5",  # 3 * 3 * 4 at 4 x 6 outputs; 3 * 3 * 4 and 4
-        "op,0.1875,2,add,4+4,4,4,6,1x1,1x1,none,alone,0,0,",
+        "anchor_ms,padding,dilation,groups,fused_add",
+        # 3 * 3 * 4 at 4 x 6 outputs; 3 * 3 * 4 and 4
+        "op,0.5,3,conv,3,4,8,6,3x1,2x1,relu6,in_context,864,40,2.5,1x0,1x1,1,False",
+        "op,0.1875,2,add,4+4,4,4,6,1x1,1x1,none,alone,0,0,,0x0,1x1,1,False",
     ]
 
 

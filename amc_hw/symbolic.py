@@ -1,0 +1,119 @@
+"""A module as torch.fx sees it: its graph, and the same with batch-norms folded."""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from amc_hw.errors import UserError
+from amc_hw.models.channel_map import ChannelMap
+from amc_hw.specs import one_line
+
+#: As of `origin`: to import torchvision takes as long as PyTorch does, and many networks do without.
+PERMUTE = ("torchvision.ops.misc", "Permute")
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
+        # classes derived of them, too
+        leaves = ChannelMap | nn.Conv2d | nn.BatchNorm2d | nn.LayerNorm | nn.Linear
+        if isinstance(module, leaves) or origin(type(module)) == PERMUTE:
+            return True
+        return super().is_leaf_module(module, qualified_name)
+
+
+def trace_fx(module: nn.Module) -> fx.GraphModule:
+    """The fx graph of a module in eval mode; UserError where torch.fx cannot trace it.
+
+    Arguments of forward() that have a default keep it.
+    """
+    parameters = inspect.signature(module.forward).parameters.values()
+    if needed := [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]:
+        name = type(module).__name__
+        raise UserError(f"forward() of {name} needs the keyword argument {needed[0]!r}: give a factory that wraps it")
+    constants = {p.name: p.default for p in parameters if p.default is not p.empty}
+    try:
+        graph = _Tracer().trace(module, constants or None)
+        _drop_constants(graph, constants)
+        return fx.GraphModule(module, graph)
+    except Exception as error:  # tracing runs the user's forward: anything can be raised
+        reason = one_line(error)
+        raise UserError(
+            f"{type(module).__name__} cannot be traced by torch.fx ({reason}): give a factory that returns a module "
+            "whose forward() takes tensors only, by position, and does not branch on their values"
+        ) from error
+
+
+def _drop_constants(graph: fx.Graph, constants: Mapping[str, Any]) -> None:
+    """Without the inputs that are constants, and what torch.fx adds to check that they are."""
+    names = {node: str(node.target) for node in graph.nodes if node.op == "placeholder"}
+    doomed = {node for node, name in names.items() if name in constants or name.rpartition("_")[0] in constants}
+    for node in graph.nodes:
+        if node.all_input_nodes and doomed.issuperset(node.all_input_nodes):
+            doomed.add(node)
+    for node in reversed(list(graph.nodes)):
+        if node in doomed:
+            graph.erase_node(node)
+
+
+@contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    flags = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, flag in flags.items():
+            part.training = flag
+
+
+def batch_norm_affine(norm: nn.Module, *, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a batch-norm in eval mode multiplies by and adds, (channels,) each."""
+    assert isinstance(norm, nn.BatchNorm2d) and norm.running_var is not None and norm.running_mean is not None
+    scale = (norm.running_var.to(dtype) + norm.eps).rsqrt()
+    shift = torch.zeros_like(scale)
+    if norm.affine:
+        scale, shift = scale * norm.weight, norm.bias.to(dtype)
+    return scale, shift - scale * norm.running_mean
+
+
+def origin(thing: Any) -> tuple[str, str]:
+    """The module that a class or function was defined in, and its name there."""
+    return getattr(thing, "__module__", ""), getattr(thing, "__name__", "")
+
+
+def folded(module: nn.Module) -> nn.Module:
+    """A module in eval mode as it infers faster: batch-norms folded into the convolutions before them, all else shared.
+    The module itself where torch.fx cannot trace it."""
+    try:
+        traced = trace_fx(module)
+    except UserError:
+        return module
+    calls = Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
+    for node in list(traced.graph.nodes):
+        before = node.all_input_nodes[0] if node.op == "call_module" else None
+        if before is None or before.op != "call_module" or len(before.users) > 1:
+            continue
+        names = (str(before.target), str(node.target))
+        conv, norm = (traced.get_submodule(name) for name in names)
+        if type(conv) is not nn.Conv2d or type(norm) is not nn.BatchNorm2d or norm.running_mean is None:
+            continue
+        if norm.training or any(calls[name] > 1 for name in names) or any(map(_hooked, (conv, norm))):
+            continue
+        traced.set_submodule(names[0], fuse_conv_bn_eval(conv, norm))
+        node.replace_all_uses_with(before)
+        traced.graph.erase_node(node)
+    traced.delete_all_unused_submodules()
+    traced.recompile()
+    return traced
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
