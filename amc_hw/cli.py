@@ -66,6 +66,9 @@ _OPTIONS = {
     ),
     "evaluate": click.option("--evaluate", help="file.py:fn, model -> score (higher is better): your own task."),
     "calibrate": click.option("--calibrate", help="file.py:fn, yields inputs of the network, to refit with."),
+    "reward": click.option(
+        "--reward", default="err", show_default=True, help="err or distortion; flops, params, latency need no budget."
+    ),
     "refit": click.option(
         "--refit", default="faithful", show_default=True, help="How every policy tried is refitted: faithful or fast."
     ),
@@ -662,7 +665,7 @@ def measure(context: click.Context, as_json: bool, seed: int, max_ms: float | No
 @click.option("--flops-ratio", type=float, help="Budget: share of the unpruned MACs.")
 @click.option("--params-ratio", type=float, help="Budget: share of the unpruned parameters.")
 @click.option("--method", default="ddpg", show_default=True, help=f"auto, or one of {', '.join(api.METHODS)}.")
-@click.option("--reward", default="err", show_default=True, help="err; flops, params or latency need no budget.")
+@_options("reward")
 @click.option("--eval-device", default="cpu", show_default=True, help="Where networks are scored: cpu, cuda, cuda:1.")
 @_options("refit", "workers")
 @click.option(
@@ -751,7 +754,7 @@ def _search_lines(r: dict[str, Any]) -> list[str]:
 @click.option("--seeds", default="0", show_default=True, help="0,1,2 for intervals.")
 @click.option("--matched", is_flag=True, help="Beside each latency ratio a FLOPs budget of equal measured latency.")
 @click.option("--eval-device", default="cpu", show_default=True, help="Where networks are scored: cpu, cuda, cuda:1.")
-@_options("refit", "workers")
+@_options("reward", "refit", "workers")
 @click.option("--episodes", default=150, show_default=True, type=click.IntRange(1), help="Evaluations of each search.")
 @click.option("--slack", default=0.02, show_default=True, help="How far a measurement may exceed the budget.")
 @_options("expect")
@@ -780,7 +783,18 @@ def compare(
         numbers = tuple(int(part) for part in seeds.split(","))
     except ValueError:
         raise UserError(f"--seeds {seeds!r}: expected whole numbers such as 0,1,2") from None
-    names = ["data", "evaluate", "calibrate", "refit", "eval_device", "workers", "episodes", "slack", "expect_accuracy"]
+    names = [
+        "data",
+        "evaluate",
+        "calibrate",
+        "reward",
+        "refit",
+        "eval_device",
+        "workers",
+        "episodes",
+        "slack",
+        "expect_accuracy",
+    ]
     shared = api.SearchConfig(**{name: arguments.pop(name) for name in names})
     matched = arguments.pop("matched")
     config = api.CompareConfig(chosen, budgets, numbers, matched, shared, out)

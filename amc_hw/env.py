@@ -19,6 +19,7 @@ REWARDS: Mapping[str, tuple[str | None, Callable[[float, float], float]]] = {
     "flops": ("MACs", lambda error, cost: -error * math.log(cost)),
     "params": ("params", lambda error, cost: -error * math.log(cost)),
     "latency": ("ms", lambda error, cost: -error * math.log(1000 * cost)),  # microseconds: far above 1
+    "distortion": (None, lambda error, cost: -min(error, 1.0)),  # of the outputs, in place of the error
 }
 
 #: What the observation holds, in order (AMC, section 3.2).
@@ -59,7 +60,7 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         if not graph.groups:
             raise ValueError("the network has no channel group to decide on")
         unit, self._reward = REWARDS[reward]
-        self._by_error = unit is None
+        self._by_error, self._by_distortion = unit is None, reward == "distortion"
         self._reward_model = model if reward_model is None else reward_model
         if unit is not None and self._reward_model.unit != unit:
             raise ValueError(f"reward {reward!r} needs a cost in {unit}, not in {self._reward_model.unit}")
@@ -124,8 +125,8 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         """
         widths = tuple(widths)
         accuracy, distortion = Judged.of(self.evaluate(widths))
-        reward = self._reward(1.0 - accuracy, self._reward_model.cost(widths))
         lost = 1.0 - accuracy if distortion is None else distortion
+        reward = self._reward(lost if self._by_distortion else 1.0 - accuracy, self._reward_model.cost(widths))
         return {
             "widths": widths,
             "cost": self.model.cost(widths),

@@ -90,7 +90,7 @@ class SearchConfig:
         if not (self.slack >= 0 and math.isfinite(self.slack)):
             raise UserError(f"--slack {self.slack} must be a number of at least 0")
         given = [(name, getattr(self, name)) for name in BUDGETS if getattr(self, name) is not None]
-        if not given and self.reward != "err":
+        if not given and REWARDS[self.reward][0] is not None:
             if self.method != "auto" and METHODS[self.method].needs_budget:
                 raise UserError(f"--method {self.method} needs a budget; --reward {self.reward} is not one")
             return None

@@ -16,6 +16,7 @@ from amc_hw.errors import BudgetError
 from amc_hw.graph import build_graph, width_grid
 from amc_hw.models.load import load_model
 from amc_hw.resources import CostModel, Term, budget_from, macs_model, params_model
+from amc_hw.task import Judged
 
 
 def tiny():
@@ -33,7 +34,7 @@ FULL = CONV1 + CONV2 + LINEAR
 def make(budget=None, **options) -> PruningEnv:
     graph, model = tiny()
     budget = None if budget is None else budget_from(model, ratio=budget)
-    return PruningEnv(graph, model=model, budget=budget, evaluate=lambda widths: 0.75, **options)
+    return PruningEnv(graph, model=model, budget=budget, **{"evaluate": lambda widths: 0.75, **options})
 
 
 def test_a_whole_episode_by_hand():
@@ -77,7 +78,10 @@ def test_rewards():
     assert final(reward="latency", reward_model=latency) == pytest.approx(-0.25 * math.log(3500))
     with pytest.raises(ValueError, match="needs a cost in ms, not in MACs"):
         make(reward="latency")
-    with pytest.raises(ValueError, match="known: err, flops, params, latency"):
+    assert final(reward="distortion") == -0.25  # the error, where no distortion is known
+    for distortion, worth in ((0.1, -0.1), (7.0, -1.0)):
+        assert final(reward="distortion", evaluate=lambda widths, d=distortion: Judged(0.75, d)) == worth
+    with pytest.raises(ValueError, match="known: err, flops, params, latency, distortion"):
         make(reward="speed")
 
 

@@ -824,6 +824,18 @@ def test_a_method_that_needs_a_budget_says_so(here: Path, amc_hw: Callable, meth
     assert done.code == 2 and f"--method {method} needs a budget" in done.mistake
 
 
+def test_distortion_alone_is_no_budget(here: Path, amc_hw: Callable) -> None:
+    done = amc_hw(*SEARCH, "--reward", "distortion")
+    assert done.code == 2 and "give one of --latency-ms" in done.mistake
+    done = amc_hw("compare", *SEARCH[1:-2], "--methods", "ddpg", "--reward", "distortion", "--latency-ratio", "0.6",
+                  "--episodes", "6", "--out", "both", "--json")  # fmt: skip
+    assert done.code == 0, done.err
+    assert (
+        json.loads(next(Path("both").glob("ddpg-*/metrics.jsonl")).read_text().splitlines()[0])["reward"]
+        == "distortion"
+    )
+
+
 def test_auto_without_a_budget_is_a_method_that_needs_none(here: Path, amc_hw: Callable) -> None:
     done = amc_hw(*SEARCH, "--reward", "flops", "--method", "auto", "--out", "run")
     assert done.code == 0, done.err
