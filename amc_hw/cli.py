@@ -2,182 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import os
 import sys
-import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import click
 
 from amc_hw import api
+from amc_hw.console import PATH, SUBJECT, TASK, Group, Progress, options, show
 from amc_hw.errors import UserError
 from amc_hw.settings import FILE, read_settings, record_settings, write_settings
 
 
-def _shape(_context: Any, _parameter: Any, value: str | None) -> tuple[int, ...] | None:
-    if value is None:
-        return None
-    try:
-        return tuple(int(part) for part in value.lower().split("x"))
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is not a shape such as 1x3x224x224") from None
-
-
-_PATH = click.Path(path_type=Path)
-_OPTIONS = {
-    "json": click.option("--json", "as_json", is_flag=True, help="Data on stdout, talk on stderr."),
-    "device": click.option("--device", default="host", show_default=True, help="A name from `amc-hw devices`."),
-    "model": click.option(
-        "--model", default=api.DEFAULT_MODEL, show_default=True, help="NAME[?key=value], FILE.py:FN."
-    ),
-    "input": click.option("--input", "input_shape", callback=_shape, help="Input shape, such as 1x3x224x224."),
-    "threads": click.option(
-        "--threads", type=click.IntRange(1), help="Of the runtime; default: the device's or policy's."
-    ),
-    "serial": click.option(
-        "--serial",
-        "serials",
-        multiple=True,
-        help="Of a phone, or HOST:PORT; default: ANDROID_SERIAL, or the only one. Repeatable: profile uses them all.",
-    ),
-    "dtype": click.option("--dtype", type=click.Choice(api.DTYPES), help="Of the network on the device."),
-    "multiple": click.option("--channel-multiple", type=click.IntRange(1), help="Widths are multiples of it."),
-    "floor": click.option("--floor", default=0.2, show_default=True, help="Smallest fraction of channels kept."),
-    "keep": click.option("--keep", multiple=True, help="Modules left at full width, such as 'head.*'; repeatable."),
-    "seed": click.option(
-        "--seed",
-        default=0,
-        show_default=True,
-        type=click.IntRange(0, 2**63 - 1),
-        help="Of whatever is drawn at random.",
-    ),
-    "widths": click.option("--widths", help="24,48,... one per group, or conv1=24,..."),
-    "policy": click.option("--policy", type=_PATH, help="A policy.json of a search, in place of --model and --widths."),
-    "checkpoint": click.option("--checkpoint", type=_PATH, help="Trained weights (a state dict)."),
-    "data": click.option(
-        "--data", default=api.DEFAULT_DATA, show_default=True, help="digits, imagefolder:PATH, cifar10:PATH, npz:PATH."
-    ),
-    "evaluate": click.option("--evaluate", help="file.py:fn, model -> score (higher is better): your own task."),
-    "calibrate": click.option("--calibrate", help="file.py:fn, yields inputs of the network, to refit with."),
-    "reward": click.option(
-        "--reward", default="err", show_default=True, help="err or distortion; flops, params, latency need no budget."
-    ),
-    "refit": click.option(
-        "--refit", default="faithful", show_default=True, help="How every policy tried is refitted: faithful or fast."
-    ),
-    "workers": click.option("--workers", default=1, show_default=True, help="Processes that score policies."),
-    "expect": click.option(
-        "--expect-accuracy", type=float, help="Stop where the unpruned held-out accuracy is more than 0.01 from this."
-    ),
-    "dry": click.option("--dry-run", is_flag=True, help="Say what would be done and how long it takes."),
-}
-
-
-def _options(*names: str) -> Callable[[Any], Any]:
-    def add(command: Any) -> Any:
-        for name in reversed(names):
-            command = _OPTIONS[name](command)
-        return command
-
-    return add
-
-
-SUBJECT = ("device", "serial", "model", "input", "threads", "dtype", "multiple", "floor", "keep")
-TASK = ("data", "evaluate", "calibrate")
-
-
-_STDOUT = "amc_hw.stdout"
-
-
-@contextmanager
-def _result_alone() -> Iterator[TextIO]:
-    """A file for the result on standard output; what a user's own code and libraries, in C too, print there is talk."""
-    out = sys.stdout
-    try:
-        real = out.fileno() == 1
-    except (OSError, ValueError):  # whoever calls us keeps it for himself
-        real = False
-    if not real:
-        with redirect_stdout(sys.stderr):
-            yield out
-        return
-    out.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        with (
-            redirect_stdout(sys.stderr),
-            os.fdopen(os.dup(kept), "w", encoding=out.encoding, errors=out.errors) as file,
-        ):
-            yield file
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
-
-
-class _Command(click.Command):
-    """Standard output holds the result alone."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        with _result_alone() as ctx.meta[_STDOUT]:
-            return super().invoke(ctx)
-
-
-class _Group(click.Group):
-    command_class = _Command
-    group_class = type
-
-
-def _print(result: dict[str, Any], as_json: bool, lines: Callable[[dict[str, Any]], list[str]]) -> None:
-    text = json.dumps(result) if as_json else "\n".join(lines(result))
-    click.echo(text, file=click.get_current_context().meta.get(_STDOUT))
-
-
-class _Progress:
-    """A line on a terminal, with the time that is left; elsewhere what is said for the first time, and a line now and
-    then."""
-
-    EVERY_S = 30.0
-
-    def __init__(self) -> None:
-        self.start, self.said = time.monotonic(), ""
-        self.last, self.before, self.total = self.start, 0, 0
-        self.terminal = sys.stderr.isatty()
-
-    def __call__(self, done: int, total: int, text: str) -> None:
-        now = time.monotonic()
-        if done == 0 or total != self.total:  # another part of the work
-            self.start, self.before, self.total = now, done or -1, total
-        elif self.before < 0:  # what was done before the clock was set: a part may go on in its middle
-            self.before = done - 1
-        made = done - self.before if done else 0
-        left = f"{(now - self.start) / made * (total - done):.0f} s left" if made else ""
-        if not self.terminal:
-            if done == 0 and text != self.said:
-                self.said = text
-                click.echo(text, err=True)
-            elif done and now - self.last >= self.EVERY_S:
-                click.echo(f"{done}/{total}{left and f', {left}'}: {text}", err=True)
-            else:
-                return
-            self.last = now
-            return
-        filled = 30 * done // max(total, 1)
-        click.echo(f"\r\x1b[K[{'#' * filled:<30}] {done}/{total} {left} {text}", err=True, nl=False)
-        if done == total:
-            click.echo(err=True)
-
-
-def _subject(arguments: dict[str, Any], **options: Any) -> api.Subject:
+def _subject(arguments: dict[str, Any], **more: Any) -> api.Subject:
     names = ("device", "serials", "model", "input_shape", "threads", "dtype", "channel_multiple", "floor", "keep")
-    return api.open_subject(**{name: arguments.pop(name) for name in names}, **options)
+    return api.open_subject(**{name: arguments.pop(name) for name in names}, **more)
 
 
 def _typed(context: click.Context, name: str) -> bool:
@@ -221,11 +63,11 @@ def _subject_and_widths(
         return subject, None if widths is None else subject.graph.parse_widths(widths), None
     arguments.pop("keep")
     _leave_out(context, "--policy", "model", "widths", "input_shape", "keep")
-    options = {name: arguments.pop(name) for name in ("serials", "threads", "dtype", "channel_multiple", "floor")}
-    return api.open_policy(policy, device=arguments["device"] if _typed(context, "device") else None, **options)
+    chosen = {name: arguments.pop(name) for name in ("serials", "threads", "dtype", "channel_multiple", "floor")}
+    return api.open_policy(policy, device=arguments["device"] if _typed(context, "device") else None, **chosen)
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="amc-hw")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.pass_context
@@ -242,7 +84,7 @@ def cli(context: click.Context, debug: bool) -> None:
 
 
 @cli.command()
-@_options("device", "model", "checkpoint", *TASK, "seed", "json")
+@options("device", "model", "checkpoint", *TASK, "seed", "json")
 @click.pass_context
 def init(context: click.Context, as_json: bool, **values: Any) -> None:
     """Write amc-hw.toml: what the commands take when a flag is not given.
@@ -259,11 +101,11 @@ def init(context: click.Context, as_json: bool, **values: Any) -> None:
     api.load_device(values["device"])
     values["checkpoint"] = str(values["checkpoint"]) if values["checkpoint"] else None
     write_settings({key: value for key, value in values.items() if value is not None})
-    _print({"file": str(FILE)}, as_json, lambda r: [f"wrote {r['file']}; next: amc-hw profile"])
+    show({"file": str(FILE)}, as_json, lambda r: [f"wrote {r['file']}; next: amc-hw profile"])
 
 
 @cli.group(invoke_without_command=True)
-@_options("json")
+@options("json")
 @click.pass_context
 def devices(context: click.Context, as_json: bool) -> None:
     """List devices and their tables.
@@ -273,7 +115,7 @@ def devices(context: click.Context, as_json: bool) -> None:
     amc-hw devices check host
     """
     if context.invoked_subcommand is None:
-        _print(
+        show(
             api.list_devices(),
             as_json,
             lambda r: [
@@ -284,7 +126,7 @@ def devices(context: click.Context, as_json: bool) -> None:
 
 @devices.command("check")
 @click.argument("name")
-@_options("serial", "json")
+@options("serial", "json")
 @click.pass_context
 def check_device(context: click.Context, name: str, serials: tuple[str, ...], as_json: bool) -> None:
     """What is there and what is missing on a device.
@@ -293,7 +135,7 @@ def check_device(context: click.Context, name: str, serials: tuple[str, ...], as
     amc-hw devices check host-litert
     """
     result = api.check_device(name, serials=serials)
-    _print(result, as_json, _probe_lines)
+    show(result, as_json, _probe_lines)
     context.exit(0 if result["ok"] else 3)
 
 
@@ -303,8 +145,8 @@ def _probe_lines(r: dict[str, Any]) -> list[str]:
 
 @devices.command("setup")
 @click.argument("name")
-@click.option("--binary", type=_PATH, help="The runner's program, built for the device.")
-@_options("serial", "json")
+@click.option("--binary", type=PATH, help="The runner's program, built for the device.")
+@options("serial", "json")
 @click.pass_context
 def setup_device(
     context: click.Context, name: str, binary: Path | None, serials: tuple[str, ...], as_json: bool
@@ -315,24 +157,24 @@ def setup_device(
     amc-hw devices setup pixel --binary android_aarch64_benchmark_model
     """
     result = api.setup_device(name, binary=binary, serials=serials)
-    _print(result, as_json, _probe_lines)
+    show(result, as_json, _probe_lines)
     context.exit(0 if result["ok"] else 3)
 
 
 @devices.command("clean")
 @click.argument("name")
-@_options("serial", "json")
+@options("serial", "json")
 def clean_device(name: str, serials: tuple[str, ...], as_json: bool) -> None:
     """Remove all that was put on a phone or board.
 
     \b
     amc-hw devices clean pixel
     """
-    _print(api.clean_device(name, serials=serials), as_json, lambda r: [f"removed {r['removed']} from {r['device']}"])
+    show(api.clean_device(name, serials=serials), as_json, lambda r: [f"removed {r['removed']} from {r['device']}"])
 
 
 @cli.command()
-@_options("model", "input", "keep", "device", "json")
+@options("model", "input", "keep", "device", "json")
 def graph(model: str, input_shape: tuple[int, ...] | None, keep: tuple[str, ...], device: str, as_json: bool) -> None:
     """Channel groups, their order and widths; what is frozen, why, and how much of the latency it locks.
 
@@ -342,7 +184,7 @@ def graph(model: str, input_shape: tuple[int, ...] | None, keep: tuple[str, ...]
     amc-hw graph --model torchvision:resnet18
     amc-hw graph --model torchvision:resnet18 --keep 'layer1.*'
     """
-    _print(
+    show(
         api.describe_graph(model, input_shape=input_shape, keep=keep, device=device),
         as_json,
         lambda r: [
@@ -359,9 +201,9 @@ def _locked(frozen: dict[str, Any]) -> str:
 
 
 @cli.command()
-@_options(*SUBJECT, "seed", "checkpoint", *TASK, "json")
+@options(*SUBJECT, "seed", "checkpoint", *TASK, "json")
 @click.option("--episodes", default=400, show_default=True, type=click.IntRange(1), help="Of the search to come.")
-@_options("refit", "workers", "expect")
+@options("refit", "workers", "expect")
 @click.pass_context
 def check(context: click.Context, as_json: bool, checkpoint: Path | None, **arguments: Any) -> None:
     """In a minute what to know before a long run: accuracy, groups, what is frozen, what profile and search will take.
@@ -374,7 +216,7 @@ def check(context: click.Context, as_json: bool, checkpoint: Path | None, **argu
     names = (*TASK, "episodes", "refit", "workers", "expect_accuracy", "seed")
     task = {name: arguments.pop(name) for name in names}
     checkpoint = api.checkpoint_for(arguments["model"], task["data"], checkpoint)
-    _print(api.check_network(_subject(arguments, checkpoint=checkpoint), **task), as_json, _check_lines)
+    show(api.check_network(_subject(arguments, checkpoint=checkpoint), **task), as_json, _check_lines)
 
 
 def _check_lines(r: dict[str, Any]) -> list[str]:
@@ -399,7 +241,7 @@ def _search_time(r: dict[str, Any]) -> str:
 
 
 @cli.command()
-@_options(*SUBJECT, "seed", "dry", "json")
+@options(*SUBJECT, "seed", "dry", "json")
 @click.option(
     "--tolerance",
     default=api.TOLERANCE_PCT,
@@ -432,18 +274,16 @@ def profile(
     chosen = {name: arguments[name] for name in ("device", "model")}
     subject = _subject(arguments)
     if dry_run:
-        _print(
+        show(
             api.plan_profile(subject, seed=seed, way=way),
             as_json,
             lambda r: [f"{r['table']}: {r['steps']} measurements to make, about {r['minutes']:.1f} minutes"],
         )
         return
-    result = api.profile(
-        subject, seed=seed, tolerance=tolerance, max_minutes=max_minutes, way=way, progress=_Progress()
-    )
+    result = api.profile(subject, seed=seed, tolerance=tolerance, max_minutes=max_minutes, way=way, progress=Progress())
     if recorded := record_settings(chosen):
         click.echo(f"{', '.join(recorded)} recorded in {FILE}: the commands that follow need no flags for it", err=True)
-    _print(result, as_json, _profile_lines)
+    show(result, as_json, _profile_lines)
 
 
 def _profile_lines(r: dict[str, Any]) -> list[str]:
@@ -457,17 +297,17 @@ def _profile_lines(r: dict[str, Any]) -> list[str]:
 
 
 @cli.command()
-@_options(*SUBJECT, "seed", "json")
+@options(*SUBJECT, "seed", "json")
 @click.option("--samples", default=20, show_default=True, help="Random networks to time.")
-@click.option("--plot", type=_PATH, help="A .svg or .png file: predicted against measured.")
+@click.option("--plot", type=PATH, help="A .svg or .png file: predicted against measured.")
 def validate(as_json: bool, seed: int, samples: int, plot: Path | None, **arguments: Any) -> None:
     """Predicted against measured latency on fresh random pruned networks.
 
     \b
     amc-hw validate --device host --model mobilenet_v1 --samples 30
     """
-    result = api.validate(_subject(arguments), samples=samples, seed=seed, plot=plot, progress=_Progress())
-    _print(
+    result = api.validate(_subject(arguments), samples=samples, seed=seed, plot=plot, progress=Progress())
+    show(
         result,
         as_json,
         lambda r: [
@@ -492,14 +332,14 @@ def table() -> None:
 
 
 @table.command("list")
-@_options("json")
+@options("json")
 def table_list(as_json: bool) -> None:
     """Every table there is: your own, then the shipped ones.
 
     \b
     amc-hw table list
     """
-    _print(
+    show(
         api.list_tables(),
         as_json,
         lambda r: [
@@ -516,14 +356,14 @@ def _counted(rows: dict[str, int]) -> str:
 
 @table.command("show")
 @click.argument("name")
-@_options("json")
+@options("json")
 def table_show(name: str, as_json: bool) -> None:
     """What a table holds, and how well it predicts. NAME: a device, or a file.
 
     \b
     amc-hw table show pixel1
     """
-    _print(api.show_table(name), as_json, _table_lines)
+    show(api.show_table(name), as_json, _table_lines)
 
 
 def _table_lines(r: dict[str, Any]) -> list[str]:
@@ -545,15 +385,15 @@ def _table_lines(r: dict[str, Any]) -> list[str]:
 @table.command("plot")
 @click.argument("name")
 @click.option("--op", help="A part of the operator's name in `table show`; default: the slowest.")
-@click.option("--out", type=_PATH, required=True, help="A .svg or .png file.")
-@_options("json")
+@click.option("--out", type=PATH, required=True, help="A .svg or .png file.")
+@options("json")
 def table_plot(name: str, op: str | None, out: Path, as_json: bool) -> None:
     """Latency of one operator against its width: the staircase.
 
     \b
     amc-hw table plot pixel1 --op "conv 14x14" --out staircase.svg
     """
-    _print(
+    show(
         api.plot_table(name, op=op, out=out),
         as_json,
         lambda r: [f"{r['file']}: {r['op']}, {r['points']} measured widths"],
@@ -561,34 +401,34 @@ def table_plot(name: str, op: str | None, out: Path, as_json: bool) -> None:
 
 
 @table.command("merge")
-@click.argument("paths", nargs=-1, required=True, type=_PATH)
-@click.option("--out", type=_PATH, required=True, help="The new file.")
-@_options("json")
+@click.argument("paths", nargs=-1, required=True, type=PATH)
+@click.option("--out", type=PATH, required=True, help="The new file.")
+@options("json")
 def table_merge(paths: tuple[Path, ...], out: Path, as_json: bool) -> None:
     """One table of several of one identity.
 
     \b
     amc-hw table merge mine.jsonl yours.jsonl --out both.jsonl
     """
-    _print(api.merge_tables(paths, out=out), as_json, lambda r: [f"{r['file']}: {r['rows']} rows"])
+    show(api.merge_tables(paths, out=out), as_json, lambda r: [f"{r['file']}: {r['rows']} rows"])
 
 
 @table.command("export-csv")
 @click.argument("name")
-@click.option("--out", type=_PATH, required=True, help="The file to write.")
-@_options("json")
+@click.option("--out", type=PATH, required=True, help="The file to write.")
+@options("json")
 def table_csv(name: str, out: Path, as_json: bool) -> None:
     """Every row as comma-separated values.
 
     \b
     amc-hw table export-csv pixel1 --out pixel1.csv
     """
-    _print(api.export_csv(name, out=out), as_json, lambda r: [f"{r['file']}: {r['rows']} rows"])
+    show(api.export_csv(name, out=out), as_json, lambda r: [f"{r['file']}: {r['rows']} rows"])
 
 
 @cli.command("import-log")
-@click.argument("logs", nargs=-1, required=True, type=_PATH)
-@_options(*SUBJECT, "widths", "json")
+@click.argument("logs", nargs=-1, required=True, type=PATH)
+@options(*SUBJECT, "widths", "json")
 def import_log(as_json: bool, widths: str | None, logs: tuple[Path, ...], **arguments: Any) -> None:
     """Add rows to a table from logs of TFLite's benchmark_model, all of one network.
 
@@ -598,7 +438,7 @@ def import_log(as_json: bool, widths: str | None, logs: tuple[Path, ...], **argu
     """
     subject = _subject(arguments)
     chosen = None if widths is None else subject.graph.parse_widths(widths)
-    _print(
+    show(
         api.import_log(subject, chosen, logs),
         as_json,
         lambda r: [
@@ -613,7 +453,7 @@ def import_log(as_json: bool, widths: str | None, logs: tuple[Path, ...], **argu
 
 
 @cli.command()
-@_options(*SUBJECT, "widths", "policy", "json")
+@options(*SUBJECT, "widths", "policy", "json")
 @click.pass_context
 def predict(context: click.Context, as_json: bool, **arguments: Any) -> None:
     """End-to-end latency from the table alone.
@@ -624,7 +464,7 @@ def predict(context: click.Context, as_json: bool, **arguments: Any) -> None:
     subject, widths, _ = _subject_and_widths(context, arguments)
     result = api.predict(subject, widths)
     error = "unknown error" if result["error_pct"] is None else f"90% within {result['error_pct']:.1f}%"
-    _print(
+    show(
         result,
         as_json,
         lambda r: [f"{r['predicted_ms']:.4f} ms predicted ({error}): {r['predicted_speedup']:.2f}x"],
@@ -632,7 +472,7 @@ def predict(context: click.Context, as_json: bool, **arguments: Any) -> None:
 
 
 @cli.command()
-@_options(*SUBJECT, "widths", "policy", "seed", "json")
+@options(*SUBJECT, "widths", "policy", "seed", "json")
 @click.option("--max-ms", type=click.FloatRange(0, min_open=True), help="Exit 4 where the pruned network is slower.")
 @click.pass_context
 def measure(context: click.Context, as_json: bool, seed: int, max_ms: float | None, **arguments: Any) -> None:
@@ -645,7 +485,7 @@ def measure(context: click.Context, as_json: bool, seed: int, max_ms: float | No
     subject, widths, module = _subject_and_widths(context, arguments)
     result = api.measure(subject, widths or subject.graph.full_widths, module=module, seed=seed)
     low, high = result["speedup_ci95"]
-    _print(
+    show(
         result,
         as_json,
         lambda r: [
@@ -659,15 +499,15 @@ def measure(context: click.Context, as_json: bool, seed: int, max_ms: float | No
 
 
 @cli.command()
-@_options(*SUBJECT, "seed", "checkpoint", *TASK, "dry", "json")
+@options(*SUBJECT, "seed", "checkpoint", *TASK, "dry", "json")
 @click.option("--latency-ms", type=float, help="Budget: measured milliseconds.")
 @click.option("--latency-ratio", type=float, help="Budget: measured share of the unpruned latency.")
 @click.option("--flops-ratio", type=float, help="Budget: share of the unpruned MACs.")
 @click.option("--params-ratio", type=float, help="Budget: share of the unpruned parameters.")
 @click.option("--method", default="ddpg", show_default=True, help=f"auto, or one of {', '.join(api.METHODS)}.")
-@_options("reward")
+@options("reward")
 @click.option("--eval-device", default="cpu", show_default=True, help="Where networks are scored: cpu, cuda, cuda:1.")
-@_options("refit", "workers")
+@options("refit", "workers")
 @click.option(
     "--episodes",
     default=400,
@@ -676,9 +516,9 @@ def measure(context: click.Context, as_json: bool, seed: int, max_ms: float | No
     help="Policies to try; the agent wants 10 a group.",
 )
 @click.option("--slack", default=0.02, show_default=True, help="How far a measurement may exceed the budget.")
-@_options("expect")
-@click.option("--from-policy", type=_PATH, help="Go on from a pruned, perhaps fine-tuned network: a policy.json.")
-@click.option("--out", type=_PATH, help="Folder of the run; an interrupted one goes on.")
+@options("expect")
+@click.option("--from-policy", type=PATH, help="Go on from a pruned, perhaps fine-tuned network: a policy.json.")
+@click.option("--out", type=PATH, help="Folder of the run; an interrupted one goes on.")
 @click.pass_context
 def search(
     context: click.Context,
@@ -709,14 +549,14 @@ def search(
         raise UserError("--from-policy has weights of its own: leave --checkpoint out")
     subject = _subject(arguments, checkpoint=checkpoint, start=from_policy)
     if dry_run:
-        _print(
+        show(
             api.plan_search(subject, config),
             as_json,
             lambda r: [f"{r['groups']} groups, {_search_time(r)}: about {r['minutes']:.1f} minutes"],
         )
         return
-    result = api.search(subject, config, progress=_Progress())
-    _print(result, as_json, _search_lines)
+    result = api.search(subject, config, progress=Progress())
+    show(result, as_json, _search_lines)
 
 
 def _search_lines(r: dict[str, Any]) -> list[str]:
@@ -745,7 +585,7 @@ def _search_lines(r: dict[str, Any]) -> list[str]:
 
 
 @cli.command()
-@_options(*SUBJECT, "checkpoint", *TASK, "json")
+@options(*SUBJECT, "checkpoint", *TASK, "json")
 @click.option("--latency-ms", "latency_ms", type=float, multiple=True, help="A budget; all of these are repeatable.")
 @click.option("--latency-ratio", "latency_ratio", type=float, multiple=True, help="A budget.")
 @click.option("--flops-ratio", "flops_ratio", type=float, multiple=True, help="A budget.")
@@ -754,11 +594,11 @@ def _search_lines(r: dict[str, Any]) -> list[str]:
 @click.option("--seeds", default="0", show_default=True, help="0,1,2 for intervals.")
 @click.option("--matched", is_flag=True, help="Beside each latency ratio a FLOPs budget of equal measured latency.")
 @click.option("--eval-device", default="cpu", show_default=True, help="Where networks are scored: cpu, cuda, cuda:1.")
-@_options("reward", "refit", "workers")
+@options("reward", "refit", "workers")
 @click.option("--episodes", default=150, show_default=True, type=click.IntRange(1), help="Evaluations of each search.")
 @click.option("--slack", default=0.02, show_default=True, help="How far a measurement may exceed the budget.")
-@_options("expect")
-@click.option("--out", type=_PATH, default=Path("runs/compare"), show_default=True, help="An interrupted one goes on.")
+@options("expect")
+@click.option("--out", type=PATH, default=Path("runs/compare"), show_default=True, help="An interrupted one goes on.")
 @click.pass_context
 def compare(
     context: click.Context,
@@ -799,8 +639,8 @@ def compare(
     matched = arguments.pop("matched")
     config = api.CompareConfig(chosen, budgets, numbers, matched, shared, out)
     checkpoint = api.checkpoint_for(arguments["model"], shared.data or "", checkpoint)
-    result = api.compare(_subject(arguments, checkpoint=checkpoint), config, progress=_Progress())
-    _print(result, as_json, _compare_lines)
+    result = api.compare(_subject(arguments, checkpoint=checkpoint), config, progress=Progress())
+    show(result, as_json, _compare_lines)
     context.exit(0 if any(row["feasible"] for row in result["rows"]) else 4)
 
 
@@ -816,9 +656,9 @@ def _compare_lines(r: dict[str, Any]) -> list[str]:
 
 
 @cli.command()
-@click.argument("runs", type=_PATH, nargs=-1, required=True)
-@_options("json")
-@click.option("--out", type=_PATH, help="The page to write, of one run; default: report.html in its folder.")
+@click.argument("runs", type=PATH, nargs=-1, required=True)
+@options("json")
+@click.option("--out", type=PATH, help="The page to write, of one run; default: report.html in its folder.")
 def report(runs: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
     """One HTML page per folder of a search or comparison: what was found, on which evidence, how to make it again.
 
@@ -829,17 +669,17 @@ def report(runs: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
     if out is not None and len(runs) > 1:
         raise UserError("--out names the page of one run, several are given: leave it out")
     files = [api.write_report(run, out)["file"] for run in runs]
-    _print({"file": files[0], "files": files}, as_json, lambda r: [f"wrote {file}" for file in r["files"]])
+    show({"file": files[0], "files": files}, as_json, lambda r: [f"wrote {file}" for file in r["files"]])
 
 
 @cli.command()
-@click.option("--policy", type=_PATH, required=True, help="A policy.json of a search.")
+@click.option("--policy", type=PATH, required=True, help="A policy.json of a search.")
 @click.option("--format", "file_format", type=click.Choice(api.FORMATS), required=True, help="Of the file.")
-@click.option("--out", type=_PATH, required=True, help="The file to write.")
+@click.option("--out", type=PATH, required=True, help="The file to write.")
 @click.option("--data", help="Images to check with; default: those of the search.")
 @click.option("--batch", default=1, show_default=True, type=click.IntRange(1), help="Images that the file takes.")
 @click.option("--int8", is_flag=True, help="Quantized after training, calibrated on the data.")
-@_options("json")
+@options("json")
 @click.pass_context
 def export(context: click.Context, as_json: bool, data: str | None, **arguments: Any) -> None:
     """Write the pruned network, checked against PyTorch.
@@ -849,7 +689,7 @@ def export(context: click.Context, as_json: bool, data: str | None, **arguments:
     amc-hw export --policy runs/.../policy.json --format tflite --int8 --out small.tflite
     """
     data = data if _typed(context, "data") else None
-    _print(api.export(**arguments, data=data), as_json, _export_lines)
+    show(api.export(**arguments, data=data), as_json, _export_lines)
 
 
 def _export_lines(r: dict[str, Any]) -> list[str]:
@@ -860,11 +700,9 @@ def _export_lines(r: dict[str, Any]) -> list[str]:
 
 
 @cli.command()
-@click.option("--policy", type=_PATH, required=True, help="A policy.json of a search.")
+@click.option("--policy", type=PATH, required=True, help="A policy.json of a search.")
 @click.option("--data", help="Images with labels; default: those of the search.")
-@click.option(
-    "--checkpoint", type=_PATH, help="Of the unpruned network: reported beside, and the teacher of --distill."
-)
+@click.option("--checkpoint", type=PATH, help="Of the unpruned network: reported beside, and the teacher of --distill.")
 @click.option("--epochs", default=30, show_default=True, type=click.IntRange(1), help="Over the training split.")
 @click.option("--lr", default=0.05, show_default=True, help="Largest learning rate; a cosine takes it to zero.")
 @click.option(
@@ -878,8 +716,8 @@ def _export_lines(r: dict[str, Any]) -> list[str]:
 @click.option(
     "--precision", default="no", show_default=True, type=click.Choice(api.PRECISIONS), help="Mixed precision."
 )
-@click.option("--out", type=_PATH, help="Folder of the run; an interrupted one goes on.")
-@_options("seed", "json")
+@click.option("--out", type=PATH, help="Folder of the run; an interrupted one goes on.")
+@options("seed", "json")
 @click.pass_context
 def finetune(context: click.Context, as_json: bool, policy: Path, **arguments: Any) -> None:
     """Train the pruned network to get accuracy back. Many GPUs: run it under torchrun or `accelerate launch`.
@@ -890,8 +728,8 @@ def finetune(context: click.Context, as_json: bool, policy: Path, **arguments: A
     """
     for name in ("data", "checkpoint"):  # amc-hw.toml is of another network, perhaps: the policy says what it is
         arguments[name] = arguments[name] if _typed(context, name) else None
-    result = api.finetune(policy, api.FinetuneConfig(**arguments), progress=_Progress())
-    _print(result, as_json, _finetune_lines)
+    result = api.finetune(policy, api.FinetuneConfig(**arguments), progress=Progress())
+    show(result, as_json, _finetune_lines)
 
 
 def _finetune_lines(r: dict[str, Any]) -> list[str]:

@@ -26,7 +26,7 @@ import torch
 
 from amc_hw import api
 from amc_hw import cli as command_line
-from amc_hw.cli import _Progress
+from amc_hw.console import Progress
 from amc_hw.runs import alone_in
 from amc_hw.search.loop import AUTO, FREE
 
@@ -872,7 +872,7 @@ def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_progress_without_a_terminal_is_a_line_now_and_then(
     now: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    progress = _Progress()
+    progress = Progress()
     for done in range(8):
         progress(done, 8, "begun" if done == 0 else "best accuracy 0.9")
         now[0] += 10
@@ -887,7 +887,7 @@ def test_the_time_that_is_left_is_of_what_was_done_since_the_clock_was_set(
     now: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As in a fine-tuning, which says 0 at the end of every epoch, and goes on in the middle of a run."""
-    progress = _Progress()
+    progress = Progress()
     for done in range(101, 105):
         now[0] += 10
         progress(done, 200, "epoch 2")

@@ -1,0 +1,173 @@
+"""What all commands share: options by name, standard output kept for the result, progress on standard error."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any, TextIO
+
+import click
+
+from amc_hw import api
+
+
+def _shape(_context: Any, _parameter: Any, value: str | None) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    try:
+        return tuple(int(part) for part in value.lower().split("x"))
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not a shape such as 1x3x224x224") from None
+
+
+PATH = click.Path(path_type=Path)
+_OPTIONS = {
+    "json": click.option("--json", "as_json", is_flag=True, help="Data on stdout, talk on stderr."),
+    "device": click.option("--device", default="host", show_default=True, help="A name from `amc-hw devices`."),
+    "model": click.option(
+        "--model", default=api.DEFAULT_MODEL, show_default=True, help="NAME[?key=value], FILE.py:FN."
+    ),
+    "input": click.option("--input", "input_shape", callback=_shape, help="Input shape, such as 1x3x224x224."),
+    "threads": click.option(
+        "--threads", type=click.IntRange(1), help="Of the runtime; default: the device's or policy's."
+    ),
+    "serial": click.option(
+        "--serial",
+        "serials",
+        multiple=True,
+        help="Of a phone, or HOST:PORT; default: ANDROID_SERIAL, or the only one. Repeatable: profile uses them all.",
+    ),
+    "dtype": click.option("--dtype", type=click.Choice(api.DTYPES), help="Of the network on the device."),
+    "multiple": click.option("--channel-multiple", type=click.IntRange(1), help="Widths are multiples of it."),
+    "floor": click.option("--floor", default=0.2, show_default=True, help="Smallest fraction of channels kept."),
+    "keep": click.option("--keep", multiple=True, help="Modules left at full width, such as 'head.*'; repeatable."),
+    "seed": click.option(
+        "--seed",
+        default=0,
+        show_default=True,
+        type=click.IntRange(0, 2**63 - 1),
+        help="Of whatever is drawn at random.",
+    ),
+    "widths": click.option("--widths", help="24,48,... one per group, or conv1=24,..."),
+    "policy": click.option("--policy", type=PATH, help="A policy.json of a search, in place of --model and --widths."),
+    "checkpoint": click.option("--checkpoint", type=PATH, help="Trained weights (a state dict)."),
+    "data": click.option(
+        "--data", default=api.DEFAULT_DATA, show_default=True, help="digits, imagefolder:PATH, cifar10:PATH, npz:PATH."
+    ),
+    "evaluate": click.option("--evaluate", help="file.py:fn, model -> score (higher is better): your own task."),
+    "calibrate": click.option("--calibrate", help="file.py:fn, yields inputs of the network, to refit with."),
+    "reward": click.option(
+        "--reward", default="err", show_default=True, help="err or distortion; flops, params, latency need no budget."
+    ),
+    "refit": click.option(
+        "--refit", default="faithful", show_default=True, help="How every policy tried is refitted: faithful or fast."
+    ),
+    "workers": click.option("--workers", default=1, show_default=True, help="Processes that score policies."),
+    "expect": click.option(
+        "--expect-accuracy", type=float, help="Stop where the unpruned held-out accuracy is more than 0.01 from this."
+    ),
+    "dry": click.option("--dry-run", is_flag=True, help="Say what would be done and how long it takes."),
+}
+
+
+def options(*names: str) -> Callable[[Any], Any]:
+    """A decorator that adds options of `_OPTIONS` to a command."""
+
+    def add(command: Any) -> Any:
+        for name in reversed(names):
+            command = _OPTIONS[name](command)
+        return command
+
+    return add
+
+
+SUBJECT = ("device", "serial", "model", "input", "threads", "dtype", "multiple", "floor", "keep")
+TASK = ("data", "evaluate", "calibrate")
+
+
+_STDOUT = "amc_hw.stdout"
+
+
+@contextmanager
+def _result_alone() -> Iterator[TextIO]:
+    """A file for the result on standard output; what a user's own code and libraries, in C too, print there is talk."""
+    out = sys.stdout
+    try:
+        real = out.fileno() == 1
+    except (OSError, ValueError):  # whoever calls us keeps it for himself
+        real = False
+    if not real:
+        with redirect_stdout(sys.stderr):
+            yield out
+        return
+    out.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with (
+            redirect_stdout(sys.stderr),
+            os.fdopen(os.dup(kept), "w", encoding=out.encoding, errors=out.errors) as file,
+        ):
+            yield file
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+class _Command(click.Command):
+    """Standard output holds the result alone."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _result_alone() as ctx.meta[_STDOUT]:
+            return super().invoke(ctx)
+
+
+class Group(click.Group):
+    command_class = _Command
+    group_class = type
+
+
+def show(result: dict[str, Any], as_json: bool, lines: Callable[[dict[str, Any]], list[str]]) -> None:
+    """A command's result on standard output, as JSON or as `lines` of text."""
+    text = json.dumps(result) if as_json else "\n".join(lines(result))
+    click.echo(text, file=click.get_current_context().meta.get(_STDOUT))
+
+
+class Progress:
+    """A line on a terminal, with the time that is left; elsewhere what is said for the first time, and a line now and
+    then."""
+
+    EVERY_S = 30.0
+
+    def __init__(self) -> None:
+        self.start, self.said = time.monotonic(), ""
+        self.last, self.before, self.total = self.start, 0, 0
+        self.terminal = sys.stderr.isatty()
+
+    def __call__(self, done: int, total: int, text: str) -> None:
+        now = time.monotonic()
+        if done == 0 or total != self.total:  # another part of the work
+            self.start, self.before, self.total = now, done or -1, total
+        elif self.before < 0:  # what was done before the clock was set: a part may go on in its middle
+            self.before = done - 1
+        made = done - self.before if done else 0
+        left = f"{(now - self.start) / made * (total - done):.0f} s left" if made else ""
+        if not self.terminal:
+            if done == 0 and text != self.said:
+                self.said = text
+                click.echo(text, err=True)
+            elif done and now - self.last >= self.EVERY_S:
+                click.echo(f"{done}/{total}{left and f', {left}'}: {text}", err=True)
+            else:
+                return
+            self.last = now
+            return
+        filled = 30 * done // max(total, 1)
+        click.echo(f"\r\x1b[K[{'#' * filled:<30}] {done}/{total} {left} {text}", err=True, nl=False)
+        if done == total:
+            click.echo(err=True)
