@@ -105,7 +105,7 @@ def folded(module: nn.Module) -> nn.Module:
         conv, norm = (traced.get_submodule(name) for name in names)
         if type(conv) is not nn.Conv2d or type(norm) is not nn.BatchNorm2d or norm.running_mean is None:
             continue
-        if norm.training or any(calls[name] > 1 for name in names) or any(map(_hooked, (conv, norm))):
+        if conv.training or norm.training or any(calls[name] > 1 for name in names) or any(map(_hooked, (conv, norm))):
             continue
         traced.set_submodule(names[0], fuse_conv_bn_eval(conv, norm))
         node.replace_all_uses_with(before)

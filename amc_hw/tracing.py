@@ -117,6 +117,8 @@ def _read_what_is_written(graph_module: fx.GraphModule) -> None:
         if not node.all_input_nodes or not _in_place(graph_module, node):
             continue
         source = node.all_input_nodes[0]
+        if _shape(source) is None:  # a size
+            continue
         for reader in [user for user in source.users if order[user] > order[node]]:
             reader.replace_input_with(source, node)
 

@@ -824,6 +824,31 @@ def test_a_method_that_needs_a_budget_says_so(here: Path, amc_hw: Callable, meth
     assert done.code == 2 and f"--method {method} needs a budget" in done.mistake
 
 
+def test_a_policy_says_how_its_images_are_normalised_and_for_which_dtype_it_is(here: Path, amc_hw: Callable) -> None:
+    policy = Path("whole/policy.json")
+    changed = json.loads(policy.read_text()) | {"mean": [0.1, 0.2, 0.3], "dtype": "int8"}
+    policy.write_text(json.dumps(changed))
+    assert api.open_policy(policy)[0].model.mean == (0.1, 0.2, 0.3)
+    for options, words in (((), "of this float32 file"), (("--int8",), None)):
+        done = amc_hw("export", "--policy", str(policy), "--format", "onnx", "--out", "a.onnx", *options)
+        assert done.code == 0, done.err
+        assert ("was searched for int8" in done.err) == (words is not None) and (words or "") in done.err
+
+
+@pytest.mark.parametrize(("command", "said"), [("export", "interrupted"), ("search", "interrupted: the same command")])
+def test_only_what_goes_on_says_so(
+    here: Path, amc_hw: Callable, monkeypatch: pytest.MonkeyPatch, command: str, said: str
+) -> None:
+    def stopped(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(api, command, stopped)
+    arguments = {"export": ("--policy", "whole/policy.json", "--format", "onnx", "--out", "a.onnx"), "search": HALF[1:]}
+    done = amc_hw(command, *arguments[command])
+    assert done.code == 130 and done.err.splitlines()[-1].startswith(said)
+    assert ("goes on" in done.err) == (command == "search")
+
+
 def test_distortion_alone_is_no_budget(here: Path, amc_hw: Callable) -> None:
     done = amc_hw(*SEARCH, "--reward", "distortion")
     assert done.code == 2 and "give one of --latency-ms" in done.mistake
