@@ -25,10 +25,9 @@ SEARCH_IMAGES, SEARCH_ROWS = 100, 3000
 FINAL_ROWS = 30  #: of the final refit, per image and layer
 
 
-def _images_in_memory(graph: LayerGraph) -> int:
-    """Images whose largest values the lock-step refit can hold: about six of them in both networks together."""
-    largest = max(op.out_channels * op.out_height * op.out_width for op in graph.op_graph().ops)
-    return max(50, REFIT_BYTES // (6 * 4 * largest))
+def _bytes_per_image(graph: LayerGraph) -> int:
+    """Of the lock-step refit, about: six of the largest values in both networks together."""
+    return 6 * 4 * max(op.out_channels * op.out_height * op.out_width for op in graph.op_graph().ops)
 
 
 class Evaluator:
@@ -49,7 +48,7 @@ class Evaluator:
     ) -> None:
         check_refit(refit)
         self.model, self.graph, self.task, self.seed = model, graph, task, seed
-        self.calibration = task.inputs(min(calibration_images, _images_in_memory(graph)))
+        self.calibration = task.inputs(min(calibration_images, max(50, REFIT_BYTES // _bytes_per_image(graph))))
         self.magnitudes = channel_magnitudes(model.module, graph)
         self.refit = refit
 
@@ -106,6 +105,11 @@ class Evaluator:
 
     def _refit_faithful(self, small: nn.Module, kept: Kept, inputs: tuple[Tensor, ...], rows: int) -> None:
         refit_faithful(small, self.model.module, self.graph, kept, inputs, rows_per_layer=rows, seed=self.seed)
+
+    @property
+    def final_bytes(self) -> int:
+        """Of memory that `final` takes, about."""
+        return count_of(self.calibration) * _bytes_per_image(self.graph)
 
     def final(self, widths: Sequence[int]) -> nn.Module:
         """The pruned network after the faithful refit, batch-norm statistics re-estimated where that helps."""

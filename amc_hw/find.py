@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from amc_hw.env import REWARDS
@@ -38,7 +39,7 @@ from amc_hw.runs import Journal, Scores, alone_in, numbered, record_command, sav
 from amc_hw.search.loop import AUTO, CANDIDATES, FREE, METHODS, Outcome, Problem, Timed, run_search
 from amc_hw.subject import Subject, read_predictor, read_table
 from amc_hw.task import Judged, Task, check_eval_device, load_task
-from amc_hw.workers import Recipe, Workers
+from amc_hw.workers import Recipe, Workers, free_memory
 from profilers.profile import NETWORK_PLAN, digest
 from profilers.table import LatencyTable
 from profilers.targets import Network
@@ -200,8 +201,24 @@ class _Search:
     def refitted(self, widths: tuple[int, ...]) -> nn.Module:
         """The pruned network after the faithful refit, which takes long: made once."""
         if widths not in self._refitted:
-            self._refitted[widths] = self.evaluator.final(widths)
+            self._refitted[widths] = self._refit(widths)
         return self._refitted[widths]
+
+    def _refit(self, widths: tuple[int, ...]) -> nn.Module:
+        if self.workers is None or not self.workers.begun(widths, "final"):
+            return self.evaluator.final(widths)
+        module = slice_channels(self.model.module, self.graph, self.evaluator.kept(widths))
+        state = self.workers(widths, "final")
+        module.load_state_dict({name: torch.from_numpy(value) for name, value in state.items()})
+        return module
+
+    def finish_ahead(self, policies: Sequence[tuple[int, ...]]) -> None:
+        """Let the workers begin with the refits that `finish` will ask for, where there is memory for all of them."""
+        assert self.workers is not None
+        new = [widths for widths in policies if widths not in self._refitted and not self._knows("final", widths)]
+        together = min(len(new), self.config.workers)
+        if together > 1 and together * self.evaluator.final_bytes <= free_memory():
+            self.workers.ahead(new, "final")
 
     def finish(self, widths: Sequence[int]) -> float:
         return self._shared("final", widths, lambda: self.evaluator.task.final_score(self.refitted(tuple(widths))))
@@ -213,9 +230,11 @@ class _Search:
     def ahead(self, policies: Sequence[tuple[int, ...]]) -> None:
         """Let the workers begin with what `evaluate` will be asked for."""
         assert self.workers is not None
-        if (scores := self.scores) is not None:
-            policies = [each for each in policies if not scores.knows(self._question("search", each))]
-        self.workers.ahead(policies)
+        self.workers.ahead([widths for widths in policies if not self._knows("search", widths)])
+
+    def _knows(self, kind: str, widths: Sequence[int]) -> bool:
+        """Whether a search that shares its scores has this one."""
+        return self.scores is not None and self.scores.knows(self._question(kind, widths))
 
     def _shared(self, kind: str, widths: Sequence[int], compute: Callable[[], Any]) -> Any:
         """A score, from the searches that share theirs where one of them has it."""
@@ -294,6 +313,7 @@ class _Search:
             slack=config.slack,
             fallback=config.fallback,
             ahead=self.ahead if config.workers > 1 else None,
+            finish_ahead=self.finish_ahead if config.workers > 1 else None,
             together=config.workers,
         )
         with self._working() as self.workers:
@@ -305,6 +325,7 @@ class _Search:
                 seed=config.seed,
                 progress=self.progress,
             )
+        self.workers = None
         result = (
             {"schema_version": 1}
             | self._kept(outcome)

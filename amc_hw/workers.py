@@ -11,10 +11,11 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -62,21 +63,42 @@ class Recipe:
         return Evaluator(model, graph, task, **self.options)
 
 
+def _refitted(evaluator: Evaluator, widths: Widths) -> dict[str, np.ndarray]:
+    return {name: value.numpy() for name, value in evaluator.final(widths).state_dict().items()}
+
+
+#: What a worker can be asked of a policy: what `Evaluator.judge` says; the state dict of `Evaluator.final`, as arrays;
+#: the score on the test split after it.
+WORK: dict[str, Callable[[Evaluator, Widths], Any]] = {
+    "judge": lambda evaluator, widths: evaluator.judge(widths),
+    "final": _refitted,
+    "test": lambda evaluator, widths: evaluator.task.test_scores([evaluator.final(widths)])[0],
+}
+
+
+def free_memory() -> int:
+    """Bytes that further work may take, as Linux tells; 0 where nothing does."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, ValueError, StopIteration):
+        return 0
+
+
 class Workers:
-    """`count` processes that score policies: as a search does or, with `final`, on the test split after the final
-    refit.
+    """`count` processes that refit and score policies.
 
     `ahead` asks for some, calling gives one of them, computed or awaited. Which worker scores a policy, and when, does
     not change its score. Use as a context: on leaving, what was asked for in vain is given up, except for
     the policies that are being scored.
     """
 
-    def __init__(self, count: int, recipe: Recipe, *, final: bool = False) -> None:
-        self._count, self._recipe, self._final = count, recipe, final
+    def __init__(self, count: int, recipe: Recipe) -> None:
+        self._count, self._recipe = count, recipe
         self._made: ProcessPoolExecutor | None = None
-        self._asked: dict[Widths, Future[Any]] = {}
+        self._asked: dict[tuple[Widths, str], Future[Any]] = {}
 
-    def _submitted(self, widths: Widths) -> Future[Any]:
+    def _submitted(self, widths: Widths, work: str) -> Future[Any]:
         """Processes are made when there is something to score, deaf to a terminal's interrupt, which they inherit: the
         parent ends them."""
         if self._made is None:
@@ -88,7 +110,7 @@ class Workers:
             )
         before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         try:
-            return self._made.submit(_score, widths, self._final)
+            return self._made.submit(_score, widths, work)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
@@ -99,20 +121,24 @@ class Workers:
         if self._made is not None:
             self._made.shutdown(cancel_futures=True)
 
-    def ahead(self, policies: Sequence[Widths]) -> None:
-        """Begin with policies that will be asked for."""
+    def ahead(self, policies: Sequence[Widths], work: str = "judge") -> None:
+        """Begin with policies that will be asked for. work: of WORK."""
         for widths in policies:
-            if widths not in self._asked:
+            if not self.begun(widths, work):
                 try:
-                    self._asked[widths] = self._submitted(widths)
+                    self._asked[widths, work] = self._submitted(widths, work)
                 except BrokenProcessPool:
                     raise FailedError(LOST) from None
 
-    def __call__(self, widths: Widths) -> Any:
-        """As `Evaluator.judge`; with `final` the score on the test split."""
-        self.ahead([widths])
+    def begun(self, widths: Widths, work: str = "judge") -> bool:
+        """Whether a policy was announced, and not taken yet."""
+        return (widths, work) in self._asked
+
+    def __call__(self, widths: Widths, work: str = "judge") -> Any:
+        """What WORK says of a policy."""
+        self.ahead([widths], work)
         try:
-            return self._asked.pop(widths).result()
+            return self._asked.pop((widths, work)).result()
         except BrokenProcessPool:
             raise FailedError(LOST) from None
 
@@ -141,12 +167,10 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _score(widths: Widths, final: bool) -> Any:
+def _score(widths: Widths, work: str) -> Any:
     """Here and not in `_begin`, whose errors would not reach the parent: the evaluator is built once."""
     global _evaluator
     if _evaluator is None:
         assert _recipe is not None
         _evaluator = _recipe.evaluator()
-    if final:
-        return _evaluator.task.test_scores([_evaluator.final(widths)])[0]
-    return _evaluator.judge(widths)
+    return WORK[work](_evaluator, widths)

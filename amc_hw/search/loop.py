@@ -91,7 +91,8 @@ class Problem:
     time: policies -> their latency, timed together. confirm: one policy as it will be deployed, timed in a process
     of its own, None where the device is away. used: what a timed policy uses of the budget, 1 being all of it; None
     where the budget is not one of measured latency. fallback: uniform policies take part in the end. ahead: told of
-    policies that `evaluate` will be asked for, where several are scored at once; together: how many a method that
+    policies that `evaluate` will be asked for, where several are scored at once, finish_ahead of those that `finish`
+    will be asked for; together: how many a method that
     learns proposes before it learns.
     """
 
@@ -109,6 +110,7 @@ class Problem:
     slack: float = 0.02
     fallback: bool = True
     ahead: Callable[[Sequence[tuple[int, ...]]], None] | None = None
+    finish_ahead: Callable[[Sequence[tuple[int, ...]]], None] | None = None
     together: int = 1
 
     def env(
@@ -158,8 +160,11 @@ class _Memory:
 
     def ahead(self, policies: Sequence[tuple[int, ...]], begin: Callable[[Sequence[tuple[int, ...]]], None]) -> None:
         """Begin with those policies of the next ones that the journal does not have."""
-        new = policies[len(self.journal.recorded) - self._read :]
-        begin([widths for widths in dict.fromkeys(new) if widths not in self._known])
+        begin([widths for widths in dict.fromkeys(self.missing(policies)) if widths not in self._known])
+
+    def missing(self, policies: Sequence[tuple[int, ...]]) -> Sequence[tuple[int, ...]]:
+        """Of the policies that the next questions are about, those that the journal does not have."""
+        return policies[len(self.journal.recorded) - self._read :]
 
     def result(self, question: dict[str, Any], name: str, compute: Callable[[], Any]) -> Any:
         """What `compute` gives, or what it gave when the same question was asked at this place."""
@@ -311,8 +316,10 @@ class _Rounds:
         process of its own; None where none does, which then counts as missed."""
         problem = self.problem
         accuracies = {}
-        pool = self.met | self.uniform
-        for number, widths in enumerate(sorted(pool)):
+        pool = sorted(self.met | self.uniform)
+        if problem.finish_ahead is not None:
+            problem.finish_ahead(self.memory.missing(pool))
+        for number, widths in enumerate(pool):
             self.progress(number, len(pool), "refitting the candidates")
             question = {"finished": list(widths)}
             accuracies[widths] = self.memory.result(question, "accuracy", partial(problem.finish, widths))

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from amc_hw import api
@@ -36,8 +37,14 @@ def test_workers_give_the_scores_of_the_evaluator(here: Path) -> None:
         workers.ahead(policies)
         assert [workers(widths) for widths in policies] == [evaluator.judge(widths) for widths in policies]
         assert workers(policies[0]) == evaluator.judge(policies[0])  # asked for again
-    with Workers(1, _recipe(subject), final=True) as workers:
-        assert workers(policies[1]) == task.test_scores([evaluator.final(policies[1])])[0]
+        final = evaluator.final(policies[1])
+        assert workers(policies[1], "test") == task.test_scores([final])[0]
+        workers.ahead(policies[:2], "final")
+        assert workers.begun(policies[1], "final") and not workers.begun(policies[1])
+        found, wanted = workers(policies[1], "final"), final.state_dict()
+        assert found.keys() == wanted.keys() and not workers.begun(policies[1], "final")
+        for name, value in wanted.items():
+            np.testing.assert_allclose(found[name], value.numpy(), rtol=1e-4, atol=1e-5)
     assert not multiprocessing.active_children()
 
 

@@ -173,6 +173,20 @@ def test_a_right_table_spends_the_budget(tmp_path: Path) -> None:
     assert max(map(accuracy, target.finished)) == accuracy(outcome.widths)
 
 
+@pytest.mark.parametrize("recorded", [0, 2])
+def test_refits_that_the_journal_lacks_are_begun_together(tmp_path: Path, recorded: int) -> None:
+    target, begun = Target(table()), []
+    whole = search(target.problem(), tmp_path / "whole")
+    finished = list(target.finished)
+    lines = (tmp_path / "whole/metrics.jsonl").read_text().splitlines(keepends=True)
+    cut = next(number for number, line in enumerate(lines) if '"finished"' in line) + recorded
+    (tmp_path / "again").mkdir()
+    (tmp_path / "again/metrics.jsonl").write_text("".join(lines[:cut]))
+    target = Target(table())
+    assert search(target.problem(finish_ahead=begun.append), tmp_path / "again").widths == whole.widths
+    assert list(begun[0]) == finished[recorded:] == target.finished
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("share", [1.1, 1.3, 0.9])
 def test_a_table_that_is_off_still_ends_at_the_budget(tmp_path: Path, share: float, seed: int) -> None:
