@@ -1,4 +1,4 @@
-"""Which channels stay, and the network without the others: physically smaller (sliced) or full-size (masked).
+"""Which channels stay, and the smaller network without the others.
 
 Channels are ranked by weight magnitude (Li et al., ICLR 2017; AMC, ECCV 2018, section 3), taken over the weights
 that *read* them: every consumer of a group is refitted afterwards (`amc_hw.refit`), its producers are not.
@@ -94,29 +94,6 @@ def kept_axes(graph: LayerGraph, kept: Kept) -> dict[str, KeptAxes]:
         name: KeptAxes(positions.get((name, False)), positions.get((name, True)))
         for name in dict.fromkeys(name for name, _ in positions)
     }
-
-
-@torch.no_grad()
-def mask_channels(module: nn.Module, graph: LayerGraph, kept: Kept) -> nn.Module:
-    """A full-size copy that computes what the sliced network does: nothing reads the removed channels.
-
-    Weights of consumers are zero, and indices of a `ChannelMap` are -1, where they would read one.
-    """
-    masked = copy.deepcopy(module)
-    for name, axes in kept_axes(graph, kept).items():
-        if axes.into is None:
-            continue
-        reader = masked.get_submodule(name)
-        if isinstance(reader, ChannelMap):
-            stays = set(axes.into.tolist())
-            index = [i if i in stays else -1 for i in reader.index]
-            masked.set_submodule(name, _map_like(reader, index, reader.in_channels))
-        else:
-            weight = oriented_weight(reader, name)
-            removed = torch.ones(weight.shape[1], dtype=torch.bool)
-            removed[torch.from_numpy(axes.into)] = False
-            weight[:, removed.to(weight.device)] = 0
-    return masked
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import Net, frozen_of
+from networks import Net, frozen_of, mask_channels
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -16,7 +16,7 @@ from amc_hw.errors import UnsupportedOperatorError, UserError
 from amc_hw.export import export_network
 from amc_hw.graph import LayerGraph, build_graph
 from amc_hw.models import load_model
-from amc_hw.prune import keep_channels, mask_channels, slice_channels
+from amc_hw.prune import keep_channels, slice_channels
 from amc_hw.resources import params_model
 from profilers.ops import OpGraph, OpSpec
 

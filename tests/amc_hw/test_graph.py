@@ -9,14 +9,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from networks import Net, frozen_of
+from networks import Net, frozen_of, mask_channels
 from torch import nn
 from torch.nn import functional as F
 
 from amc_hw.errors import UnsupportedOperatorError, UserError
 from amc_hw.graph import Channels, LayerGraph, build_graph, width_grid
 from amc_hw.models import ChannelMap, load_model
-from amc_hw.prune import mask_channels, slice_channels
+from amc_hw.prune import slice_channels
 from profilers.ops import OpGraph, OpSpec
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import Net
+from networks import Net, mask_channels
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -16,7 +16,7 @@ from amc_hw.export import export_network
 from amc_hw.graph import build_graph
 from amc_hw.models import load_model
 from amc_hw.padding import padding_of
-from amc_hw.prune import keep_channels, mask_channels, slice_channels
+from amc_hw.prune import keep_channels, slice_channels
 
 FORMATS = ["onnx", "torch"] + ["tflite"] * (importlib.util.find_spec("ai_edge_litert") is not None)
 

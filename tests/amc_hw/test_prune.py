@@ -11,13 +11,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import mask_channels
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from amc_hw.errors import UserError
 from amc_hw.graph import LayerGraph, build_graph
 from amc_hw.models import ChannelMap, load_model
-from amc_hw.prune import KeptAxes, channel_magnitudes, keep_channels, kept_axes, mask_channels, slice_channels
+from amc_hw.prune import KeptAxes, channel_magnitudes, keep_channels, kept_axes, slice_channels
 
 FACTORY = '''
 import torch
