@@ -1,16 +1,14 @@
-"""A module as torch.fx sees it: its graph, and the same with batch-norms folded."""
+"""A module as torch.fx sees it."""
 
 from __future__ import annotations
 
 import inspect
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from amc_hw.errors import UserError
 from amc_hw.models.channel_map import ChannelMap
@@ -87,33 +85,3 @@ def batch_norm_affine(norm: nn.Module, *, dtype: torch.dtype = torch.float32) ->
 def origin(thing: Any) -> tuple[str, str]:
     """The module that a class or function was defined in, and its name there."""
     return getattr(thing, "__module__", ""), getattr(thing, "__name__", "")
-
-
-def folded(module: nn.Module) -> nn.Module:
-    """A module in eval mode as it infers faster: batch-norms folded into the convolutions before them, all else shared.
-    The module itself where torch.fx cannot trace it."""
-    try:
-        traced = trace_fx(module)
-    except UserError:
-        return module
-    calls = Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
-    for node in list(traced.graph.nodes):
-        before = node.all_input_nodes[0] if node.op == "call_module" else None
-        if before is None or before.op != "call_module" or len(before.users) > 1:
-            continue
-        names = (str(before.target), str(node.target))
-        conv, norm = (traced.get_submodule(name) for name in names)
-        if type(conv) is not nn.Conv2d or type(norm) is not nn.BatchNorm2d or norm.running_mean is None:
-            continue
-        if conv.training or norm.training or any(calls[name] > 1 for name in names) or any(map(_hooked, (conv, norm))):
-            continue
-        traced.set_submodule(names[0], fuse_conv_bn_eval(conv, norm))
-        node.replace_all_uses_with(before)
-        traced.graph.erase_node(node)
-    traced.delete_all_unused_submodules()
-    traced.recompile()
-    return traced
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)

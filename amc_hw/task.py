@@ -19,7 +19,6 @@ from amc_hw.data import Splits, load_data, load_tensors
 from amc_hw.errors import DeviceError, UserError
 from amc_hw.models import LoadedModel
 from amc_hw.specs import Spec, load_function, one_line, parse_spec
-from amc_hw.symbolic import folded
 
 #: Images of a batch on a CPU, in bytes: a layer's values are several times as large.
 CACHED_BYTES, LARGEST_BATCH = 800_000, 250
@@ -118,7 +117,6 @@ def _logits(
         each = images[:1].numel() * images.element_size()
         batch = min(max(CACHED_BYTES // max(each, 1), 8), LARGEST_BATCH) if device.type == "cpu" else LARGEST_BATCH
     plain = False  # `view` wants channels first
-    module = folded(module)
     with on(module, device), torch.inference_mode():  # moved outside of it: what is moved inside can only be read
         for part in images.split(batch):
             chunk = (part.contiguous() if plain else part).to(device)
