@@ -82,6 +82,18 @@ def batch_norm_affine(norm: nn.Module, *, dtype: torch.dtype = torch.float32) ->
     return scale, shift - scale * norm.running_mean
 
 
+@torch.no_grad()
+def gives(layer: nn.Module, drawn: torch.Tensor, wanted: torch.Tensor) -> bool:
+    """Whether a layer's own forward(), perhaps of a derived class, makes `wanted` of `drawn`."""
+    try:
+        found = layer.forward(drawn)  # without hooks, which may ask for this
+    except Exception:  # the user's code, called with an image alone
+        return False
+    if not isinstance(found, torch.Tensor) or found.shape != wanted.shape:
+        return False
+    return torch.allclose(found, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
+
+
 def origin(thing: Any) -> tuple[str, str]:
     """The module that a class or function was defined in, and its name there."""
     return getattr(thing, "__module__", ""), getattr(thing, "__name__", "")

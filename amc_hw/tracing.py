@@ -22,7 +22,7 @@ from amc_hw.errors import UnsupportedOperatorError, UserError
 from amc_hw.models.channel_map import ChannelMap
 from amc_hw.padding import Pads, around, padding_of
 from amc_hw.specs import one_line
-from amc_hw.symbolic import PERMUTE, origin, trace_fx
+from amc_hw.symbolic import PERMUTE, gives, origin, trace_fx
 from profilers.ops import OpGraph, OpSpec
 
 ACTIVATION_MODULES: dict[type[nn.Module], str] = {
@@ -141,13 +141,7 @@ def _is_linear(layer: nn.Linear) -> bool:
         return True
     drawn = torch.randn(2, layer.in_features, generator=torch.Generator().manual_seed(0))
     drawn = drawn.to(layer.weight.device, layer.weight.dtype)
-    wanted = F.linear(drawn, layer.weight, layer.bias)
-    try:
-        found = layer.forward(drawn)
-    except Exception:  # the user's code
-        return False
-    same = isinstance(found, torch.Tensor) and found.shape == wanted.shape
-    return same and torch.allclose(found, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
+    return gives(layer, drawn, F.linear(drawn, layer.weight, layer.bias))
 
 
 def _shape(node: fx.Node) -> tuple[int, ...] | None:

@@ -240,12 +240,16 @@ class AdbTarget:
         from now is from before that.
         """
         lock, owner = shlex.quote(self._lock), secrets.token_hex(8)
-        end = f"$((now + {math.ceil(min(seconds, LOCK_S))}))"
         now = "now=$(cut -d. -f1 /proc/uptime); "
+
+        def held_for(seconds: float) -> str:
+            """What the link says."""
+            return f"{owner}:$((now + {math.ceil(min(seconds, LOCK_S))}))"
+
         self.device.run(f"mkdir -p {shlex.quote(self.work)} {shlex.quote(str(Path(self._lock).parent))}")
         waited = time.monotonic()
         take = (  # a link is made with all that it says, or not at all
-            f"{now}if ln -s {owner}:{end} {lock} 2>/dev/null; then echo taken; "
+            f"{now}if ln -s {held_for(seconds)} {lock} 2>/dev/null; then echo taken; "
             f"else held=$(readlink {lock}); end=${{held#*:}}; "
             f'if [ "${{held%%:*}}" = {owner} ]; then echo taken; '
             f'elif [ -n "$end" ] && [ $((end - now)) -gt 0 ] && [ $((end - now)) -le {LOCK_S} ]; then echo held; '
@@ -259,10 +263,9 @@ class AdbTarget:
             time.sleep(0.1 if answer == "stale" else LOCK_POLL_S)
 
         def hold(seconds: float) -> None:
-            end = f"$((now + {math.ceil(min(seconds, LOCK_S))}))"
             mine = shlex.quote(f"{self._lock}.{owner}")
             code, _ = self.device.try_run(
-                f'{now}case "$(readlink {lock})" in {owner}:*) rm -f {mine}; ln -s {owner}:{end} {mine} && '
+                f'{now}case "$(readlink {lock})" in {owner}:*) rm -f {mine}; ln -s {held_for(seconds)} {mine} && '
                 f"mv -f {mine} {lock} ;; *) exit 1 ;; esac"
             )
             if code != 0:
