@@ -26,6 +26,8 @@ from amc_hw.report import write_report
 from amc_hw.search.loop import METHODS
 from amc_hw.subject import (
     Subject,
+    begun,
+    found_near,
     load_graph,
     open_pruned,
     open_subject,
@@ -237,7 +239,7 @@ def _operator_ms(graph: LayerGraph, device: str) -> dict[str, float] | None:
     try:
         target = open_target(config)
         path = table_path(config, target.identity())
-        if not path.exists():
+        if not begun(path):
             return None
         predictor = Predictor(LatencyTable.read(path), target.lower, extrapolate=config.extrapolate)
         nodes = predictor.lower(graph.op_graph(batch=config.batch)).nodes
@@ -267,8 +269,7 @@ def plan_profile(subject: Subject, *, seed: int = 0, way: str = "auto") -> dict[
     """What `profile` would measure: steps and about how many minutes; nothing is written."""
     identity = subject.target.identity()
     path = table_path(subject.device, identity)
-    begun = path.exists() and LatencyTable.read_identity(path) is not None
-    table = LatencyTable.read(path) if begun else LatencyTable(path, identity, {}, [])
+    table = LatencyTable.read(path) if begun(path) else LatencyTable(path, identity, {}, [])
     steps = missing_steps(subject.job(seed=seed, way=way), table, subject.target)
     start = time.monotonic()
     if steps:
@@ -399,13 +400,14 @@ def validate(
 
     errors = np.abs([sample["pct_error"] for sample in found])
     pairs = [(sample["predicted_ms"], sample["measured_ms"]) for sample in found]
+    spearman = float(stats.spearmanr(*zip(*pairs, strict=True)).statistic)
     return {
         "samples": found,
         "median_abs_pct_error": float(np.median(errors)),
         "within_5pct": float(np.mean(errors <= 5)),
         "within_10pct": float(np.mean(errors <= 10)),
         "plot": None if plot is None else str(plot),
-        "spearman": float(stats.spearmanr(*zip(*pairs, strict=True)).statistic),
+        "spearman": spearman if np.isfinite(spearman) else None,  # of predictions that are all alike
     }
 
 
@@ -441,7 +443,7 @@ def export(
 ) -> dict[str, Any]:
     """Write the pruned network of a policy for deployment, checked against PyTorch on inputs of its task.
 
-    data: the data set, where it is not at the place that the policy names. int8: quantized after training, calibrated
+    data: images to use in place of what the policy names. int8: quantized after training, calibrated
     on the task's inputs by the runtime's own tool; its held-out accuracy is reported beside the float network's.
     """
     pruned = open_pruned(Path(policy))
@@ -452,7 +454,10 @@ def export(
             f"{'int8' if int8 else 'float32'} file",
             stacklevel=2,
         )
-    task = load_task(pruned.model, data=data or found.data, evaluate=found.evaluate, calibrate=found.calibrate)
+    evaluate, calibrate = (text and found_near(text, Path(policy)) for text in (found.evaluate, found.calibrate))
+    task = load_task(
+        pruned.model, data=data or found.data, evaluate=evaluate, calibrate=calibrate if data is None else None
+    )
     if not int8:
         inputs = task.inputs(CHECK_IMAGES)
         return export_network(pruned.module, pruned.graph, network, inputs, file_format=file_format, out=out)

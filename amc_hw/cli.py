@@ -80,7 +80,9 @@ def cli(context: click.Context, debug: bool) -> None:
     amc-hw measure --policy runs/.../policy.json   its real speed-up
     """
     if context.invoked_subcommand != "init" and not {"-h", "--help"} & set(sys.argv):
-        context.default_map = dict.fromkeys(cli.commands, read_settings())
+        found = read_settings()
+        seeds = {"seeds": str(found["seed"])} if "seed" in found else {}
+        context.default_map = dict.fromkeys(cli.commands, found | seeds)
 
 
 @cli.command()
@@ -316,7 +318,8 @@ def validate(as_json: bool, seed: int, samples: int, plot: Path | None, **argume
                 for s in r["samples"]
             ),
             f"median error {r['median_abs_pct_error']:.1f}%, {r['within_5pct']:.0%} within 5%, "
-            f"{r['within_10pct']:.0%} within 10%, Spearman {r['spearman']:.3f}",
+            f"{r['within_10pct']:.0%} within 10%"
+            + ("" if r["spearman"] is None else f", Spearman {r['spearman']:.3f}"),
         ],
     )
 
@@ -537,9 +540,9 @@ def search(
     amc-hw search --latency-ratio 0.5
     amc-hw search --device host-litert --model resnet56 --checkpoint w.pt --data imagefolder:PATH --latency-ratio 0.6
     """
+    _no_data_of_ours(context, arguments)
     if from_policy is not None:
         _of_policy(context, arguments, api.load_policy(from_policy))
-    _no_data_of_ours(context, arguments)
     model, names = arguments["model"], [field.name for field in fields(api.SearchConfig)]
     config = api.SearchConfig(out, **{name: arguments[name] for name in names if name in arguments})
     _ = config.budget, api.load_device(arguments["device"])  # mistakes come before a minute of training
@@ -590,9 +593,9 @@ def _search_lines(r: dict[str, Any]) -> list[str]:
 @click.option("--latency-ratio", "latency_ratio", type=float, multiple=True, help="A budget.")
 @click.option("--flops-ratio", "flops_ratio", type=float, multiple=True, help="A budget.")
 @click.option("--params-ratio", "params_ratio", type=float, multiple=True, help="A budget.")
-@click.option("--methods", default="all", show_default=True, help="all, or some of search's --method: a,b,c.")
+@click.option("--methods", default="all", show_default=True, help=f"all, or some of {', '.join(api.METHODS)}.")
 @click.option("--seeds", default="0", show_default=True, help="0,1,2 for intervals.")
-@click.option("--matched", is_flag=True, help="Beside each latency ratio a FLOPs budget of equal measured latency.")
+@click.option("--matched", is_flag=True, help="Beside each latency budget a FLOPs budget of equal measured latency.")
 @click.option("--eval-device", default="cpu", show_default=True, help="Where networks are scored: cpu, cuda, cuda:1.")
 @options("reward", "refit", "workers")
 @click.option("--episodes", default=150, show_default=True, type=click.IntRange(1), help="Evaluations of each search.")

@@ -1,7 +1,7 @@
 """Search methods and kinds of budget side by side: same table, same evaluator, same number of evaluations.
 
-Every winner is timed on the device. Where a FLOPs budget stands beside a latency budget, its ratio is moved until its
-winner is as fast, as measured: only then do their accuracies compare.
+Every winner is timed, where the device is here. Where a FLOPs budget stands beside a latency budget, its ratio is moved
+until its winner is as fast, as measured: only then do their accuracies compare.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.special import stdtrit
 
 from amc_hw.errors import BudgetError, UserError
 from amc_hw.find import BUDGETS, Progress, SearchConfig, search
@@ -26,12 +27,12 @@ from amc_hw.task import shown_gain
 
 EQUAL = 0.01  #: how near measured latencies must lie to count as equal, relative
 STEPS = 8  #: of the search for a FLOPs ratio that gives the latency wanted
-RESAMPLED = 10_000
+AS_FAST = "flops, as fast as "  #: the latency budget that a FLOPs budget was matched to
 
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """budgets: (name of BUDGETS, value). matched: beside every latency ratio a FLOPs budget that is measured as fast.
+    """budgets: (name of BUDGETS, value). matched: beside every latency budget a FLOPs budget that is measured as fast.
     search: what all searches share; its method, budget, seed and folder are set for each of them."""
 
     methods: tuple[str, ...]
@@ -54,6 +55,12 @@ class CompareConfig:
         for name, value in self.budgets:
             if name.endswith("_ratio"):
                 check_ratio(value)
+        if self.matched and not any(_of_latency(name) for name, _ in self.budgets):
+            raise UserError("--matched stands beside a latency budget: give --latency-ratio or --latency-ms")
+
+
+def _of_latency(budget: str) -> bool:
+    return budget.startswith("latency")
 
 
 def compare(subject: Subject, config: CompareConfig, *, progress: Progress) -> dict[str, Any]:
@@ -61,6 +68,8 @@ def compare(subject: Subject, config: CompareConfig, *, progress: Progress) -> d
 
     A search that finds nothing within its budget is a row without a policy, with the reason.
     """
+    if config.matched and not subject.target.can_time:
+        raise UserError(f"--matched needs a device that can be timed, {subject.device.name} is a table alone")
     arms = list(itertools.product(config.seeds, config.budgets, config.methods))
     rows: list[dict[str, Any]] = []
     with alone_in(config.out):
@@ -70,7 +79,7 @@ def compare(subject: Subject, config: CompareConfig, *, progress: Progress) -> d
             progress(number, len(arms), f"{method}, {_named(*budget)}, seed {seed}")
             row = run(method, budget, seed)
             rows.append(row)
-            if config.matched and budget[0] == "latency_ratio" and row["measured_ms"] is not None:
+            if config.matched and _of_latency(budget[0]) and row["policy"] is not None:
                 rows.append(_matched(run, row, subject.network_at(None).macs))
         result = {
             "schema_version": 1,
@@ -78,7 +87,8 @@ def compare(subject: Subject, config: CompareConfig, *, progress: Progress) -> d
             "verdict": verdict(rows, accuracy=config.search.evaluate is None),
             "plot": str(config.out / "pareto.svg"),
         }
-        save_pareto(config.out / "pareto.svg", f"{subject.model.spec}, {subject.device.name}", rows)
+        score = "accuracy" if config.search.evaluate is None else "score"
+        save_pareto(config.out / "pareto.svg", f"{subject.model.spec}, {subject.device.name}", rows, score=score)
         save_json(config.out / "compare.json", result)
     return result
 
@@ -134,10 +144,11 @@ def _matched(run: Callable[..., dict[str, Any]], latency: dict[str, Any], full_m
     low, high = 0.0, 1.0
     ratio = latency["macs"] / full_macs
     method, seed = latency["method"], latency["seed"]
+    name = f"{AS_FAST}{latency['budget']}"
     best: tuple[float, dict[str, Any]] | None = None
     for step in range(STEPS):
-        folder = f"{method}-flops-as-fast-as-{wanted:.4f}-{seed}-{step}"
-        ratio = round(min(max(ratio, 0.01), 1.0), 4)
+        folder = f"{method}-flops-as-fast-as-{latency['budget'].replace(' ', '')}-{seed}-{step}"
+        ratio = round(min(max(ratio, 0.01), 0.9999), 4)  # all of the MACs is no budget
         row = run(method, ("flops_ratio", ratio), seed, folder=folder)
         if row["measured_ms"] is None:
             low, ratio = ratio, (ratio + high) / 2
@@ -152,35 +163,49 @@ def _matched(run: Callable[..., dict[str, Any]], latency: dict[str, Any], full_m
         guess = ratio / (1 + off)  # as if latency went with MACs; inside of what is known already
         ratio = guess if low < guess < high else (low + high) / 2
     if best is None:
-        return row | {"budget": f"flops, as fast as {latency['budget']}"}
+        return row | {"budget": name}
     reason = None if abs(best[0]) <= EQUAL else f"the nearest FLOPs budget is {best[0]:+.1%} off in latency"
-    return best[1] | {"budget": f"flops, as fast as {latency['budget']}", "reason": reason}
+    return best[1] | {"budget": name, "reason": reason}
 
 
 def verdict(rows: Sequence[dict[str, Any]], *, accuracy: bool = True) -> list[str]:
     """What the rows say, in words: the best method per budget, and what a latency budget earns over a FLOPs budget.
     accuracy: whether scores are accuracies, whose differences are points."""
+    budgets = list(dict.fromkeys(row["budget"] for row in rows))
     said = []
-    for budget in dict.fromkeys(row["budget"] for row in rows):
-        found = {method: values for method, values in _by_method(rows, budget).items() if values}
-        if len(found) > 1:
-            means = {method: float(np.mean(list(values.values()))) for method, values in found.items()}
-            order = sorted(means, key=lambda method: -means[method])
-            first, second = order[:2]
-            said.append(
-                f"{budget}: {first} is best with {means[first]:.4f}, then {second} with {means[second]:.4f}"
-                + _interval(found[first], found[second], accuracy)
-            )
-    for latency in [b for b in dict.fromkeys(row["budget"] for row in rows) if b.startswith("latency ratio")]:
-        one, other = _by_method(rows, latency), _by_method(rows, f"flops, as fast as {latency}")
+    for budget in budgets:
+        if not budget.startswith(AS_FAST):  # those policies are as fast as another method's each
+            said += _ranking(rows, budget, accuracy)
+    for latency in filter(_of_latency, budgets):
+        one, other = (_by_method(rows, budget) for budget in (latency, f"{AS_FAST}{latency}"))
         for method in one:
-            if one[method] and other.get(method):
-                gain = _paired(one[method], other[method])
+            if len(gain := _paired(one[method], other.get(method, {}))):
                 earned = shown_gain(float(np.mean(gain)), accuracy=accuracy)
+                off = _off_equal(rows, method, latency)
+                equal = "of equal measured latency" if off <= EQUAL else f"up to {off:.1%} off in measured latency"
                 said.append(
-                    f"{method}: a {latency} budget earns {earned} over a FLOPs budget of equal measured latency"
-                    + _interval(one[method], other[method], accuracy)
+                    f"{method}: a {latency} budget earns {earned} over a FLOPs budget {equal}"
+                    + _interval(gain, accuracy)
                 )
+    return said
+
+
+def _ranking(rows: Sequence[dict[str, Any]], budget: str, accuracy: bool) -> list[str]:
+    """The best method of those that found a policy for every seed, and which did not."""
+    found = _by_method(rows, budget)
+    seeds = {row["seed"] for row in rows if row["budget"] == budget}
+    means = {name: float(np.mean(list(values.values()))) for name, values in found.items() if set(values) == seeds}
+    said = []
+    if len(means) > 1:
+        first, second = sorted(means, key=lambda method: -means[method])[:2]
+        best = f"{budget}: {first} is best with {means[first]:.4f}, then {second} with {means[second]:.4f}"
+        if means[first] == means[second]:
+            best = f"{budget}: {first} and {second} are best with {means[first]:.4f}"
+        said.append(best + _interval(_paired(found[first], found[second]), accuracy))
+    missed = {name: len(seeds) - len(values) for name, values in found.items() if name not in means}
+    if missed and len(found) > 1:
+        each = ", ".join(f"{name} for {count} of {len(seeds)} seeds" for name, count in missed.items())
+        said.append(f"{budget}: nothing found by {each}")
     return said
 
 
@@ -200,13 +225,31 @@ def _paired(one: dict[int, float], other: dict[int, float]) -> np.ndarray:
     return np.array([one[seed] - other[seed] for seed in sorted(set(one) & set(other))])
 
 
-def _interval(one: dict[int, float], other: dict[int, float], accuracy: bool) -> str:
-    """95% of the mean paired difference, by bootstrap over seeds; says so where there is one seed."""
-    gain = _paired(one, other)
+def _off_equal(rows: Sequence[dict[str, Any]], method: str, latency: str) -> float:
+    """How far at most the policies of both budgets are apart in their share of the unpruned latency, relative."""
+    shares: list[dict[int, float]] = [
+        {
+            row["seed"]: row["measured_ms"] / row["baseline_ms"]
+            for row in rows
+            if (row["budget"], row["method"]) == (budget, method) and row["measured_ms"] is not None
+        }
+        for budget in (latency, f"{AS_FAST}{latency}")
+    ]
+    return max(abs(shares[1][seed] / shares[0][seed] - 1) for seed in set(shares[0]) & set(shares[1]))
+
+
+def mean_ci95(gain: np.ndarray) -> tuple[float, float]:
+    """95% interval of the mean of independent values (N,), N > 1, by Student's t. A bootstrap of three seeds spans
+    the smallest and the largest of them, and tells equal methods apart in a quarter of all cases."""
+    half = float(stdtrit(len(gain) - 1, 0.975) * gain.std(ddof=1) / np.sqrt(len(gain)))
+    return float(gain.mean()) - half, float(gain.mean()) + half
+
+
+def _interval(gain: np.ndarray, accuracy: bool) -> str:
+    """The interval of a mean paired difference in words; says so where there is one seed."""
     if len(gain) < 2:
         return " (one seed: no interval)"
-    drawn = np.random.default_rng(0).choice(gain, (RESAMPLED, len(gain))).mean(axis=1)
-    low, high = np.quantile(drawn, (0.025, 0.975))
+    low, high = mean_ci95(gain)
     sure = "" if low > 0 or high < 0 else "; not told apart"
-    interval = " to ".join(shown_gain(float(each), accuracy=accuracy) for each in (low, high))
+    interval = " to ".join(shown_gain(each, accuracy=accuracy) for each in (low, high))
     return f" (difference over {len(gain)} seeds: 95% {interval}{sure})"

@@ -16,12 +16,13 @@ from amc_hw.graph import LayerGraph
 from amc_hw.models import LoadedModel
 from amc_hw.prune import Kept, channel_magnitudes, keep_channels, slice_channels
 from amc_hw.refit import Grams, count_of, gather_grams, reestimate_batch_norm, refit_faithful, refit_fast
-from amc_hw.task import Judged, Task, distortion
+from amc_hw.task import SEARCH_IMAGES, Judged, Task, distortion
 
 REFIT_BYTES = 4_000_000_000
 REFITS = ("faithful", "fast")
-#: Of the faithful refit inside a search; they rank policies nearly as 500 images do (docs/decisions/0005).
-SEARCH_IMAGES, SEARCH_ROWS = 100, 3000
+#: A layer, of the faithful refit inside a search: on SEARCH_IMAGES they rank policies nearly as more on 500 images do
+#: (docs/decisions/0005).
+SEARCH_ROWS = 3000
 FINAL_ROWS = 30  #: of the final refit, per image and layer
 
 

@@ -110,6 +110,7 @@ class Running(nn.Module):
     def __init__(self, runtime: Runtime, model: bytes, batch: int, like: Any) -> None:
         super().__init__()
         self.run, self.batch = runtime.session(model), batch
+        self.place = nn.Parameter(torch.zeros(1), requires_grad=False)  # a user's function may ask where it is
         _, self.structure = tree_flatten(like)
 
     def forward(self, *inputs: Tensor) -> Any:

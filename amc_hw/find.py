@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from amc_hw.resources import (
 )
 from amc_hw.runs import Journal, Scores, alone_in, numbered, record_command, save_json, save_weights
 from amc_hw.search.loop import AUTO, CANDIDATES, FREE, METHODS, Outcome, Problem, Timed, run_search
+from amc_hw.specs import source_sha256
 from amc_hw.subject import Subject, read_predictor, read_table
 from amc_hw.task import Judged, Task, check_eval_device, load_task
 from amc_hw.workers import Recipe, Workers, free_memory
@@ -45,7 +47,7 @@ from profilers.table import LatencyTable
 from profilers.targets import Network
 from profilers.timing import Steady, TimingPlan, ratio_ci95, refuse_noise
 
-POLICY = "policy.json"
+POLICY, RESULT = "policy.json", "result.json"
 BUDGETS = ("latency_ms", "latency_ratio", "flops_ratio", "params_ratio")
 MOST_RUNS = 1_000_000  #: of a burst in a fresh process, which is as long as `min_time_s` asks
 Progress = Callable[[int, int, str], None]  # (done, total, what there is to say)
@@ -147,15 +149,18 @@ class _Search:
         table = read_table(subject)
         self.predictor = read_predictor(subject, table)
         self.steady = steady_beside(subject, table)
-        self.out = config.out or numbered(self._folder(), self._header())
         self.workers: Workers | None = None
         self._refitted: dict[tuple[int, ...], nn.Module] = {}
         self.baseline = Network(subject.network_at(None), folded_weights(self.model.module, self.graph))
+        self.out = self._folder()
 
     def _folder(self) -> Path:
+        """Of the run: as asked for, or the first that holds this search, or nothing yet."""
+        if self.config.out is not None:
+            return self.config.out
         safe = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in self.model.spec)
         budget = self.config.reward if self.given is None else f"{self.given[0]}{self.given[1]:g}"
-        return Path("runs") / "-".join([safe, self.subject.device.name, budget])
+        return numbered(Path("runs") / "-".join([safe, self.subject.device.name, budget]), self._header())
 
     @property
     def by_latency(self) -> bool:
@@ -241,10 +246,27 @@ class _Search:
         return compute() if self.scores is None else self.scores.score(self._question(kind, widths), compute)
 
     def _question(self, kind: str, widths: Sequence[int]) -> list[Any]:
-        config, model = self.config, self.model
-        asked = [config.data, config.evaluate, config.calibrate, config.refit, config.seed, kind]
-        network = [model.spec, self.weights_sha256, *self.subject.keep]
-        return [network, asked, [int(width) for width in widths]]
+        asked = [*self._asked.values(), self.config.refit, self.config.seed, kind]
+        return [list(self._network.values()), asked, [int(width) for width in widths]]
+
+    @cached_property
+    def _network(self) -> dict[str, Any]:
+        """What is pruned, for a journal."""
+        model = self.model
+        return {
+            "model": model.spec,
+            "weights_sha256": self.weights_sha256,
+            "network": digest(self.baseline.graph),
+            "mean": list(model.mean),
+            "std": list(model.std),
+            "keep": list(self.subject.keep),
+        }
+
+    @cached_property
+    def _asked(self) -> dict[str, Any]:
+        """What it is scored on, for a journal."""
+        named = {name: getattr(self.config, name) for name in ("data", "evaluate", "calibrate")}
+        return named | {"sources": [source_sha256(each) if each else None for each in named.values()]}
 
     def confirm(self, widths: tuple[int, ...]) -> tuple[list[float], list[float]]:
         network = self.network(widths, self.refitted(widths))
@@ -256,13 +278,18 @@ class _Search:
     def run(self) -> dict[str, Any]:
         start = time.monotonic()
         costs, budget = self._costs_and_budget()
-        if (enough := self._met_already(budget)) is not None:
+        if not self._ended and (enough := self._met_already(budget)) is not None:
             return enough | {"seconds": time.monotonic() - start}
         if budget is not None:
             require_feasible(Completer(costs), budget)
         task = self._task()
+        self.out = self._folder()  # another search may have begun by now
         with alone_in(self.out):
             return self._run(costs, budget, task, start)
+
+    @property
+    def _ended(self) -> bool:
+        return all((self.out / name).exists() for name in (RESULT, POLICY, Policy.weights))
 
     def _task(self) -> Task:
         return load_task(self.model, **self._task_options)
@@ -276,8 +303,9 @@ class _Search:
         config = self.config
         journal = Journal(self.out / "metrics.jsonl", self._header())
         record_command(self.out)
-        finished = self.out / "result.json"
-        if all(path.exists() for path in (finished, self.out / POLICY, self.out / Policy.weights)):
+        finished = self.out / RESULT
+        if self._ended:
+            self.progress(0, 1, f"{self.out} has this search's result already")
             result: dict[str, Any] = json.loads(finished.read_text())
             return result
         self.evaluator = Evaluator(self.model, self.graph, task, seed=config.seed, refit=config.refit)
@@ -361,12 +389,8 @@ class _Search:
         config = self.config
         return {
             "schema_version": 1,
-            "model": self.model.spec,
-            "weights_sha256": self.weights_sha256,
-            "data": config.data,
-            "evaluate": config.evaluate,
-            "calibrate": config.calibrate,
-            "keep": list(self.subject.keep),
+            **self._network,
+            **self._asked,
             "device": self.subject.device.name,
             **asdict(self.predictor.identity),
             "budget": None if self.given is None else list(self.given),
@@ -419,11 +443,10 @@ class _Search:
     def _kept(self, outcome: Outcome) -> dict[str, Any]:
         """Write the winner's policy and weights; what is reported of it, the test split read once."""
         module = self.refitted(outcome.widths)
-        test, baseline = self.evaluator.task.test_scores([module, self.model.module])
         kept, keep = self.evaluator.kept(outcome.widths), self.subject.keep
         if (base := self.subject.base) is not None:  # channels of the network that was unpruned at first
             kept = {name: np.array(base.kept[name])[channels] for name, channels in kept.items()}
-            kept, keep = {name: np.array(channels) for name, channels in base.kept.items()} | kept, base.keep
+            kept, keep = base.kept_arrays() | kept, base.keep
         policy = Policy(
             model=self.model.spec,
             input_shape=self.model.input_shape,
@@ -442,6 +465,7 @@ class _Search:
         )
         save_weights(self.out / policy.weights, module.state_dict())
         policy.save(self.out / POLICY)
+        test, baseline = self.evaluator.task.test_scores([module, self.model.module])
         samples = outcome.samples_ms
         pruned_ms, baseline_ms = (None, None) if samples is None else (float(np.median(each)) for each in samples)
         network = self.subject.network_at(outcome.widths)

@@ -25,6 +25,7 @@ from amc_hw.data import Splits, load_data, load_tensors
 from amc_hw.errors import FailedError, UserError
 from amc_hw.images import ImageFiles, TensorImages
 from amc_hw.models import load_model
+from amc_hw.models.checkpoint import checkpoint_sha256
 from amc_hw.runs import Journal, alone_in, record_command, save_json, save_weights
 from amc_hw.subject import Pruned, open_pruned
 from amc_hw.task import Classification
@@ -101,15 +102,18 @@ def finetune(policy: Path, config: FinetuneConfig, *, progress: Progress) -> dic
         from accelerate.utils import broadcast_object_list
     except ImportError:
         raise UserError("fine-tuning needs Accelerate: pip install 'amc-hw[finetune]'") from None
-    out = config.out or policy.parent.with_name(f"{policy.parent.name}-finetuned")
+    folder = policy.parent.resolve() if policy.parent.name in ("", "..") else policy.parent
+    out = config.out or folder.with_name(f"{folder.name}-finetuned")
     # several processes on CPUs are one group only where the CPU is asked for
     several_cpus = "LOCAL_RANK" in os.environ and not torch.accelerator.is_available()
     accelerator = Accelerator(mixed_precision=config.precision, cpu=several_cpus)
+    if config.precision == "fp16" and accelerator.device.type == "cpu":
+        raise UserError("--precision fp16 needs a GPU: take bf16 or no")
     start = time.monotonic()
-    with alone_in(out / f"rank{accelerator.process_index}" if accelerator.num_processes > 1 else out):
+    with alone_in(out if accelerator.is_main_process else out / f"rank{accelerator.process_index}"):
         journal = None
         if accelerator.is_main_process:
-            journal = Journal(out / "metrics.jsonl", _header(pruned, config))
+            journal = Journal(out / "metrics.jsonl", _header(pruned, config), kind="fine-tuning")
         finished = out / "result.json"
         if finished.exists():
             found: dict[str, Any] = json.loads(finished.read_text())
@@ -150,6 +154,7 @@ def _header(pruned: Pruned, config: FinetuneConfig) -> dict[str, Any]:
         "weights_sha256": pruned.weights_sha256(),
         **named,
         "out": None,
+        "checkpoint": None if config.checkpoint is None else checkpoint_sha256(config.checkpoint),
     }
 
 
@@ -190,6 +195,8 @@ class _Run:
         ]
         optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
         self.module, self.optimizer, self.loader = accelerator.prepare(module, optimizer, loader)
+        if not len(self.loader):
+            raise UserError(f"--batch {config.batch} on {accelerator.num_processes} processes is larger than the split")
         self.steps = config.epochs * len(self.loader)
         self.unpruned = _unpruned(pruned, config.checkpoint)
         self.teacher = self.unpruned if config.distill else None
@@ -264,7 +271,8 @@ class _Run:
                 "seconds": seconds,
             }
             assert self.journal is not None
-            self.journal.append(row)
+            if all(known.get("epoch") != epoch for known in self.journal.recorded):  # the state was not saved in time
+                self.journal.append(row)
         self._save(epoch)
 
     def _varied(self, images: Tensor, generator: torch.Generator) -> Tensor:

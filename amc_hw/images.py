@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -98,6 +98,16 @@ def load_tensors(dataset: Dataset, *, limit: int | None = None, seed: int = 0) -
     indices = torch.arange(count)
     if limit is not None:
         indices = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:limit]
+    return _loaded(dataset, indices)
+
+
+def load_parts(dataset: Dataset, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """As `load_tensors` all of a split, `size` images at a time: a large one does not fit in memory."""
+    for indices in torch.arange(len(dataset)).split(size):  # type: ignore[arg-type]
+        yield _loaded(dataset, indices)
+
+
+def _loaded(dataset: Dataset, indices: Tensor) -> tuple[Tensor, Tensor]:
     if isinstance(dataset, TensorImages | ImageFiles):
         return dataset.gather(indices)
     images, labels = zip(*(dataset[i] for i in indices.tolist()), strict=True)

@@ -58,17 +58,18 @@ def _staircase(axes: Any, measured: Sequence[tuple[int, float]], widths: np.ndar
     axes.set(xlabel="channels", ylabel="ms", ylim=(0, None))
 
 
-def save_pareto(path: Path, title: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Accuracy against latency of every row that was measured; one mark per method, hollow for FLOPs budgets."""
-    _save(_pareto(title, rows), path)
+def save_pareto(path: Path, title: str, rows: Sequence[dict[str, Any]], *, score: str) -> None:
+    """Score, by its name, against latency of every row that was measured; one mark per method, hollow for FLOPs
+    budgets."""
+    _save(_pareto(title, rows, score), path)
 
 
-def pareto(title: str, rows: Sequence[dict[str, Any]]) -> bytes:
+def pareto(title: str, rows: Sequence[dict[str, Any]], *, score: str) -> bytes:
     """As `save_pareto` draws it."""
-    return _drawn(_pareto(title, rows))
+    return _drawn(_pareto(title, rows, score))
 
 
-def _pareto(title: str, rows: Sequence[dict[str, Any]]) -> Any:
+def _pareto(title: str, rows: Sequence[dict[str, Any]], score: str) -> Any:
     figure, axes = _axes()
     measured = [row for row in rows if row["measured_ms"] is not None and row["accuracy"] is not None]
     marks = itertools.cycle("os^vDPX*<>")
@@ -77,7 +78,7 @@ def _pareto(title: str, rows: Sequence[dict[str, Any]]) -> Any:
         for row in (row for row in measured if row["method"] == method):
             face = "none" if row["budget"].startswith("flops") else colour
             axes.plot(row["measured_ms"], row["accuracy"], mark, color=colour, markerfacecolor=face)
-    axes.set(xlabel="measured ms", ylabel="accuracy")
+    axes.set(xlabel="measured ms", ylabel=score)
     axes.set_title(f"{title} (hollow: FLOPs budgets)", fontsize=8)
     if measured:
         axes.legend(fontsize=7)
@@ -154,11 +155,12 @@ def tried_policies(points: Sequence[tuple[float, float]], chosen_ms: float) -> b
     return _drawn(figure)
 
 
-def learning_curve(scores: Sequence[float]) -> bytes:
-    """Score of every episode in order, and the best so far."""
+def learning_curve(scores: Sequence[float], within: Sequence[bool]) -> bytes:
+    """Score of every episode in order, and the best so far of those within the budget."""
     figure, axes = _axes(size=(6.4, 3.0))
     axes.plot(scores, ".", markersize=3, color="#8a94a6", label="episode")
-    axes.plot(np.maximum.accumulate(scores), linewidth=1, label="best so far")
+    best = np.maximum.accumulate(np.where(within, scores, -np.inf))
+    axes.plot(np.where(np.isfinite(best), best, np.nan), linewidth=1, label="best so far")
     axes.set(xlabel="episode", ylabel="held-out score")
     axes.legend(fontsize=7)
     return _drawn(figure)

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from amc_hw.errors import UserError
 from amc_hw.runs import save_json
 
@@ -38,6 +40,9 @@ class Policy:
     keep: tuple[str, ...] = ()
     threads: int | None = None
 
+    def kept_arrays(self) -> dict[str, np.ndarray]:
+        return {name: np.array(channels, dtype=np.int64) for name, channels in self.kept.items()}
+
     def save(self, path: Path) -> None:
         save_json(path, {"schema_version": SCHEMA_VERSION, **asdict(self)})
 
@@ -59,6 +64,8 @@ def load_policy(path: Path) -> Policy:
             raise ValueError("data, evaluate and calibrate must be strings or null")
         if {name: len(channels) for name, channels in found.kept.items()} != found.widths:
             raise ValueError("widths are not the numbers of channels kept")
+        if not all(type(channel) is int for channels in found.kept.values() for channel in channels):
+            raise ValueError("channels must be whole numbers")
         return found
     except OSError as error:
         raise UserError(f"cannot read policy {path}: {error.strerror}") from None

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from amc_hw.errors import UserError
 from amc_hw.graph import LayerGraph
 from amc_hw.models.channel_map import ChannelMap
 from amc_hw.padding import padded, padding_of
@@ -142,10 +143,9 @@ def refit_faithful(
     generator = torch.Generator().manual_seed(seed)
     with eval_mode(module), eval_mode(sliced):
         run = _Lockstep(module, sliced, images)
-        calls = Counter(node.target for node in run.nodes if node.op == "call_module")
         for node in run.nodes:
             run.unpruned(node)
-            once = node.op == "call_module" and calls[node.target] == 1
+            once = node.op == "call_module" and run.calls[node.target] == 1
             layer = sliced.get_submodule(str(node.target)) if once else None
             if layer is not None and _refittable(layer) and run.differs(node.all_input_nodes[0]):
                 out = axes.get(str(node.target), KeptAxes()).out
@@ -166,8 +166,11 @@ class _Lockstep:
     def __init__(self, module: nn.Module, sliced: nn.Module, images: Inputs) -> None:
         self.module, self.sliced = module, sliced
         self._first, self._second = fx.Interpreter(trace_fx(module)), fx.Interpreter(trace_fx(sliced))
-        nodes = list(self._first.graph.nodes)
-        self._twin = dict(zip(nodes, self._second.graph.nodes, strict=True))
+        nodes, twins = (list(each.graph.nodes) for each in (self._first, self._second))
+        if [node.op for node in nodes] != [node.op for node in twins]:
+            raise UserError("the network's forward takes another way once it is pruned: does it count channels?")
+        self._twin = dict(zip(nodes, twins, strict=True))
+        self.calls = Counter(node.target for node in nodes if node.op == "call_module")
         self._last_reader = {source: node for node in nodes for source in node.all_input_nodes}
         self.nodes = [node for node in nodes if node.op not in ("placeholder", "output")]
         sources = [node for node in nodes if node.op == "placeholder"]
@@ -268,7 +271,7 @@ def _fit(
     patches, goal, now = (torch.cat(values) for values in zip(*parts, strict=True))  # (R, K), (R, O), (R, O)
     del parts
     # a scale so small that nothing can be made up for is not divided by
-    divisor = torch.where(scale.abs() < 1e-3 * scale.abs().max(), torch.inf, scale)
+    divisor = torch.where(scale.abs() <= 1e-3 * scale.abs().max(), torch.inf, scale)
     intercept = isinstance(layer.bias, Tensor) or follow.batch_norm is not None
     mean = patches.mean(0) if intercept else torch.zeros(patches.shape[1])
     patches -= mean
@@ -311,7 +314,8 @@ def _follow(node: fx.Node, run: _Lockstep) -> _Follow:
     while len(current.users) == 1:
         (user,) = current.users
         part = run.module.get_submodule(str(user.target)) if user.op == "call_module" else None
-        if isinstance(part, nn.BatchNorm2d) and batch_norm is None and shortcut is None:
+        alone = run.calls[user.target] == 1  # one that others use, too, is not changed for this layer
+        if isinstance(part, nn.BatchNorm2d) and alone and batch_norm is None and shortcut is None:
             batch_norm = str(user.target)
             act = getattr(part, "act", None)  # of a class that has its activation inside
             if isinstance(act, nn.ReLU | nn.ReLU6):
@@ -361,7 +365,10 @@ def _factor(gram: Tensor, penalty: float) -> Tensor:
     """Cholesky factor of gram + penalty on its diagonal, (K, K)."""
     gram = gram.clone()
     gram.diagonal().add_(penalty + 1e-12)
-    return torch.linalg.cholesky(gram)
+    try:
+        return torch.linalg.cholesky(gram)
+    except torch.linalg.LinAlgError:
+        raise UserError("a layer's values are not finite or far too large: such weights have no refit") from None
 
 
 def _write(sliced: nn.Module, name: str, batch_norm: str | None, change: Tensor, shift: Tensor) -> None:

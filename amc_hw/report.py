@@ -9,7 +9,7 @@ import base64
 import html
 import json
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import numpy as np
 from amc_hw import plots
 from amc_hw.errors import DeviceError, TableError, UserError
 from amc_hw.policy import load_policy
-from amc_hw.resources import latency_model
+from amc_hw.resources import latency_model, macs_model, params_model
 from amc_hw.subject import Pruned, Subject, open_pruned, open_subject, read_predictor, read_table, tables
 from amc_hw.task import shown_gain
 from profilers.files import write_whole
@@ -140,7 +140,9 @@ def _search(folder: Path) -> bytes:
     )
     budget = " = ".join(map(str, header.get("budget") or ["no budget"])).replace("_", " ")
     title = f"{policy.model} on {policy.device}: {budget}"
-    sections = [_headline(result, policy.evaluate is not None), _kept_channels(pruned)]
+    before = "before this search" if _staged(subject, header) else "unpruned"
+    sections = [_headline(result, policy.evaluate is not None, before), _kept_channels(pruned)]
+    predictor: Predictor | None = None
     try:
         table = _table_of(subject, header)
         predictor = read_predictor(subject, table)
@@ -152,7 +154,7 @@ def _search(folder: Path) -> bytes:
         ]
     except (TableError, DeviceError) as error:
         sections.append(_section("Latency per layer", f"<p>Not shown: {_text(error)}.</p>"))
-    sections += [_learning(journal, header), _made(folder, header)]
+    sections += [_learning(journal, header, _within(subject, header, result, predictor)), _made(folder, header)]
     return _page(title, *sections)
 
 
@@ -183,11 +185,11 @@ def _speedup(result: dict[str, Any]) -> tuple[str, str]:
     return f"{result['speedup']:.2f}x", f"measured speed-up (95%: {low:.2f} to {high:.2f})"
 
 
-def _headline(result: dict[str, Any], own: bool) -> str:
+def _headline(result: dict[str, Any], own: bool, before: str) -> str:
     what = "score" if own else f"accuracy, {result['accuracy_split']}"
-    facts = [_speedup(result), (f"{result['accuracy']:.4f}", f"{what}; unpruned {result['baseline_accuracy']:.4f}")]
+    facts = [_speedup(result), (f"{result['accuracy']:.4f}", f"{what}; {before} {result['baseline_accuracy']:.4f}")]
     if result["measured_ms"] is not None:
-        facts.append((f"{result['measured_ms']:.4g} ms", f"measured; unpruned {result['baseline_ms']:.4g} ms"))
+        facts.append((f"{result['measured_ms']:.4g} ms", f"measured; {before} {result['baseline_ms']:.4g} ms"))
     error = result.get("error_pct")
     within = "" if error is None else f"; 90% of networks within {error:.1f}%"
     facts.append((f"{result['predicted_ms']:.4g} ms", f"predicted by the table{within}"))
@@ -339,14 +341,36 @@ def _trust(subject: Subject, table: LatencyTable, predictor: Predictor, journal:
     )
 
 
-def _learning(journal: Sequence[dict[str, Any]], header: dict[str, Any]) -> str:
-    scores = [float(row["accuracy"]) for row in _episodes(journal)]
-    if not scores:
+def _within(
+    subject: Subject, header: dict[str, Any], result: dict[str, Any], predictor: Predictor | None
+) -> Callable[[Sequence[int]], bool]:
+    """Whether a policy that was tried keeps the budget, or costs no more than the winner does; True where that is not
+    known."""
+    if header.get("budget") is None or _staged(subject, header):
+        return lambda widths: True
+    name, given = header["budget"]
+    if name.startswith("latency"):
+        if predictor is None:
+            return lambda widths: True
+        costs = latency_model(subject.graph, header["grids"], predictor, batch=subject.device.batch)
+    else:
+        costs = (params_model if name.startswith("params") else macs_model)(subject.graph, header["grids"])
+    limit = given if name.endswith("_ms") else given * costs.full_cost
+    if all(width in grid for width, grid in zip(result["widths"], costs.grids, strict=True)):
+        limit = max(limit, costs.cost(tuple(result["widths"])))
+    return lambda widths: costs.cost(tuple(widths)) <= limit * (1 + 1e-6)
+
+
+def _learning(
+    journal: Sequence[dict[str, Any]], header: dict[str, Any], within: Callable[[Sequence[int]], bool]
+) -> str:
+    tried = _episodes(journal)
+    if not tried:
         return ""
-    what = (
-        f"Held-out score of every policy tried by {header.get('method', 'the search')}, in order, and the best so far"
-    )
-    return _section("The search", _figure(plots.learning_curve(scores), what))
+    curve = plots.learning_curve([float(row["accuracy"]) for row in tried], [within(row["widths"]) for row in tried])
+    budget = " within the budget" if header.get("budget") else ""
+    what = f"Held-out score of every policy tried by {header.get('method', 'the search')}, in order"
+    return _section("The search", _figure(curve, f"{what}, and the best so far{budget}"))
 
 
 def _made(folder: Path, header: dict[str, Any]) -> str:
@@ -362,7 +386,8 @@ def _made(folder: Path, header: dict[str, Any]) -> str:
     asked = {
         key: value for key, value in header.items() if key not in ("grids", "schema_version") and value is not None
     }
-    parts.append(f"<details><summary>What was asked</summary>{_table(('', 'value'), asked.items())}</details>")
+    if asked:
+        parts.append(f"<details><summary>What was asked</summary>{_table(('', 'value'), asked.items())}</details>")
     return _section("How it was made", *parts)
 
 
@@ -387,22 +412,23 @@ def _comparison(folder: Path) -> bytes:
         )
         for row in rows
     ]
-    head = ("budget", "method", "seed", "accuracy", "measured ms", "speed-up", "MMACs", "")
     methods, budgets = (len({row[key] for row in rows}) for key in ("method", "budget"))
     title = f"{methods} methods, {budgets} budgets"
     policies = [Path(row["policy"]) for row in done]
-    models = {load_policy(path).model for path in policies if path.exists()}
+    loaded = [load_policy(path) for path in policies if path.exists()]
+    models = {policy.model for policy in loaded}
     if len(models) == 1:
         title = f"{models.pop()}: {title}"
+    score = "score" if any(policy.evaluate for policy in loaded) else "accuracy"
+    picture = _figure(plots.pareto(title, rows, score=score), "Every winner, hollow: FLOPs budgets")
+    if all(row["measured_ms"] is None for row in rows):
+        picture = "<p>Nothing was measured: the device is not here.</p>"
     return _page(
         title,
         _section(
             "Verdict", f"<ul>{verdict}</ul>" if verdict else "<p>No budget has results of two methods to compare.</p>"
         ),
-        _section(
-            "Accuracy against measured latency",
-            _figure(plots.pareto(title, rows), "Every winner, hollow: FLOPs budgets"),
-        ),
-        _section("Winners", _table(head, cells)),
+        _section(f"{score.capitalize()} against measured latency", picture),
+        _section("Winners", _table(("budget", "method", "seed", score, "measured ms", "speed-up", "MMACs", ""), cells)),
         *(_made(path.parent, {}) for path in policies[:1] if path.exists()),
     )

@@ -56,13 +56,14 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 class Journal:
-    """`metrics.jsonl` of a run: a header that names the search, then one line per result. A torn last line goes.
+    """`metrics.jsonl` of a run: a header that names the search, then one line per result. A torn last line goes; a
+    header without results gives way.
 
-    UserError where the file is another search's or damaged before its last line, FailedError where it cannot be
-    written.
+    kind: of run, for the messages. UserError where the file is another run's or damaged before its last line,
+    FailedError where it cannot be written.
     """
 
-    def __init__(self, path: Path, header: dict[str, Any]) -> None:
+    def __init__(self, path: Path, header: dict[str, Any], *, kind: str = "search") -> None:
         self.path = path
         self.recorded: list[dict[str, Any]] = []
         try:
@@ -72,10 +73,12 @@ class Journal:
             lines = [json.loads(line) for line in whole.splitlines()]
             if not all(isinstance(line, dict) for line in lines):
                 raise ValueError("not an object")
+            if len(lines) == 1 and lines[0] != header:
+                lines, whole = [], b""
             if lines and lines[0] != header:
                 key = next(key for key in {**header, **lines[0]} if lines[0].get(key, ...) != header.get(key, ...))
                 raise UserError(
-                    f"{path.parent} holds another search ({key}: {lines[0].get(key)!r}, not {header.get(key)!r}): "
+                    f"{path.parent} holds another {kind} ({key}: {lines[0].get(key)!r}, not {header.get(key)!r}): "
                     "name another --out"
                 )
             self.recorded = lines[1:]
@@ -135,8 +138,8 @@ def record_command(folder: Path) -> None:
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "commands.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        with (folder / "commands.jsonl").open("ab", buffering=0) as file:
+            append_synced(file, json.dumps(row).encode() + b"\n")
     except OSError as error:
         raise FailedError(f"cannot write in {folder}: {error.strerror}") from error
 

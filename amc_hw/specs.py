@@ -186,6 +186,13 @@ def load_function(spec: Spec, *, kind: str) -> Callable[..., Any]:
     return functools.partial(found, **options) if options else found
 
 
+def source_sha256(text: str) -> str | None:
+    """Of the Python file that a spec names, None where it names none."""
+    spec = parse_spec(text)
+    path = Path(spec.name).expanduser()
+    return hashlib.sha256(path.read_bytes()).hexdigest() if spec.is_file and path.is_file() else None
+
+
 def _resolve(spec: Spec, *, kind: str, known: Iterable[str]) -> Callable[..., Any]:
     if spec.path is None:
         if spec.is_file:

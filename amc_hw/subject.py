@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -71,14 +70,14 @@ def load_graph(
     return loaded, build_graph(loaded.module, loaded.input_shape, examples=loaded.example_inputs, keep=keep)
 
 
-def _found_near(model: str, policy: Path) -> str:
-    """A model that a file of the user's own makes, its file looked for in the working directory, then in the folders
+def found_near(text: str, policy: Path) -> str:
+    """A spec; the file of the user's own that it names is looked for in the working directory, then in the folders
     above the policy: where its search was run."""
-    spec = parse_spec(model)
+    spec = parse_spec(text)
     if not spec.is_file or Path(spec.name).exists():
-        return model
+        return text
     above = (folder / spec.name for folder in policy.resolve().parents)
-    return next((str(replace(spec, name=str(path))) for path in above if path.exists()), model)
+    return next((str(replace(spec, name=str(path))) for path in above if path.exists()), text)
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ def open_pruned(path: Path) -> Pruned:
     """The network of a `policy.json` and the weights beside it; UserError where they do not fit each other."""
     found = load_policy(path)
     model, graph = load_graph(
-        _found_near(found.model, path),
+        found_near(found.model, path),
         input_shape=found.input_shape,
         keep=found.keep,
         mean=found.mean,
@@ -111,8 +110,7 @@ def open_pruned(path: Path) -> Pruned:
     )
     model = replace(model, spec=found.model, file=model.spec)
     try:
-        kept = {name: np.array(channels) for name, channels in found.kept.items()}
-        module = slice_channels(model.module, graph, kept)
+        module = slice_channels(model.module, graph, found.kept_arrays())
         graph.checked([found.widths[group.name] for group in graph.groups])
     except (ValueError, KeyError, UserError) as error:
         raise UserError(f"{path} does not fit {found.model}: {error}") from None
@@ -181,7 +179,12 @@ def open_subject(
 
 def _detected_multiple(config: DeviceConfig, target: Target) -> int | None:
     path = table_path(config, target.identity())
-    return detect_multiple(LatencyTable.read(path)) if path.exists() else None
+    return detect_multiple(LatencyTable.read(path)) if begun(path) else None
+
+
+def begun(path: Path) -> bool:
+    """Whether there is a table with its header; a file that was cut before its end holds nothing yet."""
+    return path.exists() and LatencyTable.read_identity(path) is not None
 
 
 def tables(device: str) -> list[Path]:
@@ -207,7 +210,7 @@ def read_table(subject: Subject) -> LatencyTable:
     identity = subject.target.identity()
     path = table_path(subject.device, identity)
     others = tables(subject.device.name)
-    if not path.exists() or LatencyTable.read_identity(path) is None:
+    if not begun(path):
         asked = _profile_command(subject)
         if others and (known := LatencyTable.read_identity(others[0])) is not None:
             part, here, wanted = known.first_difference(identity)

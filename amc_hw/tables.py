@@ -14,7 +14,7 @@ import numpy as np
 
 from amc_hw.errors import TableError, UserError
 from amc_hw.plots import save_staircase
-from amc_hw.subject import tables
+from amc_hw.subject import begun, tables
 from profilers.device import device_names, load_device, search_folders
 from profilers.files import write_whole
 from profilers.multiple import channel_multiple
@@ -46,7 +46,7 @@ def list_tables() -> dict[str, Any]:
     for folder in search_folders("latency_tables"):
         for path in sorted(folder.glob("*.jsonl")):
             files.setdefault(path.resolve(), path)  # in a checkout the two folders are one
-    found = [LatencyTable.read(path) for path in files.values()]
+    found = [LatencyTable.read(path) for path in files.values() if begun(path)]
     return {
         "tables": [
             {"file": str(table.path), "identity": asdict(table.identity), "rows": dict(_counted(table))}

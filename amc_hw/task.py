@@ -17,12 +17,15 @@ from torch.utils._pytree import tree_leaves
 
 from amc_hw.data import Splits, load_data, load_tensors
 from amc_hw.errors import DeviceError, UserError
+from amc_hw.images import load_parts
 from amc_hw.models import LoadedModel
 from amc_hw.specs import Spec, load_function, one_line, parse_spec
 
 #: Images of a batch on a CPU, in bytes: a layer's values are several times as large.
 CACHED_BYTES, LARGEST_BATCH = 800_000, 250
 FINAL_IMAGES, FINAL_BYTES = 5000, 1_000_000_000  #: held-out images that candidates are compared on, at most
+TEST_BYTES = 300_000_000  #: of test images that are decoded at a time
+SEARCH_IMAGES = 100  #: that every policy of a search is refitted on: the first ones
 PROBES, PROBED = 200, 25  #: inputs whose outputs are compared where a function of the user's own scores; of a batch
 FAR = 1e6  #: distortion of outputs that are no numbers
 
@@ -104,8 +107,13 @@ def accuracy(
     batch: None for as many as keep a layer's values in a CPU's caches. device: where the network runs, None for where
     the images are; those that are elsewhere are brought there a batch at a time.
     """
-    predicted = torch.cat([logits.argmax(1) for logits in _logits(module, images, batch=batch, device=device)])
-    return sum(one == other for one, other in zip(predicted.tolist(), labels.tolist(), strict=True)) / len(images)
+    return _right(module, images, labels, batch=batch, device=device) / len(images)
+
+
+def _right(module: nn.Module, images: Tensor, labels: Tensor, **where: Any) -> int:
+    """How many of the images; where: as of `_logits`."""
+    predicted = torch.cat([logits.argmax(1) for logits in _logits(module, images, **where)])
+    return sum(one == other for one, other in zip(predicted.tolist(), labels.tolist(), strict=True))
 
 
 def _logits(
@@ -155,17 +163,17 @@ class Classification:
         if len(model.example_inputs) > 1:
             raise UserError(f"{model.spec} takes {len(model.example_inputs)} inputs: give --evaluate and --calibrate")
         self.model, self.splits, self.seed, self.device = model, splits, seed, device
-        self.val = self._images(splits.val, val_images)
+        self.val = self._held_out(val_images)
 
-    def _images(
-        self, split: torch.utils.data.Dataset, limit: int | None, *, device: str | None = None
-    ) -> tuple[Tensor, Tensor]:
-        device = device or self.device
-        images, labels = load_tensors(split, limit=limit, seed=self.seed)
-        images = self.model.normalised(images).to(device)
+    def _held_out(self, limit: int) -> tuple[Tensor, Tensor]:
+        images, labels = load_tensors(self.splits.val, limit=limit, seed=self.seed)
+        return self._ready(images).to(self.device), labels.to(self.device)
+
+    def _ready(self, images: Tensor) -> Tensor:
+        images = self.model.normalised(images)
         if images.dim() == 4:
             images = images.contiguous(memory_format=torch.channels_last)  # which convolutions are faster on
-        return images, labels.to(device)
+        return images
 
     def inputs(self, limit: int) -> tuple[Tensor, ...]:
         images, _ = load_tensors(self.splits.train, limit=limit, seed=self.seed)
@@ -187,15 +195,22 @@ class Classification:
 
     @cached_property
     def _final_val(self) -> tuple[Tensor, Tensor]:
-        each = 4 * math.prod(self.model.input_shape)
-        return self._images(self.splits.val, min(FINAL_IMAGES, max(len(self.val[0]), FINAL_BYTES // each)))
+        return self._held_out(min(FINAL_IMAGES, max(len(self.val[0]), FINAL_BYTES // self._image_bytes)))
+
+    @property
+    def _image_bytes(self) -> int:
+        return 4 * math.prod(self.model.input_shape)
 
     def final_score(self, module: nn.Module) -> float:
         return accuracy(module, *self._final_val)
 
     def test_scores(self, modules: Sequence[nn.Module]) -> list[float]:
-        images, labels = self._images(self.splits.test, None, device="cpu")  # too many, perhaps, for a GPU's memory
-        return [accuracy(module, images, labels, device=self.device) for module in modules]
+        right, count = [0] * len(modules), 0
+        for images, labels in load_parts(self.splits.test, max(1, TEST_BYTES // self._image_bytes)):
+            images, count = self._ready(images), count + len(labels)
+            for place, module in enumerate(modules):
+                right[place] += _right(module, images, labels, device=self.device)
+        return [each / count for each in right]
 
 
 class OwnTask:
@@ -242,7 +257,8 @@ class OwnTask:
 
     @cached_property
     def _probes(self) -> tuple[Tensor, ...]:
-        return self.inputs(PROBES)
+        """Others than a search refits on, as far as there are more."""
+        return tuple(part[-PROBES:] for part in self.inputs(SEARCH_IMAGES + PROBES))
 
     def _outputs(self, module: nn.Module) -> list[Tensor]:
         with on(module, self.device), torch.inference_mode():

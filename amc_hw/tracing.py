@@ -463,7 +463,7 @@ class _Lowering:
             _, height, width = self._image(node.all_input_nodes[0])
             own = padding_of(module, (height, width), name)
             before, after = ((own[end][0] + pads[end][0], own[end][1] + pads[end][1]) for end in (0, 1))
-            if groups > 1 and groups == module.in_channels == module.out_channels:
+            if groups == module.in_channels == module.out_channels:  # one channel, too, which pruning may have left
                 kind = "depthwise_conv"
         self._emit(
             node,

@@ -54,8 +54,7 @@ class Recipe:
         keep = self.keep if self.base is None else self.base.keep
         model, graph = load_graph(self.spec, input_shape=self.input_shape, keep=keep)
         if self.base is not None:
-            kept = {name: np.array(channels) for name, channels in self.base.kept.items()}
-            model = replace(model, module=slice_channels(model.module, graph, kept))
+            model = replace(model, module=slice_channels(model.module, graph, self.base.kept_arrays()))
             graph = build_graph(model.module, model.input_shape, examples=model.example_inputs, keep=self.keep)
         model.module.load_state_dict(self.state)
         model.module.eval()

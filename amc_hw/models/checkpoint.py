@@ -25,10 +25,7 @@ def load_checkpoint(module: nn.Module, file: str | Path) -> str:
             then `module` is as it was.
     """
     path = Path(file).expanduser()
-    try:
-        digest = _sha256(path)
-    except OSError as exc:
-        raise UserError(f"cannot read checkpoint {str(file)!r}: {exc.strerror or exc}") from exc
+    digest = checkpoint_sha256(file)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as exc:  # unpickling an arbitrary file fails in arbitrary ways
@@ -41,9 +38,13 @@ def load_checkpoint(module: nn.Module, file: str | Path) -> str:
     return digest
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def checkpoint_sha256(file: str | Path) -> str:
+    """SHA-256 of a file in hex; UserError where it cannot be read."""
+    try:
+        with Path(file).expanduser().open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as exc:
+        raise UserError(f"cannot read checkpoint {str(file)!r}: {exc.strerror or exc}") from exc
 
 
 def _state_dict(content: Any, file: str | Path, *, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:

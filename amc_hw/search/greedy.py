@@ -1,4 +1,8 @@
-"""NetAdapt (Yang et al., ECCV 2018): step by step, shrink the one group that pays for the step at the least loss."""
+"""NetAdapt (Yang et al., ECCV 2018): step by step, shrink the group that pays for the step at the least loss.
+
+A step asks for one policy per group. Where evaluations allow fewer steps than single groups can pay for, every group
+offers a part of the step, and those that lose least are shrunk together.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,13 @@ from amc_hw.search.method import Method, judged
 
 
 class GreedySearch(Method):
-    """The steps are as fine as the evaluations allow: every step asks for one policy per group."""
+    """The steps are as fine as the evaluations allow."""
 
     needs_budget = True
+
+    @classmethod
+    def enough(cls, groups: int) -> int:
+        return groups + 1
 
     def __init__(self, floor: float, episodes: int, seed: int) -> None:
         super().__init__(floor, episodes, seed)
@@ -28,28 +36,48 @@ class GreedySearch(Method):
         if model.cost(at) <= limit:  # a budget that has grown begins anew
             at = model.full_widths
         while (cost := model.cost(at)) > limit * (1 + ROUNDING) and left > 0:
-            steps = max(1, left // len(model.grids))
-            offers = shrunk(model, at, cost - (cost - limit) / steps)
-            if not offers:
-                offers = shrunk(model, at, cost * (1 - ROUNDING))  # no group pays for all of it: as far as one goes
-                offers = sorted(offers, key=model.cost)[:1]
+            goal = cost - (cost - limit) / max(1, left // (len(model.grids) + 1))
+            offers = offered(model, at, goal)[: max(left - 1, 1)]
             if not offers:
                 return
             found = []
-            for one in judged(env, offers[:left]):
+            for one in judged(env, offers):
                 found.append(one)
                 yield one
             left -= len(found)
-            at = self.at = max(found, key=lambda one: (one["worth"], -one["cost"]))["widths"]
+            for one in sorted(found, key=lambda one: (-one["worth"], one["cost"])):
+                at = tuple(map(min, at, one["widths"]))
+                if model.cost(at) <= goal * (1 + ROUNDING):
+                    break
+            if left > 0 and at not in offers:
+                left -= 1
+                yield env.judge(at)
+            self.at = at
 
 
-def shrunk(model: CostModel, at: Sequence[int], limit: float) -> list[tuple[int, ...]]:
-    """For every group that can: the widest it may be, all others as they are, for a cost of at most `limit`."""
-    made = []
-    for group, width in enumerate(at):
-        for narrower in reversed(model.grids[group][: model.position(group, width)]):
-            widths = (*at[:group], narrower, *at[group + 1 :])
-            if model.cost(widths) <= limit * (1 + ROUNDING):
-                made.append(widths)
-                break
-    return made
+def offered(model: CostModel, at: Sequence[int], goal: float) -> list[tuple[int, ...]]:
+    """A policy for every group that can pay for the step to a cost of `goal`, where half of them can; else of every
+    group one that pays for a part, so that about half of the groups are needed together."""
+    cost = model.cost(at)
+    groups = [found for group in range(len(at)) if (found := _narrower(model, at, group))]
+    alone = [found for each in groups if (found := _widest(each, goal)) is not None]
+    if 2 * len(alone) >= len(groups):
+        return alone
+    part = (cost - goal) / len(groups)
+    while True:
+        offers = [_widest(each, cost - part) or each[-1][1] for each in groups]
+        if part >= cost - goal or cost - model.cost(tuple(map(min, at, *offers))) >= 2 * (cost - goal):
+            return offers
+        part *= 2
+
+
+def _narrower(model: CostModel, at: Sequence[int], group: int) -> list[tuple[float, tuple[int, ...]]]:
+    """(cost, widths) with that group narrower at a lower cost, widest first."""
+    narrower = reversed(model.grids[group][: model.position(group, at[group])])
+    policies = [(*at[:group], width, *at[group + 1 :]) for width in narrower]
+    priced = [(model.cost(widths), widths) for widths in policies]
+    return [each for each in priced if each[0] < model.cost(at) * (1 - ROUNDING)]
+
+
+def _widest(policies: Sequence[tuple[float, tuple[int, ...]]], limit: float) -> tuple[int, ...] | None:
+    return next((widths for cost, widths in policies if cost <= limit * (1 + ROUNDING)), None)

@@ -1,4 +1,4 @@
-"""Rules that need no search: one shape of widths over the depth of the network, bisected to the budget.
+"""Rules that need no search: one shape of widths over the depth of the network, as wide as the budget allows.
 
 `uniform` keeps one fraction everywhere; `shallow` prunes the first layers most, `deep` the last (AMC, section 4.1).
 """
@@ -43,7 +43,7 @@ class HandmadeSearch(Method):
         limit = math.inf if env.budget is None else env.budget.limit
         policies = self.policies(env.model.grids)
         inside = [widths for widths in policies if env.model.cost(widths) <= limit * (1 + 1e-9)]
-        # a rule may not reach the budget: then what comes nearest says so when it is timed
+        # a rule may not reach the budget: then what comes nearest is not within it
         yield env.judge(inside[0] if inside else min(policies, key=env.model.cost))
 
     @abstractmethod

@@ -24,6 +24,7 @@ from amc_hw.search.sensitivity import SHARE, Curves, CurveSearch, measure_curves
 MAX_VARIABLES = 60_000  #: of the integer program; larger ones are solved by Lagrange multipliers alone
 NODES = 2000  #: of its branches, at most: a limit of time would let the machine's load choose the policy
 GAP = 1e-6
+Solution = tuple[float, tuple[int, ...]]  # sum of losses, positions in the grids
 PRIOR = 0.002
 SEEN = 1e-4  #: share of it where losses are distortions
 
@@ -123,29 +124,29 @@ def solve(
     better is found within the limit.
     """
     allowed = [list(range(len(grid))) for grid in model.grids] if reach is None else [list(each) for each in reach]
-    fallback, at = _lagrange(model, losses, limit, allowed)
     count = sum(map(len, allowed)) + sum(
         math.prod(len(allowed[group]) for group in term.groups) for term in model.terms if len(term.groups) > 1
     )
+    found, proven = None, False
     if exact and count <= MAX_VARIABLES:
-        best = _integer_program(model, losses, limit, allowed)
-        if best is not None and (at is None or best[0] <= fallback + 1e-12):
-            at = best[1]
-    if at is None:
+        found, proven = _integer_program(model, losses, limit, allowed)
+    if not proven:
+        found = min((each for each in (found, _lagrange(model, losses, limit, allowed)) if each), default=None)
+    if found is None:
         return Completer(model).best()[1]
-    return tuple(grid[place] for grid, place in zip(model.grids, at, strict=True))
+    return tuple(grid[place] for grid, place in zip(model.grids, found[1], strict=True))
 
 
 def _lagrange(
     model: CostModel, losses: Sequence[np.ndarray], limit: float, allowed: Sequence[Sequence[int]]
-) -> tuple[float, tuple[int, ...] | None]:
-    """The best of what prices per unit of cost give, each exactly minimised: (sum of losses, positions)."""
+) -> Solution | None:
+    """The best of what prices per unit of cost give, each exactly minimised; None where nothing is within the limit."""
     sizes = [len(each) for each in allowed]
     unary = [((group,), loss[allowed[group]]) for group, loss in enumerate(losses)]
     terms = [(term.groups, term.values[np.ix_(*(allowed[group] for group in term.groups))]) for term in model.terms]
     scale = max(float(loss.max() - loss.min()) for loss in losses) or 1.0
     low, high = 0.0, 1e3 * scale / max(limit, 1e-12)
-    best: tuple[float, tuple[int, ...] | None] = (math.inf, None)
+    best: Solution | None = None
     for _ in range(40):
         price = (low + high) / 2
         factors = unary + [(groups, price * values) for groups, values in terms]
@@ -153,7 +154,7 @@ def _lagrange(
         at = tuple(each[place] for each, place in zip(allowed, places, strict=True))
         if model.cost_at(at) <= limit * (1 + ROUNDING):
             total = sum(float(loss[place]) for loss, place in zip(losses, at, strict=True))
-            best = min(best, (total, at), key=lambda one: one[0])
+            best = min(best or (math.inf, at), (total, at), key=lambda one: one[0])
             high = price
         else:
             low = price
@@ -162,8 +163,8 @@ def _lagrange(
 
 def _integer_program(
     model: CostModel, losses: Sequence[np.ndarray], limit: float, allowed: Sequence[Sequence[int]]
-) -> tuple[float, tuple[int, ...]] | None:
-    """(sum of losses, positions) of the optimum; None where there is none, or none was found within NODES.
+) -> tuple[Solution | None, bool]:
+    """The optimum, None where there is none or none was found within NODES, and whether it is proven to be one.
 
     A term over several groups has a variable per combination, whose marginals must be the groups' own choices.
     """
@@ -203,20 +204,21 @@ def _integer_program(
     )
     whole = np.zeros(total)
     whole[: starts[-1]] = 1  # once the groups have chosen, so have the terms
+    unit = 1e-4 * limit or 1.0  # a millionth of it is what the solver calls no difference
     found = optimize.milp(
         np.concatenate(objective),
         integrality=whole,
         bounds=optimize.Bounds(0, 1),
         constraints=[
             optimize.LinearConstraint(matrix, right, right),
-            optimize.LinearConstraint(np.concatenate(cost)[None], -np.inf, limit * (1 + ROUNDING) - model.constant),
+            optimize.LinearConstraint(np.concatenate(cost)[None] / unit, -np.inf, (limit - model.constant) / unit),
         ],
         options={"node_limit": NODES, "mip_rel_gap": GAP},
     )
     if found.x is None:
-        return None
+        return None, False
     chosen = [int(np.argmax(found.x[starts[group] : starts[group] + len(each)])) for group, each in enumerate(allowed)]
     at = tuple(each[place] for each, place in zip(allowed, chosen, strict=True))
-    if model.cost_at(at) > limit * (1 + 10 * ROUNDING) + 1e-9 * abs(limit):
-        return None
-    return sum(float(loss[place]) for loss, place in zip(losses, at, strict=True)), at
+    if model.cost_at(at) > limit * (1 + ROUNDING):
+        return None, False
+    return (sum(float(loss[place]) for loss, place in zip(losses, at, strict=True)), at), found.status == 0

@@ -230,11 +230,13 @@ class _Rounds:
             return winner
         assert self.problem.budget is not None
         if not self.missed:
-            raise BudgetError(f"no policy within {self.problem.budget.text} was found: give more --episodes")
+            advice = "give more --episodes" if method.episodes > 1 else "the rule does not reach it, take another"
+            raise BudgetError(f"no policy within {self.problem.budget.text} was found: {advice}")
         budget, closest = self.problem.budget, min(self.missed.values())
         raise BudgetError(
             f"none of {len(self.missed)} measured candidates met the budget {budget.text}; the closest needs "
-            f"{budget.given * closest:.4g} instead of {budget.given:g}: ask for that, lower --floor, or profile again"
+            f"{budget.given * closest:.4g} instead of {budget.given:g}: ask for that, lower --floor, or profile again "
+            "and name a new --out"
         )
 
     def _round(self, method: Method, number: int) -> float | None:
@@ -324,7 +326,9 @@ class _Rounds:
             question = {"finished": list(widths)}
             accuracies[widths] = self.memory.result(question, "accuracy", partial(problem.finish, widths))
         failed = []
-        reward, costs = REWARDS[problem.reward][1], problem.reward_costs or problem.costs
+        # of a refitted candidate the score is known, not the distortion
+        reward = REWARDS["err" if problem.reward == "distortion" else problem.reward][1]
+        costs = problem.reward_costs or problem.costs
         for widths in sorted(pool, key=lambda each: -reward(1 - accuracies[each], costs.cost(each))):
             if problem.confirm is None:
                 return Outcome(widths, None, self.episodes)

@@ -104,7 +104,7 @@ class CurveSearch(Method):
 
 
 class SensitivitySearch(CurveSearch):
-    """Thresholds on the curves, bisected to the budget; the rest of the evaluations goes to thresholds around it."""
+    """Thresholds on the curves: of the policies that one gives within the budget, the most costly are evaluated."""
 
     def __init__(self, floor: float, episodes: int, seed: int) -> None:
         super().__init__(floor, episodes, seed)

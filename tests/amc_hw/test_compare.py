@@ -7,10 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from amc_hw import api
-from amc_hw.compare import EQUAL, CompareConfig, verdict
+from amc_hw.compare import EQUAL, CompareConfig, mean_ci95, verdict
 from amc_hw.errors import UserError
 
 COMMAND = ("compare", "--device", "fake", "--model", "nets.py:tiny", "--data", "npz:images.npz", "--episodes", "8")
@@ -82,6 +83,7 @@ def test_a_budget_that_is_met_already_is_no_failure(here: Path, amc_hw: Callable
         (("--latency-ratio", "0.5", "--methods", ""), "at least one method"),
         ((), "give at least one of --latency-ms"),
         (("--latency-ratio", "1.5"), "budget ratio 1.5"),
+        (("--flops-ratio", "0.5", "--matched"), "--matched stands beside a latency budget"),
         (("--latency-ratio", "0.5", "--seeds", "a"), "--seeds 'a': expected whole numbers"),
         (("--latency-ratio", "0.5", "--refit", "slow"), "unknown --refit 'slow'"),
     ],
@@ -91,8 +93,16 @@ def test_mistakes_are_one_line(here: Path, amc_hw: Callable, flags: tuple[str, .
     assert done.code == 2 and words in done.mistake
 
 
-def row(method: str, budget: str, seed: int, accuracy: float | None) -> dict[str, Any]:
-    return {"method": method, "budget": budget, "seed": seed, "accuracy": accuracy}
+def row(method: str, budget: str, seed: int, accuracy: float | None, ms: float = 1.0) -> dict[str, Any]:
+    measured = None if accuracy is None else ms
+    return {
+        "method": method,
+        "budget": budget,
+        "seed": seed,
+        "accuracy": accuracy,
+        "measured_ms": measured,
+        "baseline_ms": 2.0,
+    }
 
 
 def test_the_verdict_by_hand() -> None:
@@ -108,19 +118,46 @@ def test_the_verdict_by_hand() -> None:
     assert said[0].startswith(
         "latency ratio 0.5: a is best with 0.8120, then b with 0.7000 (difference over 3 seeds: 95% "
     )
-    assert (
-        "earns +1.20 points over a FLOPs budget of equal measured latency (difference over 3 seeds: 95% +1.0"
-        in said[-1]
+    # by hand: deviation 0.2 points, Student's t 4.303, over the root of 3
+    assert said[-1].endswith(
+        "earns +1.20 points over a FLOPs budget of equal measured latency "
+        "(difference over 3 seeds: 95% +0.70 points to +1.70 points)"
     )
-    assert "not told apart" not in said[-1] and len(said) == 2
+    assert len(said) == 2
     mixed = [
         row(m, "latency ratio 0.5", s, v) for m, s, v in [("a", 0, 0.5), ("b", 0, 0.6), ("a", 1, 0.6), ("b", 1, 0.51)]
     ]
     assert "not told apart" in verdict(mixed)[0]
+    far = [row("a", "flops, as fast as latency ratio 0.5", 0, 0.8, ms=1.03), row("a", "latency ratio 0.5", 0, 0.81)]
+    assert "over a FLOPs budget up to 3.0% off in measured latency (one seed: no interval)" in verdict(far)[-1]
     scores = [row("a", "flops ratio 0.5", s, 30.5 + s) for s in (0, 1)] + [
         row("b", "flops ratio 0.5", s, 30.0 + s) for s in (0, 1)
     ]
     assert "95% +0.5 to +0.5)" in verdict(scores, accuracy=False)[0]  # of a user's own score, not points
+
+
+def test_methods_are_ranked_on_the_same_seeds() -> None:
+    """A method that found something for the easiest seed only is no winner."""
+    values = {"a": (0.90, None, None), "b": (0.91, 0.80, 0.80), "c": (0.90, 0.80, 0.80)}
+    rows = [row(name, "flops ratio 0.5", seed, each) for name, of in values.items() for seed, each in enumerate(of)]
+    ranked, missing = verdict(rows)
+    assert ranked.startswith("flops ratio 0.5: b is best with 0.8367, then c with 0.8333")
+    assert missing == "flops ratio 0.5: nothing found by a for 2 of 3 seeds"
+    alike = [row(name, "flops ratio 0.5", 0, 0.9) for name in "ab"]
+    assert verdict(alike) == ["flops ratio 0.5: a and b are best with 0.9000 (one seed: no interval)"]
+
+
+def test_an_interval_holds_the_mean_nineteen_times_of_twenty() -> None:
+    rng = np.random.default_rng(0)
+    for count in (2, 3, 5):
+        held = [low <= 0 <= high for low, high in (mean_ci95(rng.normal(size=count)) for _ in range(1000))]
+        assert 0.93 < np.mean(held) < 0.97
+
+
+def test_the_seed_of_the_folder_is_that_of_a_comparison(here: Path, amc_hw: Callable) -> None:
+    Path("amc-hw.toml").write_text("seed = 7\n")
+    done = amc_hw(*COMMAND, "--methods", "uniform", "--flops-ratio", "0.5", "--json")
+    assert done.code == 0 and [each["seed"] for each in json.loads(done.out)["rows"]] == [7]
 
 
 def test_a_comparison_of_nothing_is_refused() -> None:

@@ -14,13 +14,13 @@ from torch.utils.data import Dataset
 
 from amc_hw.data import Splits, load_data
 from amc_hw.errors import UserError
-from amc_hw.evaluate import SEARCH_IMAGES, SEARCH_ROWS, Evaluator, check_expected, warn_of_guessing
+from amc_hw.evaluate import SEARCH_ROWS, Evaluator, check_expected, warn_of_guessing
 from amc_hw.graph import LayerGraph, build_graph
-from amc_hw.images import TensorImages
+from amc_hw.images import TensorImages, load_tensors
 from amc_hw.models import LoadedModel
 from amc_hw.prune import keep_channels, slice_channels
 from amc_hw.refit import reestimate_batch_norm, refit_faithful, refit_fast
-from amc_hw.task import FAR, Classification, accuracy, distortion
+from amc_hw.task import FAR, SEARCH_IMAGES, Classification, accuracy, distortion
 
 SHAPE = (3, 8, 8)
 
@@ -307,6 +307,19 @@ def test_candidates_are_compared_on_all_held_out_images(
     module = trained[0].module
     assert len(evaluator.task.val[0]) == 50 < len(val.labels)
     assert task.final_score(module) == accuracy(module, trained[0].normalised(val.images), val.labels)
+
+
+def test_the_test_split_is_never_in_memory_as_a_whole(
+    trained: tuple[LoadedModel, LayerGraph], splits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, labels = load_tensors(splits.test)
+    networks = [trained[0].module, nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 10))]
+    wanted = [accuracy(each, trained[0].normalised(images), labels) for each in networks]
+    monkeypatch.setattr("amc_hw.task.TEST_BYTES", 100 * images[0].numel() * 4)
+    seen: list[int] = []
+    networks[0].register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
+    assert Classification(trained[0], splits).test_scores(networks) == wanted
+    assert sum(seen) == len(labels) > 100 >= max(seen)
 
 
 def test_a_network_that_reshapes_by_view_is_scored_in_the_layout_that_it_needs() -> None:

@@ -168,11 +168,11 @@ def test_what_ended_is_not_the_answer_to_another_question(policy: Path) -> None:
     """A trial of one epoch, then other settings, or other weights of the same widths, in the same folder."""
     first = finetune(policy, FinetuneConfig(epochs=1, batch=512), progress=quiet)
     assert finetune(policy, FinetuneConfig(epochs=1, batch=512), progress=quiet) == first
-    with pytest.raises(UserError, match="run-finetuned holds another search .epochs: 1, not 2."):
+    with pytest.raises(UserError, match="run-finetuned holds another fine-tuning .epochs: 1, not 2."):
         finetune(policy, FinetuneConfig(epochs=2, batch=512), progress=quiet)
     state = torch.load(policy.parent / "pruned.pt", weights_only=True)
     save_weights(policy.parent / "pruned.pt", {name: value * 1.01 for name, value in state.items()})
-    with pytest.raises(UserError, match="holds another search .weights_sha256: "):
+    with pytest.raises(UserError, match="holds another fine-tuning .weights_sha256: "):
         finetune(policy, FinetuneConfig(epochs=1, batch=512), progress=quiet)
 
 
@@ -203,6 +203,27 @@ def test_images_that_vary_are_drawn_anew_in_every_epoch() -> None:
 def test_a_batch_larger_than_the_data_is_refused(policy: Path) -> None:
     with pytest.raises(UserError, match="--batch 5000 is larger than the training split"):
         finetune(policy, FinetuneConfig(batch=5000), progress=quiet)
+    finetune(policy, FinetuneConfig(batch=512, epochs=1), progress=quiet)  # the mistake has not taken the folder
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="fp16 is no mistake there")
+def test_half_precision_needs_a_gpu(policy: Path) -> None:
+    with pytest.raises(UserError, match="--precision fp16 needs a GPU: take bf16 or no"):
+        finetune(policy, FinetuneConfig(precision="fp16"), progress=quiet)
+
+
+def test_other_weights_at_the_same_place_teach_something_else(policy: Path, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "w.pt"
+    state = load_model(MODEL).module.state_dict()
+    torch.save(state, checkpoint)
+    config = FinetuneConfig(epochs=1, batch=512, checkpoint=checkpoint)
+    finetune(policy, config, progress=quiet)
+    torch.save({name: value * 2 for name, value in state.items()}, checkpoint)
+    with pytest.raises(UserError, match="holds another fine-tuning .checkpoint: "):
+        finetune(policy, config, progress=quiet)
+    checkpoint.unlink()
+    with pytest.raises(UserError, match="cannot read checkpoint"):
+        finetune(policy, config, progress=quiet)
 
 
 @pytest.mark.slow
@@ -223,3 +244,5 @@ def test_by_command(policy: Path, monkeypatch: pytest.MonkeyPatch, amc_hw: Calla
     found = json.loads(done.out)
     assert found["epochs"] == 1 and Path(found["policy"]).exists() and "held-out accuracy" in done.err
     assert amc_hw("finetune", "--policy", "nowhere.json").code == 2
+    done = amc_hw("finetune", "--policy", "policy.json", "--epochs", "1", "--batch", "512", "--json")
+    assert done.code == 0 and Path("../run-finetuned/policy.json").samefile(json.loads(done.out)["policy"])

@@ -877,6 +877,62 @@ def test_another_network_of_the_same_name_is_another_search(here: Path, ended: P
     assert done.code == 2 and "run holds another search (weights_sha256: " in done.mistake
 
 
+OWN = """
+import torch
+
+def score(net):
+    return float(net(torch.ones(1, 3, 16, 16)).softmax(1).max())
+
+def inputs():
+    yield torch.linspace(-1, 1, 60 * 3 * 16 * 16).reshape(60, 3, 16, 16).sin()
+"""
+OWN_SEARCH = ("search", *TINY, "--evaluate", "task.py:score", "--calibrate", "task.py:inputs", "--flops-ratio", "0.6")
+OWN_SEARCH = (*OWN_SEARCH, "--method", "uniform", "--episodes", "1", "--json")
+
+
+def test_another_function_of_the_same_name_is_another_search(here: Path, amc_hw: Callable) -> None:
+    Path("task.py").write_text(OWN)
+    first = json.loads(amc_hw(*OWN_SEARCH).out)
+    again = amc_hw(*OWN_SEARCH)
+    assert json.loads(again.out) == first and "has this search's result already" in again.err
+    Path("task.py").write_text(OWN.replace(".max()", ".min()"))
+    other = json.loads(amc_hw(*OWN_SEARCH).out)
+    assert other["policy"] != first["policy"] and other["accuracy"] < first["accuracy"]
+
+
+def test_another_input_is_another_search(here: Path, amc_hw: Callable) -> None:
+    Path("task.py").write_text(OWN)
+    first = json.loads(amc_hw(*OWN_SEARCH).out)
+    Path("task.py").write_text(OWN.replace("16, 16)", "12, 12)"))
+    before = json.loads(Path(first["policy"]).with_name("metrics.jsonl").read_text().splitlines()[0])
+    wide = ("--input", "1x3x12x12", "--out", str(Path(first["policy"]).parent))
+    assert amc_hw("profile", *TINY, *wide[:2]).code == 0
+    done = amc_hw(*OWN_SEARCH, *wide)
+    assert done.code == 2 and f"(network: '{before['network']}', not '" in done.mistake
+
+
+def test_a_policy_says_all_of_its_task(here: Path, amc_hw: Callable, tmp_path: Path) -> None:
+    """Both functions, and images with labels beside them, which happen to be the default."""
+    Path("task.py").write_text(OWN)
+    policy = Path(json.loads(amc_hw(*OWN_SEARCH).out)["policy"])
+    policy.write_text(json.dumps(json.loads(policy.read_text()) | {"data": "digits", "calibrate": None}))
+    flags = ("--flops-ratio", "0.9", "--method", "uniform", "--episodes", "1", "--out", "more")
+    done = amc_hw("search", "--from-policy", str(policy), *flags)
+    assert "is missing" not in done.err and "the model takes 3x16x16" not in done.err and done.code == 0, done.err
+
+
+def test_an_export_finds_the_functions_of_its_policy_and_takes_other_data(
+    here: Path, amc_hw: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("task.py").write_text(OWN)
+    policy = Path(json.loads(amc_hw(*OWN_SEARCH).out)["policy"]).resolve()
+    monkeypatch.chdir(tmp_path)
+    flags = ("export", "--policy", str(policy), "--format", "onnx", "--out", "a.onnx")
+    assert amc_hw(*flags).code == 0
+    done = amc_hw(*flags, "--data", "npz:nowhere.npz")
+    assert done.code == 2 and "there is no file 'nowhere.npz'" in done.mistake
+
+
 def test_another_dtype_is_another_search(here: Path, ended: Path, amc_hw: Callable) -> None:
     header, _, rest = Path("run/metrics.jsonl").read_text().partition("\n")
     assert json.loads(header)["dtype"] == "float32" and json.loads(header)["batch"] == 1

@@ -115,7 +115,16 @@ def test_a_key_too_many_or_too_few_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"widths": 3}, {"kept": None}, {"widths": {"a": "8"}}, {"model": 7}, {"threads": "2"}]
+    "wrong",
+    [
+        {"widths": 3},
+        {"kept": None},
+        {"widths": {"a": "8"}},
+        {"model": 7},
+        {"threads": "2"},
+        {"widths": {"a": 2}, "kept": {"a": ["0", "1"]}},
+        {"widths": {"a": 2}, "kept": {"a": [0.5, True]}},
+    ],
 )
 def test_values_of_a_wrong_type_are_refused(tmp_path: Path, wrong: dict[str, object]) -> None:
     path = tmp_path / "policy.json"

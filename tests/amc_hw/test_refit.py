@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from amc_hw import refit
+from amc_hw.errors import UserError
 from amc_hw.graph import LayerGraph, build_graph
 from amc_hw.models import ChannelMap
 from amc_hw.prune import Kept, keep_channels, slice_channels
@@ -618,3 +619,79 @@ def test_statistics_where_a_map_is_one_pixel_and_a_batch_one_image(count: int) -
     wanted = images[:rest].mean((0, 2, 3)) if count > 1 else torch.zeros(3)
     torch.testing.assert_close(net[1].running_mean, wanted, atol=1e-5, rtol=0)
     assert torch.isfinite(net(images)).all()
+
+
+def test_a_block_that_adds_nothing_yet_is_left_alone() -> None:
+    """The last batch-norm of every block begins at zero in many networks."""
+    images = smooth_images(40, 12)
+    net = randomise(residual(), images)
+    for block in net[1:4]:
+        nn.init.zeros_(block.bn2.weight)
+    graph = build_graph(net, (3, 12, 12))
+    small = faithful(net, graph, halved(net, graph), images)
+    assert all(value.isfinite().all() for value in small.state_dict().values())
+    assert output_error(small, net, images) < output_error(slice_channels(net, graph, halved(net, graph)), net, images)
+
+
+def test_weights_that_are_no_numbers_are_one_line() -> None:
+    images = smooth_images(20, 12)
+    net = randomise(residual(), images)
+    with torch.no_grad():
+        net[0][0].weight[0, 0, 0, 0] = float("nan")
+    graph = build_graph(net, (3, 12, 12))
+    with pytest.raises(UserError, match="not finite or far too large: such weights have no refit"):
+        faithful(net, graph, halved(net, graph), images)
+
+
+class SharedNorm(nn.Module):
+    """Three convolutions whose outputs go through one batch-norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.convs = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1, bias=False) for _ in range(3))
+        self.norm = nn.BatchNorm2d(8)
+        self.head = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        for conv in self.convs:
+            x = self.norm(conv(x)).relu()
+        return self.head(x).mean((2, 3))
+
+
+def test_a_batch_norm_that_others_use_is_not_changed_for_one_layer() -> None:
+    images = smooth_images(60, 12)
+    net = randomise(SharedNorm(), images)
+    graph = build_graph(net, (3, 12, 12))
+    before = {name: value.clone() for name, value in net.norm.state_dict().items()}
+    kept = halved(net, graph)
+    small = faithful(net, graph, kept, images)
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        assert set(small.norm.state_dict()[name].tolist()) <= set(before[name].tolist())
+    assert output_error(small, net, images) < output_error(slice_channels(net, graph, kept), net, images)
+
+
+class ByWidth(nn.Module):
+    """A shortcut where two channel counts happen to be equal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 3, padding=1)
+        self.head = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        y = self.second(x)
+        if self.second.in_channels == self.second.out_channels:
+            y = y + x
+        return self.head(y.relu()).mean((2, 3))
+
+
+def test_a_network_that_takes_another_way_once_it_is_pruned_is_refused() -> None:
+    images = smooth_images(20, 12)
+    net = randomise(ByWidth(), images)
+    graph = build_graph(net, (3, 12, 12))
+    kept = {"first": np.arange(4)}
+    with pytest.raises(UserError, match="takes another way once it is pruned"):
+        faithful(net, graph, kept, images)

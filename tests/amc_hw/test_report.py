@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from amc_hw import plots
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SUBJECT = ("--device", "fake", "--model", "nets.py:tiny", "--data", "npz:images.npz")
 VOID = {"meta", "link", "img", "br"}
@@ -113,6 +115,23 @@ def test_the_page_of_a_comparison_says_who_won(here: Path, amc_hw: Callable) -> 
     page, found = Page(Path("page.html").read_text()), json.loads(Path("both/compare.json").read_text())
     assert all(line in page.text for line in found["verdict"]) and found["verdict"]
     assert page.text.count("flops, as fast as") >= 2 and len(page.pictures()) == 1
+
+
+@pytest.mark.slow
+def test_the_page_of_a_second_round_says_what_its_numbers_are_relative_to(here: Path, amc_hw: Callable) -> None:
+    staged = ("search", "--from-policy", "run/policy.json", "--flops-ratio", "0.9", "--method", "uniform")
+    assert amc_hw(*staged, "--out", "more").code == 0
+    assert amc_hw("report", "more").code == 0
+    page, result = Page(Path("more/report.html").read_text()), json.loads(Path("more/result.json").read_text())
+    assert f"before this search {result['baseline_accuracy']:.4f}" in page.text
+    assert "; unpruned " not in page.text.split("Channels kept")[0]
+
+
+def test_what_is_over_the_budget_is_not_the_best_so_far() -> None:
+    picture = ET.fromstring(plots.learning_curve([0.9, 0.5, 0.8, 0.7], [False, True, False, True]))
+    (line,) = [each.get("d") for each in picture.iter() if each.get("d") and "clip-path" in each.attrib]
+    heights = [float(each) for each in re.findall(r"[ML] \S+ (\S+)", line)]
+    assert len(heights) == 3 and heights[0] == heights[1] > heights[2]  # a page is measured from its top
 
 
 @pytest.mark.slow

@@ -122,6 +122,12 @@ def test_another_search_is_named_by_the_first_key_that_differs(tmp_path: Path) -
     assert path.read_bytes() == before
 
 
+def test_a_header_without_results_gives_way(tmp_path: Path) -> None:
+    path = written(tmp_path, [])
+    assert Journal(path, {**HEADER, "model": "resnet56"}).recorded == []
+    assert path.read_text() == json.dumps({**HEADER, "model": "resnet56"}) + "\n"
+
+
 def test_a_header_with_one_key_more_than_ours_is_another_search(tmp_path: Path) -> None:
     path = written(tmp_path)
     assert "widths" in refused(path, {key: value for key, value in HEADER.items() if key != "widths"})

@@ -370,3 +370,18 @@ def test_rows_that_repeat_in_a_table_stay_that_often(here: Path) -> None:
 def test_a_folder_is_no_file_to_write(amc_hw: Run) -> None:
     code, _, err = amc_hw("table", "export-csv", "pixel1", "--out", ".")
     assert code == 1 and err == "amc-hw: cannot write .: it is a folder\n"
+
+
+def test_a_table_whose_header_is_torn_holds_nothing_yet(amc_hw: Run) -> None:
+    board("latency_tables/mine.jsonl")
+    whole = Path("latency_tables/mine.jsonl").read_bytes()
+    Path("latency_tables/fake.jsonl").write_bytes(whole[:20])
+    assert {Path(each["file"]).name for each in list_tables()["tables"]} >= {"mine.jsonl"}
+    assert "fake.jsonl" not in {Path(each["file"]).name for each in list_tables()["tables"]}
+    Path("device_configs").mkdir()
+    without_a_multiple = Path("device_configs/mine.toml")
+    text = (shipped("device_configs") / "fake.toml").read_text()
+    without_a_multiple.write_text("".join(line for line in text.splitlines(True) if "channel_multiple" not in line))
+    Path("latency_tables/mine.jsonl").write_bytes(b"")
+    done = amc_hw("profile", "--device", "mine", "--model", "mobilenet_v1_cifar?width=0.25", "--dry-run")
+    assert done.code == 0, done.err

@@ -14,7 +14,7 @@ from amc_hw.api import load_pruned
 from amc_hw.errors import UserError
 from amc_hw.models import load_model
 from amc_hw.settings import read_settings
-from amc_hw.task import Classification, OwnTask, load_task
+from amc_hw.task import PROBES, SEARCH_IMAGES, Classification, OwnTask, load_task
 
 SHAPE = (3, 8, 8)
 FUNCTIONS = """
@@ -58,6 +58,10 @@ def trains(model):
 def inputs():
     for value in range(5):
         yield torch.full((3, 3, 8, 8), float(value))
+
+def many():
+    for value in range(400):
+        yield torch.full((1, 3, 8, 8), float(value))
 
 def pairs():
     yield torch.zeros(2, 3, 8, 8), torch.zeros(2, 4)
@@ -109,6 +113,9 @@ def test_outputs_are_those_of_the_same_inputs_every_time(functions: str) -> None
     score, (outputs,) = task.score_and_outputs(module)
     assert score == task.score(module)
     torch.testing.assert_close(outputs, module(task.inputs(200)[0]))
+    many = task_of(functions, calibrate="many")
+    inputs, (outputs,) = many.inputs(400)[0], many.score_and_outputs(module)[1]
+    torch.testing.assert_close(outputs, module(inputs[SEARCH_IMAGES : SEARCH_IMAGES + PROBES]))
     assert len(task_of(functions, evaluate="half").score_and_outputs(module)[1]) == 1
 
 

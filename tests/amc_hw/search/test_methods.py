@@ -168,6 +168,13 @@ def test_evolution_begins_with_nothing_alive_however_many_are_asked_together(tog
     assert len(list(method.round(env, 0))) == 20
 
 
+@pytest.mark.parametrize("episodes", [4, 8, 12])
+def test_greedy_reaches_the_budget_with_few_evaluations(episodes: int) -> None:
+    """No single group can pay for all of it: several are shrunk together."""
+    found, env = rounds("greedy", 0.3, episodes=episodes)
+    assert len(found) <= episodes and any(one["cost"] <= env.budget.limit * (1 + 1e-6) for one in found)
+
+
 @pytest.mark.parametrize("name", ["knapsack", "sensitivity"])
 @pytest.mark.parametrize("episodes", [3, 4, 6])
 def test_a_group_that_was_not_measured_is_not_free(name: str, episodes: int) -> None:
