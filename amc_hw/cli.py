@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import traceback
 import warnings
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from amc_hw import api
 from amc_hw.console import PATH, SUBJECT, TASK, Group, Progress, options, show
 from amc_hw.errors import UserError
 from amc_hw.settings import FILE, read_settings, record_settings, write_settings
+
+MUCH_LEFT = 0.9  #: of a budget is used, or less: worth a word
 
 
 def _subject(arguments: dict[str, Any], **more: Any) -> api.Subject:
@@ -583,8 +586,22 @@ def _search_lines(r: dict[str, Any]) -> list[str]:
         f"{metric:<11} {r['baseline_accuracy']:.4f} -> {r['accuracy']:.4f} ({r['accuracy_split']})",
         *latency,
         f"MMACs       {r['baseline_macs'] / 1e6:.2f} -> {r['macs'] / 1e6:.2f}",
+        *_budget_lines(r),
         f"policy      {r['policy']}",
     ]
+
+
+def _budget_lines(r: dict[str, Any]) -> Iterator[str]:
+    if r["budget"] is not None:
+        name, value = r["budget"]
+        more = "; more --episodes may find a wider policy" if r["budget_used"] < MUCH_LEFT else ""
+        yield f"budget      {name.replace('_', ' ')} {value:g}, {r['budget_used']:.0%} used{more}"
+    if r["found_by"] != "method":
+        who = {
+            "uniform": "the best uniform policy",
+            "demonstration": "one near uniform widths that the agent was shown",
+        }
+        yield f"winner      {who[r['found_by']]}: the method found none better"
 
 
 @cli.command()

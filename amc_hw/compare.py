@@ -125,7 +125,9 @@ def _row(
     except BudgetError as error:
         found, row["feasible"] = {"message": str(error)}, False
     keys = ("accuracy", "baseline_accuracy", "predicted_ms", "measured_ms", "baseline_ms", "speedup", "macs", "params")
-    row |= {key: found.get(key) for key in (*keys, "policy", "episodes", "seconds", "widths")}
+    row |= {
+        key: found.get(key) for key in (*keys, "policy", "episodes", "seconds", "widths", "budget_used", "found_by")
+    }
     return row | {"reason": found.get("message")}
 
 

@@ -312,7 +312,8 @@ class _Search:
         unpruned = task.score(self.model.module)
         what = "score" if task.split == "evaluate" else "accuracy"
         where = f"of {config.evaluate}" if config.evaluate else "on held-out training images"
-        self.progress(0, config.episodes, f"unpruned {what} {unpruned:.4f} {where}")
+        own = "" if self.model.checkpoint_sha256 else f", with the weights that {self.model.spec} brings itself"
+        self.progress(0, config.episodes, f"unpruned {what} {unpruned:.4f} {where}{own}")
         check_expected(unpruned, config.expect_accuracy)
         warn_of_guessing(task, unpruned)
         enough = METHODS[config.method].enough(len(self.graph.groups))
@@ -469,23 +470,33 @@ class _Search:
         samples = outcome.samples_ms
         pruned_ms, baseline_ms = (None, None) if samples is None else (float(np.median(each)) for each in samples)
         network = self.subject.network_at(outcome.widths)
+        predicted_ms, unpruned_ms = self.predictor.predict(network), self.predictor.predict(self.baseline.graph)
+        shares = {
+            "latency_ratio": (pruned_ms or predicted_ms) / (baseline_ms or unpruned_ms),
+            "latency_ms": pruned_ms or predicted_ms,
+            "flops_ratio": network.macs / self.baseline.graph.macs,
+            "params_ratio": self.graph.params(outcome.widths) / self.graph.params(),
+        }
         return {
             "policy": str(self.out / POLICY),
             "accuracy": test,
             "baseline_accuracy": baseline,
             "accuracy_split": self.evaluator.task.split,
-            "predicted_ms": self.predictor.predict(network),
+            "predicted_ms": predicted_ms,
             "error_pct": self.predictor.error_pct,
             "measured_ms": pruned_ms,
             "baseline_ms": baseline_ms,
             "speedup": None if pruned_ms is None or baseline_ms is None else baseline_ms / pruned_ms,
             "speedup_ci95": None if samples is None else list(ratio_ci95(*samples)),
-            "predicted_speedup": self.predictor.predict(self.baseline.graph) / self.predictor.predict(network),
+            "predicted_speedup": unpruned_ms / predicted_ms,
             "latency_source": "predicted" if samples is None else "measured",
             "macs": network.macs,
             "baseline_macs": self.baseline.graph.macs,
             "params": self.graph.params(outcome.widths),
             "widths": list(outcome.widths),
+            "budget": None if self.given is None else list(self.given),
+            "budget_used": None if self.given is None else shares[self.given[0]] / self.given[1],
+            "found_by": outcome.found_by,
         }
 
 

@@ -55,7 +55,8 @@ def _staircase(axes: Any, measured: Sequence[tuple[int, float]], widths: np.ndar
     axes.plot(widths, predicted_ms, drawstyle="steps-mid", linewidth=1, label="predicted")
     if measured:
         axes.plot(*zip(*measured, strict=True), "o", markersize=3, label="measured")
-    axes.set(xlabel="channels", ylabel="ms", ylim=(0, None))
+    highest = max([float(predicted_ms.max()), *(ms for _, ms in measured)])
+    axes.set(xlabel="channels", ylabel="ms", ylim=(0, 1.1 * highest))
 
 
 def save_pareto(path: Path, title: str, rows: Sequence[dict[str, Any]], *, score: str) -> None:

@@ -39,7 +39,7 @@ h2 { font-size: 1.15rem; margin: 2rem 0 0.5rem; border-bottom: 1px solid #d5dae3
 .lead div { flex: 1 1 9rem; border: 1px solid #d5dae3; border-radius: 0.5rem; padding: 0.5rem 0.75rem; }
 .lead b { display: block; font-size: 1.6rem; line-height: 1.3; }
 .lead span, figcaption, .small { color: #566072; font-size: 0.875rem; }
-figure { margin: 0.75rem 0; } img { max-width: 100%; height: auto; display: block; }
+figure { margin: 0.75rem 0; } img { width: 100%; max-width: 48rem; height: auto; display: block; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: 0.875rem; }
 th, td { padding: 0.2rem 0.6rem; text-align: right; border-bottom: 1px solid #e6e9ef; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } tr.best td { font-weight: 600; }
@@ -197,7 +197,11 @@ def _headline(result: dict[str, Any], own: bool, before: str) -> str:
     facts.append(
         (f"{share:.0%}", f"of the MACs: {result['macs'] / 1e6:.1f} of {result['baseline_macs'] / 1e6:.1f} million")
     )
-    return _lead(*facts)
+    who = {
+        "uniform": "The winner is the best uniform policy, which always takes part: the method found none better.",
+        "demonstration": "The winner is a policy near uniform widths that the agent was shown: it found none better.",
+    }.get(result.get("found_by", ""))
+    return _lead(*facts) + (f"<p>{who}</p>" if who else "")
 
 
 def _kept_channels(pruned: Pruned) -> str:
@@ -303,9 +307,9 @@ def _more(
         rows.append((f"{share * here:.4g} ms ({share:.0%})", "none" if found is None else f"{found:.4f}", gain))
     said = "Best held-out score among the policies that this search tried, by predicted latency."
     wider = best(here * AROUND[-1])
-    if now is not None and wider is not None:
-        step = (AROUND[-1] - 1) * here
-        said += f" With {step:.3g} ms more, the best of them scores {shown_gain(wider - now, accuracy=accuracy)}."
+    if now is not None and wider is not None and wider > now:
+        more = min(cost for cost, score in points if score == wider and cost > here) - here
+        said += f" With {more:.3g} ms more, the best of them scores {shown_gain(wider - now, accuracy=accuracy)}."
     return _section(
         "What another millisecond would buy",
         f"<p>{_text(said)} It is a lower bound: the search looked near its own budget.</p>",
@@ -413,7 +417,7 @@ def _comparison(folder: Path) -> bytes:
         for row in rows
     ]
     methods, budgets = (len({row[key] for row in rows}) for key in ("method", "budget"))
-    title = f"{methods} methods, {budgets} budgets"
+    title = f"{methods} method{'s' * (methods != 1)}, {budgets} budget{'s' * (budgets != 1)}"
     policies = [Path(row["policy"]) for row in done]
     loaded = [load_policy(path) for path in policies if path.exists()]
     models = {policy.model for policy in loaded}

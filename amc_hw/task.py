@@ -111,8 +111,12 @@ def accuracy(
 
 
 def _right(module: nn.Module, images: Tensor, labels: Tensor, **where: Any) -> int:
-    """How many of the images; where: as of `_logits`."""
-    predicted = torch.cat([logits.argmax(1) for logits in _logits(module, images, **where)])
+    """How many of the images; where: as of `_logits`. UserError where a label has no output."""
+    found = list(_logits(module, images, **where))
+    outputs, largest = found[0].shape[1], int(labels.max())
+    if largest >= outputs:
+        raise UserError(f"labels reach {largest}, the network has {outputs} outputs (0 to {outputs - 1})")
+    predicted = torch.cat([logits.argmax(1) for logits in found])
     return sum(one == other for one, other in zip(predicted.tolist(), labels.tolist(), strict=True))
 
 

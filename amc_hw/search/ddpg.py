@@ -227,7 +227,7 @@ class DDPGSearch(Method):
         first = self.episodes - self.planned(number)
         episodes = range(first if number == 0 else max(first, config.warm_up), self.episodes)
         for start in range(0, len(episodes), self.together):
-            chosen: list[tuple[tuple[int, ...], list[Transition]]] = []
+            chosen: list[tuple[bool, tuple[int, ...], list[Transition]]] = []
             for episode in episodes[start : start + self.together]:
                 observation, _ = env.reset()
                 transitions: list[Transition] = []
@@ -239,8 +239,8 @@ class DDPGSearch(Method):
                     after, info = env.choose(action)
                     transitions.append(Transition(observation, info["action"], after, step + 1 == len(full)))
                     observation = after
-                chosen.append((env.decided, transitions))
-            found_all = judged(env, [widths for widths, _ in chosen])
-            for found, (_, transitions) in zip(found_all, chosen, strict=True):
+                chosen.append((episode < len(shown), env.decided, transitions))
+            found_all = judged(env, [widths for _, widths, _ in chosen])
+            for found, (demonstrated, _, transitions) in zip(found_all, chosen, strict=True):
                 self.agent.finish_episode(transitions, found["reward"])
-                yield found
+                yield found | {"shown": demonstrated}

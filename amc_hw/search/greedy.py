@@ -59,8 +59,8 @@ def offered(model: CostModel, at: Sequence[int], goal: float) -> list[tuple[int,
     """A policy for every group that can pay for the step to a cost of `goal`, where half of them can; else of every
     group one that pays for a part, so that about half of the groups are needed together."""
     cost = model.cost(at)
-    groups = [found for group in range(len(at)) if (found := _narrower(model, at, group))]
-    alone = [found for each in groups if (found := _widest(each, goal)) is not None]
+    groups = [narrower for group in range(len(at)) if (narrower := _narrower(model, at, group))]
+    alone = [widths for each in groups if (widths := _widest(each, goal)) is not None]
     if 2 * len(alone) >= len(groups):
         return alone
     part = (cost - goal) / len(groups)

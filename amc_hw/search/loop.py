@@ -65,12 +65,13 @@ OFF = 0.04  #: measured this far below the budget, relative, a first round is fo
 
 @dataclass(frozen=True)
 class Episode:
-    """worth: for ranking, as of `PruningEnv.judge`."""
+    """worth: for ranking, as of `PruningEnv.judge`. shown: a demonstration, not the method's own."""
 
     widths: tuple[int, ...]
     accuracy: float
     worth: float
     cost: float
+    shown: bool = False
 
 
 @dataclass(frozen=True)
@@ -133,12 +134,13 @@ class Problem:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The winner, its samples of (pruned, unpruned) in milliseconds, None where the device is away, and how many
-    episodes it took."""
+    """The winner, its samples of (pruned, unpruned) in milliseconds, None where the device is away, how many episodes
+    it took, and who proposed it: "method", "demonstration" or "uniform", which takes part in every search."""
 
     widths: tuple[int, ...]
     samples_ms: tuple[list[float], list[float]] | None
     episodes: int
+    found_by: str
 
 
 class _Memory:
@@ -256,10 +258,11 @@ class _Rounds:
         env = problem.env(lambda widths: memory.judged(tuple(widths), problem.evaluate), budget, ahead)
         total = self.episodes + method.planned(number)
         count = round(SHOWN * method.episodes)
-        shown = _demonstrations(problem, budget, count, self.seed) if number == 0 else []
-        for info in method.round(env, number, shown):
+        demonstrations = _demonstrations(problem, budget, count, self.seed) if number == 0 else []
+        for info in method.round(env, number, demonstrations):
             self.episodes += 1
-            one = Episode(tuple(info["widths"]), info["accuracy"], info["worth"], info["cost"])
+            shown = bool(info.get("shown"))
+            one = Episode(tuple(info["widths"]), info["accuracy"], info["worth"], info["cost"], shown)
             self.found.setdefault(one.widths, one)
             inside = [each.accuracy for each in self.found.values() if _within(each, limit)]
             best = f"best accuracy {max(inside):.4f}" if inside else "no policy within the budget yet"
@@ -314,8 +317,8 @@ class _Rounds:
         return max(used(one) for one in timed) < 1 - OFF
 
     def _confirmed(self) -> Outcome | None:
-        """Of the policies that met the budget the best after the faithful refit that also meets it in a
-        process of its own; None where none does, which then counts as missed."""
+        """Of the policies that met the budget the best after the faithful refit that also meets it in a process of its
+        own, of equals the one that uses more of it; None where none does, which then counts as missed."""
         problem = self.problem
         accuracies = {}
         pool = sorted(self.met | self.uniform)
@@ -329,20 +332,29 @@ class _Rounds:
         # of a refitted candidate the score is known, not the distortion
         reward = REWARDS["err" if problem.reward == "distortion" else problem.reward][1]
         costs = problem.reward_costs or problem.costs
-        for widths in sorted(pool, key=lambda each: -reward(1 - accuracies[each], costs.cost(each))):
+
+        def rank(widths: tuple[int, ...]) -> tuple[float, float]:
+            return -reward(1 - accuracies[widths], costs.cost(widths)), -problem.costs.cost(widths)
+
+        for widths in sorted(pool, key=rank):
             if problem.confirm is None:
-                return Outcome(widths, None, self.episodes)
+                return Outcome(widths, None, self.episodes, self._found_by(widths))
             question = {"confirmed": list(widths)}
             pruned, baseline = self.memory.result(question, "samples_ms", partial(problem.confirm, widths))
             timed = Timed(widths, float(np.median(pruned)), float(np.median(baseline)))
             if problem.used is None or problem.used(timed) <= 1 + problem.slack:
-                return Outcome(widths, (pruned, baseline), self.episodes)
+                return Outcome(widths, (pruned, baseline), self.episodes, self._found_by(widths))
             self.met.discard(widths)
             self.uniform.discard(widths)
             self.missed[widths] = problem.used(timed)
             failed.append(timed)
         self._learn(failed)
         return None
+
+    def _found_by(self, widths: tuple[int, ...]) -> str:
+        if widths in self.uniform:
+            return "uniform"
+        return "demonstration" if self.found[widths].shown else "method"
 
 
 def _demonstrations(problem: Problem, budget: Budget | None, count: int, seed: int) -> list[tuple[int, ...]]:

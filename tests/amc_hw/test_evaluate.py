@@ -309,6 +309,12 @@ def test_candidates_are_compared_on_all_held_out_images(
     assert task.final_score(module) == accuracy(module, trained[0].normalised(val.images), val.labels)
 
 
+def test_a_label_without_an_output_is_refused() -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 10))
+    with pytest.raises(UserError, match="labels reach 10, the network has 10 outputs .0 to 9."):
+        accuracy(network, torch.zeros(4, 3, 2, 2), torch.tensor([1, 3, 10, 2]))
+
+
 def test_the_test_split_is_never_in_memory_as_a_whole(
     trained: tuple[LoadedModel, LayerGraph], splits: Splits, monkeypatch: pytest.MonkeyPatch
 ) -> None:

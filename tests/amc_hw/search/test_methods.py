@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from amc_hw.graph import build_graph
 from amc_hw.resources import Completer, CostModel, Term, budget_from
 from amc_hw.runs import Journal
 from amc_hw.search.knapsack import solve
-from amc_hw.search.loop import METHODS, Problem, run_search
+from amc_hw.search.loop import METHODS, Outcome, Problem, run_search
 from amc_hw.search.sensitivity import Curves, points
 from amc_hw.task import Judged
 
@@ -255,3 +257,36 @@ def test_points_are_widths_of_the_grid_the_smallest_first(grid: list[int], count
     assert len(found) <= count and set(found) <= set(grid[:-1]) and found == sorted(set(found))
     if found:
         assert found[0] == grid[0]
+
+
+Score = Callable[[Sequence[int]], float]
+
+
+def outcome(tmp_path: Path, name: str, finish: Score, *, evaluate: Score = accuracy, **more: Any) -> Outcome:
+    model = costs()
+    problem = Problem(
+        GRAPH, model, budget_from(model, ratio=0.6), evaluate, finish, lambda policies: [], None, floor=0.25, **more
+    )
+    journal = Journal(tmp_path / "journal.jsonl", {"search": name})
+    return run_search(problem, journal, method=name, episodes=24, seed=1, progress=lambda *_: None)
+
+
+def test_of_equal_candidates_the_one_that_uses_the_budget_wins(tmp_path: Path) -> None:
+    """A score too coarse to tell them apart does not speak for the smallest network."""
+    found, model = outcome(tmp_path, "random", lambda widths: 0.5), costs()
+    finished = [json.loads(line).get("finished") for line in (tmp_path / "journal.jsonl").read_text().splitlines()]
+    assert model.cost(found.widths) == max(model.cost(tuple(each)) for each in finished if each)
+
+
+@pytest.mark.parametrize(("name", "who"), [("random", "uniform"), ("ddpg", "demonstration"), ("random", "method")])
+def test_the_winner_is_who_found_it(tmp_path: Path, name: str, who: str) -> None:
+    """The score likes what was tried first, or what the method never tried: the agent begins with demonstrations."""
+    tried: dict[tuple[int, ...], int] = {}
+
+    def evaluate(widths: Sequence[int]) -> float:
+        return 0.9 - 0.01 * tried.setdefault(tuple(widths), len(tried))
+
+    def finish(widths: Sequence[int]) -> float:
+        return 0.9 - 0.01 * tried.get(tuple(widths), -1 if who == "uniform" else 90)
+
+    assert outcome(tmp_path, name, finish, evaluate=evaluate).found_by == who
