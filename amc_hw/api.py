@@ -15,7 +15,7 @@ from torch import nn
 from amc_hw.compare import CompareConfig, compare
 from amc_hw.errors import DeviceError, FailedError, TableError, UserError
 from amc_hw.evaluate import Evaluator, check_expected, warn_of_guessing
-from amc_hw.export import FORMATS, RUNTIME_OF, export_int8, export_network, folded_weights
+from amc_hw.export import FORMATS, RUNTIME_OF, SUFFIXES, export_int8, export_network, folded_weights
 from amc_hw.find import BUDGETS, Progress, SearchConfig, check_workers, plan_search, search, search_time, time_apart
 from amc_hw.finetune import PRECISIONS, FinetuneConfig, finetune
 from amc_hw.graph import LayerGraph
@@ -446,6 +446,8 @@ def export(
     data: images to use in place of what the policy names. int8: quantized after training, calibrated
     on the task's inputs by the runtime's own tool; its held-out accuracy is reported beside the float network's.
     """
+    if SUFFIXES.get(out.suffix, file_format) != file_format:
+        raise UserError(f"{out} is named as a file of {SUFFIXES[out.suffix]}, not of --format {file_format}")
     pruned = open_pruned(Path(policy))
     found, network = pruned.policy, pruned.graph.op_graph(pruned.widths, batch=batch)
     if file_format in RUNTIME_OF and (found.dtype == "int8") != int8:
@@ -454,10 +456,11 @@ def export(
             f"{'int8' if int8 else 'float32'} file",
             stacklevel=2,
         )
-    evaluate, calibrate = (text and found_near(text, Path(policy)) for text in (found.evaluate, found.calibrate))
-    task = load_task(
-        pruned.model, data=data or found.data, evaluate=evaluate, calibrate=calibrate if data is None else None
+    evaluate, calibrate, images = (
+        text and found_near(text, Path(policy)) for text in (found.evaluate, found.calibrate, found.data)
     )
+    calibrate = calibrate if data is None else None
+    task = load_task(pruned.model, data=data or images, evaluate=evaluate, calibrate=calibrate)
     if not int8:
         inputs = task.inputs(CHECK_IMAGES)
         return export_network(pruned.module, pruned.graph, network, inputs, file_format=file_format, out=out)

@@ -207,7 +207,7 @@ def _locked(frozen: dict[str, Any]) -> str:
 
 @cli.command()
 @options(*SUBJECT, "seed", "checkpoint", *TASK, "json")
-@click.option("--episodes", default=400, show_default=True, type=click.IntRange(1), help="Of the search to come.")
+@click.option("--episodes", default=400, show_default=True, type=click.IntRange(1), help="Policies to try later.")
 @options("refit", "workers", "expect")
 @click.pass_context
 def check(context: click.Context, as_json: bool, checkpoint: Path | None, **arguments: Any) -> None:
@@ -220,7 +220,7 @@ def check(context: click.Context, as_json: bool, checkpoint: Path | None, **argu
     _no_data_of_ours(context, arguments)
     names = (*TASK, "episodes", "refit", "workers", "expect_accuracy", "seed")
     task = {name: arguments.pop(name) for name in names}
-    checkpoint = api.checkpoint_for(arguments["model"], task["data"], checkpoint)
+    checkpoint = api.checkpoint_for(arguments["model"], task["data"], checkpoint, progress=Progress())
     show(api.check_network(_subject(arguments, checkpoint=checkpoint), **task), as_json, _check_lines)
 
 
@@ -266,7 +266,7 @@ def _search_time(r: dict[str, Any]) -> str:
     default="auto",
     show_default=True,
     type=click.Choice(api.WAYS),
-    help="Of measuring operators: in context, alone, or whole networks only.",
+    help="How operators are measured: in context, alone, or whole networks only.",
 )
 def profile(
     as_json: bool, seed: int, dry_run: bool, tolerance: float, max_minutes: float, way: str, **arguments: Any
@@ -350,7 +350,8 @@ def table_list(as_json: bool) -> None:
         as_json,
         lambda r: [
             f"{t['file']}: {t['identity']['soc']}, {t['identity']['runtime']} {t['identity']['runtime_version']}, "
-            f"{t['identity']['threads']} thread(s), {_counted(t['rows'])}"
+            f"{t['identity']['threads']} thread(s), {t['identity']['dtype']}, batch {t['identity']['batch']}, "
+            f"{_counted(t['rows'])}"
             for t in r["tables"]
         ],
     )
@@ -550,7 +551,7 @@ def search(
     config = api.SearchConfig(out, **{name: arguments[name] for name in names if name in arguments})
     _ = config.budget, api.load_device(arguments["device"])  # mistakes come before a minute of training
     if from_policy is None:
-        checkpoint = api.checkpoint_for(model, arguments["data"], checkpoint)
+        checkpoint = api.checkpoint_for(model, arguments["data"], checkpoint, progress=Progress())
     elif checkpoint is not None and _typed(context, "checkpoint"):
         raise UserError("--from-policy has weights of its own: leave --checkpoint out")
     subject = _subject(arguments, checkpoint=checkpoint, start=from_policy)
@@ -658,7 +659,7 @@ def compare(
     shared = api.SearchConfig(**{name: arguments.pop(name) for name in names})
     matched = arguments.pop("matched")
     config = api.CompareConfig(chosen, budgets, numbers, matched, shared, out)
-    checkpoint = api.checkpoint_for(arguments["model"], shared.data or "", checkpoint)
+    checkpoint = api.checkpoint_for(arguments["model"], shared.data or "", checkpoint, progress=Progress())
     result = api.compare(_subject(arguments, checkpoint=checkpoint), config, progress=Progress())
     show(result, as_json, _compare_lines)
     context.exit(0 if any(row["feasible"] for row in result["rows"]) else 4)
@@ -694,7 +695,7 @@ def report(runs: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
 
 @cli.command()
 @click.option("--policy", type=PATH, required=True, help="A policy.json of a search.")
-@click.option("--format", "file_format", type=click.Choice(api.FORMATS), required=True, help="Of the file.")
+@click.option("--format", "file_format", type=click.Choice(api.FORMATS), required=True, help="Format of the file.")
 @click.option("--out", type=PATH, required=True, help="The file to write.")
 @click.option("--data", help="Images to check with; default: those of the search.")
 @click.option("--batch", default=1, show_default=True, type=click.IntRange(1), help="Images that the file takes.")
@@ -722,8 +723,8 @@ def _export_lines(r: dict[str, Any]) -> list[str]:
 @cli.command()
 @click.option("--policy", type=PATH, required=True, help="A policy.json of a search.")
 @click.option("--data", help="Images with labels; default: those of the search.")
-@click.option("--checkpoint", type=PATH, help="Of the unpruned network: reported beside, and the teacher of --distill.")
-@click.option("--epochs", default=30, show_default=True, type=click.IntRange(1), help="Over the training split.")
+@click.option("--checkpoint", type=PATH, help="The unpruned network: reported beside, and teacher of --distill.")
+@click.option("--epochs", default=30, show_default=True, type=click.IntRange(1), help="Passes over the training split.")
 @click.option("--lr", default=0.05, show_default=True, help="Largest learning rate; a cosine takes it to zero.")
 @click.option(
     "--batch", default=128, show_default=True, type=click.IntRange(2), help="Images of a step, on each process."
@@ -764,6 +765,9 @@ def main() -> None:
     warnings.showwarning = lambda message, *_rest, **_more: click.echo(f"warning: {message}", err=True)
     try:
         sys.exit(cli(standalone_mode=False))  # a command that ends with context.exit gives its code back here
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        sys.exit(error.exit_code)
     except click.ClickException as error:
         command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "amc-hw"
         click.echo(f"{command}: {error.format_message()} (see {command} -h)", err=True)

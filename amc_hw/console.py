@@ -27,22 +27,22 @@ def _shape(_context: Any, _parameter: Any, value: str | None) -> tuple[int, ...]
 
 PATH = click.Path(path_type=Path)
 _OPTIONS = {
-    "json": click.option("--json", "as_json", is_flag=True, help="Data on stdout, talk on stderr."),
+    "json": click.option("--json", "as_json", is_flag=True, help="JSON on stdout, messages on stderr."),
     "device": click.option("--device", default="host", show_default=True, help="A name from `amc-hw devices`."),
     "model": click.option(
         "--model", default=api.DEFAULT_MODEL, show_default=True, help="NAME[?key=value], FILE.py:FN."
     ),
     "input": click.option("--input", "input_shape", callback=_shape, help="Input shape, such as 1x3x224x224."),
     "threads": click.option(
-        "--threads", type=click.IntRange(1), help="Of the runtime; default: the device's or policy's."
+        "--threads", type=click.IntRange(1), help="Threads of the runtime; default: the device's or policy's."
     ),
     "serial": click.option(
         "--serial",
         "serials",
         multiple=True,
-        help="Of a phone, or HOST:PORT; default: ANDROID_SERIAL, or the only one. Repeatable: profile uses them all.",
+        help="A phone's serial, or HOST:PORT; default: ANDROID_SERIAL, or the only one. Repeatable: profile uses all.",
     ),
-    "dtype": click.option("--dtype", type=click.Choice(api.DTYPES), help="Of the network on the device."),
+    "dtype": click.option("--dtype", type=click.Choice(api.DTYPES), help="Numeric type of the network on the device."),
     "multiple": click.option("--channel-multiple", type=click.IntRange(1), help="Widths are multiples of it."),
     "floor": click.option("--floor", default=0.2, show_default=True, help="Smallest fraction of channels kept."),
     "keep": click.option("--keep", multiple=True, help="Modules left at full width, such as 'head.*'; repeatable."),
@@ -51,7 +51,7 @@ _OPTIONS = {
         default=0,
         show_default=True,
         type=click.IntRange(0, 2**63 - 1),
-        help="Of whatever is drawn at random.",
+        help="Random seed.",
     ),
     "widths": click.option("--widths", help="24,48,... one per group, or conv1=24,..."),
     "policy": click.option("--policy", type=PATH, help="A policy.json of a search, in place of --model and --widths."),

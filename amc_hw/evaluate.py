@@ -140,6 +140,8 @@ def check_refit(refit: str) -> None:
 
 def check_expected(found: float, expected: float | None) -> None:
     """UserError where the unpruned accuracy is off by more than a point: the normalisation or the data is wrong."""
+    if expected is not None and found <= 1 < expected <= 100:
+        raise UserError(f"--expect-accuracy {expected}: accuracies are fractions here, such as {expected / 100:g}")
     if expected is not None and not abs(found - expected) <= 0.01 + 1e-9:  # NaN fails this, too
         raise UserError(
             f"the unpruned accuracy is {found:.4f}, --expect-accuracy says {expected}: check normalisation and labels"

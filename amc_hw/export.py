@@ -25,6 +25,7 @@ from profilers.runtimes import Runtime, load_runtime
 
 RUNTIME_OF = {"onnx": "onnxruntime", "tflite": "litert"}
 FORMATS = ("torch", *RUNTIME_OF)
+SUFFIXES = {f".{file_format}": file_format for file_format in RUNTIME_OF}
 TOLERANCE = 1e-3  #: of the largest output, or of 1 where all are smaller
 
 

@@ -27,7 +27,7 @@ from amc_hw.images import ImageFiles, TensorImages
 from amc_hw.models import load_model
 from amc_hw.models.checkpoint import checkpoint_sha256
 from amc_hw.runs import Journal, alone_in, record_command, save_json, save_weights
-from amc_hw.subject import Pruned, open_pruned
+from amc_hw.subject import Pruned, found_near, open_pruned
 from amc_hw.task import Classification
 from profilers.files import write_whole
 
@@ -91,7 +91,7 @@ def finetune(policy: Path, config: FinetuneConfig, *, progress: Progress) -> dic
     UserError where the policy's task has no labels, FailedError where the loss is no longer finite.
     """
     pruned = open_pruned(policy)
-    data = config.data or pruned.policy.data
+    data = config.data or (pruned.policy.data and found_near(pruned.policy.data, policy))
     if data is None:
         raise UserError(
             "fine-tuning needs images with labels (--data): for another task put amc_hw.load_pruned(policy) "
@@ -138,7 +138,7 @@ def finetune(policy: Path, config: FinetuneConfig, *, progress: Progress) -> dic
         result = broadcast_object_list([result])[0]  # batch-norm statistics differ a little between processes
         if accelerator.is_main_process:
             save_weights(out / pruned.policy.weights, trained.state_dict())
-            replace(pruned.policy, data=data).save(out / "policy.json")
+            replace(pruned.policy, data=config.data or pruned.policy.data).save(out / "policy.json")
             save_json(finished, result)
             (out / STATE).unlink(missing_ok=True)
         return result

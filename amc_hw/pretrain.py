@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,19 +18,26 @@ DEFAULT_DATA = "digits"
 EPOCHS = 40
 
 
-def checkpoint_for(model: str, data: str, checkpoint: Path | None) -> Path | None:
+def _quiet(done: int, total: int, text: str) -> None:
+    pass
+
+
+def checkpoint_for(
+    model: str, data: str, checkpoint: Path | None, *, progress: Callable[[int, int, str], None] = _quiet
+) -> Path | None:
     """The weights to search with: those given, the default network's own, or None for a factory that loads its own.
 
+    progress: told of the default network's training (done, total, what there is to say).
     UserError where there would be random weights only.
     """
     if checkpoint is not None or has_own_weights(model):
         return checkpoint
     if (model, data) == (DEFAULT_MODEL, DEFAULT_DATA):
-        return default_checkpoint()
+        return default_checkpoint(progress)
     raise UserError(f"--checkpoint is missing: the weights of {model} would be random")
 
 
-def default_checkpoint() -> Path:
+def default_checkpoint(progress: Callable[[int, int, str], None] = _quiet) -> Path:
     """The trained default network; a minute of training where it is not there yet."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     path = cache / "amc-hw" / "mobilenet_v1_cifar-0.25-digits.pt"
@@ -38,14 +46,14 @@ def default_checkpoint() -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}.part")
-        torch.save(_trained().state_dict(), part)
+        torch.save(_trained(progress).state_dict(), part)
         part.replace(path)
     except (OSError, RuntimeError) as error:
         raise FailedError(f"cannot keep the trained default network at {path}: {error}") from None
     return path
 
 
-def _trained(*, seed: int = 0, batch: int = 64) -> nn.Module:
+def _trained(progress: Callable[[int, int, str], None], *, seed: int = 0, batch: int = 64) -> nn.Module:
     model = load_model(DEFAULT_MODEL, seed=seed)
     images, labels = load_tensors(load_data(DEFAULT_DATA, input_shape=model.input_shape).train)
     images = model.normalised(images)
@@ -54,7 +62,8 @@ def _trained(*, seed: int = 0, batch: int = 64) -> nn.Module:
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, nesterov=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps)
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(EPOCHS):
+    for epoch in range(EPOCHS):
+        progress(epoch, EPOCHS, "training the default network, this once")
         order = torch.randperm(len(images), generator=generator)
         for start in range(0, len(images) - batch + 1, batch):
             chosen = order[start : start + batch]

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from amc_hw.data import DATASETS
 from amc_hw.errors import TableError, UserError
 from amc_hw.graph import LayerGraph, build_graph, width_grid
 from amc_hw.models import LoadedModel, load_model
@@ -71,13 +72,14 @@ def load_graph(
 
 
 def found_near(text: str, policy: Path) -> str:
-    """A spec; the file of the user's own that it names is looked for in the working directory, then in the folders
-    above the policy: where its search was run."""
+    """A spec; the file or folder of the user's own that it names is looked for in the working directory, then in the
+    folders above the policy: where its search was run."""
     spec = parse_spec(text)
-    if not spec.is_file or Path(spec.name).exists():
+    named = spec.name if spec.is_file else spec.path if spec.name in DATASETS else None
+    if named is None or Path(named).expanduser().exists():
         return text
-    above = (folder / spec.name for folder in policy.resolve().parents)
-    return next((str(replace(spec, name=str(path))) for path in above if path.exists()), text)
+    above = (str(folder / named) for folder in policy.resolve().parents if (folder / named).exists())
+    return next((str(replace(spec, name=at) if spec.is_file else replace(spec, path=at)) for at in above), text)
 
 
 @dataclass(frozen=True)

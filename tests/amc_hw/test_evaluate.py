@@ -121,6 +121,8 @@ def test_an_unpruned_network_that_only_guesses_is_warned_of(
 
 def test_exactly_a_point_off_is_not_more_than_a_point_off() -> None:
     check_expected(0.91, 0.90)
+    with pytest.raises(UserError, match="--expect-accuracy 90: accuracies are fractions here, such as 0.9"):
+        check_expected(0.91, 90)
 
 
 def test_at_full_width_the_held_out_accuracy_is_that_of_the_unpruned_network(evaluator: Evaluator) -> None:

@@ -931,6 +931,16 @@ def test_an_export_finds_the_functions_of_its_policy_and_takes_other_data(
     assert amc_hw(*flags).code == 0
     done = amc_hw(*flags, "--data", "npz:nowhere.npz")
     assert done.code == 2 and "there is no file 'nowhere.npz'" in done.mistake
+    done = amc_hw(*flags[:-1], "a.tflite")
+    assert done.code == 2 and "a.tflite is named as a file of tflite, not of --format onnx" in done.mistake
+
+
+def test_a_policy_finds_its_data_from_elsewhere(
+    here: Path, ended: Path, amc_hw: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = Path("run/policy.json").resolve()
+    monkeypatch.chdir(tmp_path)
+    assert amc_hw("export", "--policy", str(policy), "--format", "onnx", "--out", "a.onnx").code == 0
 
 
 def test_another_dtype_is_another_search(here: Path, ended: Path, amc_hw: Callable) -> None:

@@ -57,7 +57,7 @@ def test_the_shipped_table_and_ones_own_are_listed(amc_hw: Run) -> None:
     assert found["fake.jsonl"]["rows"] == {"op": 22} and found["fake.jsonl"]["identity"]["soc"] == "fake"
     assert found["pixel1.jsonl"]["rows"] == {"op": 174, "network": 6}
     code, out, _ = amc_hw("table", "list")
-    assert code == 0 and "fake, formula 1, 1 thread(s), 22 op rows" in out and "Pixel 1" in out
+    assert code == 0 and "fake, formula 1, 1 thread(s), float32, batch 1, 22 op rows" in out and "Pixel 1" in out
 
 
 def test_a_table_is_found_by_device_or_file(here: Path) -> None:
