@@ -49,7 +49,7 @@ from profilers.sampling import random_widths
 from profilers.table import LatencyTable
 from profilers.targets import Network, Probe, open_target
 from profilers.targets.adb import AdbTarget
-from profilers.timing import ratio_ci95
+from profilers.timing import Steady, ratio_ci95
 
 __all__ = [
     "BUDGETS",
@@ -420,7 +420,7 @@ def measure(
     """
     weights = None if module is None else folded_weights(module, subject.graph)
     network, full = Network(subject.network_at(widths), weights), Network(subject.network_at(None))
-    baseline, pruned = time_apart(subject, [full, network], rounds=rounds, seed=seed)
+    baseline, pruned = Steady()(lambda: time_apart(subject, [full, network], rounds=rounds, seed=seed))
     identity = subject.target.identity()
     return {
         "baseline_ms": float(np.median(baseline)),

@@ -106,7 +106,7 @@ class SearchConfig:
 
 
 def time_apart(subject: Subject, networks: Sequence[Network], *, rounds: int = 25, seed: int = 0) -> list[list[float]]:
-    """Milliseconds per network, interleaved, in a process that has done nothing else; DeviceError where they spread
+    """Milliseconds per network, interleaved, in a process that has done nothing else; UnsteadyError where they spread
     too far."""
     burst_s = max(0.02, subject.device.min_time_s / rounds)
     plan = TimingPlan(rounds=rounds, burst_s=burst_s, max_runs=MOST_RUNS)

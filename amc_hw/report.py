@@ -141,7 +141,8 @@ def _search(folder: Path) -> bytes:
     budget = " = ".join(map(str, header.get("budget") or ["no budget"])).replace("_", " ")
     title = f"{policy.model} on {policy.device}: {budget}"
     before = "before this search" if _staged(subject, header) else "unpruned"
-    sections = [_headline(result, policy.evaluate is not None, before), _kept_channels(pruned)]
+    made_up = "<p>A made-up device: its milliseconds are a formula's.</p>" if header.get("runtime") == "formula" else ""
+    sections = [made_up, _headline(result, policy.evaluate is not None, before), _kept_channels(pruned)]
     predictor: Predictor | None = None
     try:
         table = _table_of(subject, header)

@@ -21,6 +21,14 @@ class DeviceError(UserError):
     exit_code = 3
 
 
+class UnsteadyError(DeviceError):
+    """Samples of one timing that spread too far: a later one may be better. what: they and the limit."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"the machine is too unstable: {what}; stop other programs and run the same command again")
+        self.what = what
+
+
 class TableError(UserError):
     """A latency table that is malformed, of another identity or schema, or lacks rows."""
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from profilers.errors import DeviceError
+from profilers.errors import DeviceError, UnsteadyError
 
 Clock = Callable[[], float]
 
@@ -65,7 +65,7 @@ def _burst(run: Callable[[], None], plan: TimingPlan, clock: Clock) -> float:
 
 
 class Steady:
-    """Measures beside an anchor, and again where the anchor was far slower than it should be.
+    """Measures beside an anchor, and again where the anchor was far slower than it should be or samples spread too far.
 
     Dividing by the anchor takes out drift that is alike for all; a machine that is disturbed slows small operators
     more than large ones, so ratios shift, too.
@@ -83,13 +83,17 @@ class Steady:
     def __call__(self, measure: Callable[[], list[list[float]]]) -> list[list[float]]:
         """The samples that `measure` returns, the anchor's first; DeviceError where the machine does not settle."""
         for wait_s in (*self.WAITS_S, None):
-            samples = measure()
-            anchor_ms = float(np.median(samples[0]))
-            self._seen.append(anchor_ms)
-            reference_ms = self._reference_ms or float(np.median(self._seen))
-            if anchor_ms <= reference_ms * (1 + self.LIMIT_PCT / 100):
-                return samples
-            what = f"the unpruned network takes {anchor_ms:.4g} ms, not {reference_ms:.4g}"
+            try:
+                samples = measure()
+            except UnsteadyError as error:
+                what = error.what
+            else:
+                anchor_ms = float(np.median(samples[0]))
+                self._seen.append(anchor_ms)
+                reference_ms = self._reference_ms or float(np.median(self._seen))
+                if anchor_ms <= reference_ms * (1 + self.LIMIT_PCT / 100):
+                    return samples
+                what = f"the unpruned network takes {anchor_ms:.4g} ms, not {reference_ms:.4g}"
             if wait_s is not None:
                 warnings.warn(f"the machine is disturbed ({what}): measuring again in {wait_s:.0f} s", stacklevel=2)
                 self._sleep(wait_s)
@@ -112,13 +116,10 @@ def median_half_width(samples: Sequence[float] | np.ndarray) -> float:
 
 
 def refuse_noise(samples_ms: Sequence[float], limit_pct: float) -> None:
-    """DeviceError where the samples spread too far to mean anything."""
+    """UnsteadyError where the samples spread too far to mean anything."""
     spread = spread_pct(samples_ms)
     if spread > limit_pct:
-        raise DeviceError(
-            f"the machine is too unstable: samples spread by {spread:.0f}% (limit {limit_pct:.0f}%); "
-            "stop other programs and run the same command again"
-        )
+        raise UnsteadyError(f"samples spread by {spread:.0f}% (limit {limit_pct:.0f}%)")
 
 
 def ratio_ci95(pruned_ms: Sequence[float], baseline_ms: Sequence[float], *, seed: int = 0) -> tuple[float, float]:

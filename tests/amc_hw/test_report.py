@@ -95,7 +95,11 @@ def test_the_page_of_a_search_says_what_its_files_say(here: Path, amc_hw: Callab
     assert done.code == 2 and "--out names the page of one run" in done.mistake
     page = Page(Path("run/report.html").read_text())
     result = json.loads(Path("run/result.json").read_text())
-    assert f"{result['speedup']:.2f}x" in page.text and f"{result['accuracy']:.4f}" in page.text
+    assert (
+        "A made-up device" in page.text
+        and f"{result['speedup']:.2f}x" in page.text
+        and f"{result['accuracy']:.4f}" in page.text
+    )
     for title in (
         "Channels kept", "Latency per layer", "Where the widths stand on their staircases",
         "What another millisecond would buy", "How far the table can be trusted", "The search", "How it was made",

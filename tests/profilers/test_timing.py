@@ -165,6 +165,19 @@ def test_a_machine_that_does_not_settle_is_given_up() -> None:
     assert DeviceError.exit_code == 3
 
 
+def test_samples_that_spread_too_far_are_measured_again() -> None:
+    left, slept = [[1.0, 2.0, 3.0], [1.0, 1.1, 1.2]], list[float]()
+
+    def measure() -> list[list[float]]:
+        samples = left.pop(0)
+        refuse_noise(samples, 25.0)
+        return [samples]
+
+    with pytest.warns(UserWarning, match=r"disturbed \(samples spread by 50% \(limit 25%\)\): measuring again in 2 s"):
+        assert Steady(1.1, sleep=slept.append)(measure) == [[1.0, 1.1, 1.2]]
+    assert slept == [2.0] and not left
+
+
 @pytest.mark.filterwarnings("ignore:the machine is disturbed")
 def test_every_wait_is_followed_by_a_measurement() -> None:
     events = ""
