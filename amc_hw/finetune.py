@@ -102,13 +102,13 @@ def finetune(policy: Path, config: FinetuneConfig, *, progress: Progress) -> dic
         from accelerate.utils import broadcast_object_list
     except ImportError:
         raise UserError("fine-tuning needs Accelerate: pip install 'amc-hw[finetune]'") from None
+    if config.precision == "fp16" and not torch.accelerator.is_available():
+        raise UserError("--precision fp16 needs a GPU: take bf16 or no")
     folder = policy.parent.resolve() if policy.parent.name in ("", "..") else policy.parent
     out = config.out or folder.with_name(f"{folder.name}-finetuned")
     # several processes on CPUs are one group only where the CPU is asked for
     several_cpus = "LOCAL_RANK" in os.environ and not torch.accelerator.is_available()
     accelerator = Accelerator(mixed_precision=config.precision, cpu=several_cpus)
-    if config.precision == "fp16" and accelerator.device.type == "cpu":
-        raise UserError("--precision fp16 needs a GPU: take bf16 or no")
     start = time.monotonic()
     with alone_in(out if accelerator.is_main_process else out / f"rank{accelerator.process_index}"):
         journal = None

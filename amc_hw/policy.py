@@ -52,7 +52,9 @@ def load_policy(path: Path) -> Policy:
         data: Any = json.loads(path.read_bytes())
         if not isinstance(data, dict):
             raise ValueError("it holds no object")
-        if data.pop("schema_version", None) != SCHEMA_VERSION:
+        if "schema_version" not in data:
+            raise ValueError("it has no schema_version")
+        if data.pop("schema_version") != SCHEMA_VERSION:
             raise UserError(f"{path}: not of schema version {SCHEMA_VERSION}")
         tuples = {name: tuple(data[name]) for name in ("input_shape", "mean", "std")}
         found = Policy(**data | tuples | {"keep": tuple(data.get("keep", ()))})

@@ -154,6 +154,7 @@ def _search(folder: Path) -> bytes:
             _trust(subject, table, predictor, [] if _staged(subject, header) else journal),
         ]
     except (TableError, DeviceError) as error:
+        predictor = None
         sections.append(_section("Latency per layer", f"<p>Not shown: {_text(error)}.</p>"))
     sections += [_learning(journal, header, _within(subject, header, result, predictor)), _made(folder, header)]
     return _page(title, *sections)

@@ -248,8 +248,8 @@ def test_a_table_whose_runtime_no_device_has_is_not_predicted_from(here: Path) -
 def test_text_of_the_list_and_of_a_table_that_cannot_tell_its_multiple(amc_hw: Run) -> None:
     LatencyTable.open(board("latency_tables/fake.jsonl").with_name("new.jsonl"), Identity("chip", "runtime", "1", 4))
     assert amc_hw("table", "list")[1].splitlines()[:2] == [
-        "latency_tables/fake.jsonl: fake, formula 1, 1 thread(s), 22 op rows",
-        "latency_tables/new.jsonl: chip, runtime 1, 4 thread(s), empty",
+        "latency_tables/fake.jsonl: fake, formula 1, 1 thread(s), float32, batch 1, 22 op rows",
+        "latency_tables/new.jsonl: chip, runtime 1, 4 thread(s), float32, batch 1, empty",
     ]
     lines = amc_hw("table", "show", "pixel1")[1].splitlines()
     assert "  channel multiple: not enough widths to tell" in lines
