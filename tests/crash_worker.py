@@ -73,22 +73,21 @@ def write_images(path: Path) -> None:
 
 def _die_at(number: int, journal: Path, *, torn: bool, seed: int) -> None:
     """Kill this process at the `number`-th write: after it, or, `torn`, with a random part of it on the disk."""
-    rng = random.Random(seed)
-    data = journal.read_bytes() if journal.exists() else b""
-    left, start = number, data.rfind(b"\n") + 1
+    rng, left = random.Random(seed), number
     real_fsync, real_replace = os.fsync, os.replace
     log = os.open(SYNCED, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
 
     def fsync(descriptor: int) -> None:
-        nonlocal left, start
-        left, size = left - 1, os.fstat(descriptor).st_size
+        nonlocal left
+        left, file = left - 1, os.fstat(descriptor)
         if left == 0:
             if torn:
-                os.ftruncate(descriptor, rng.randrange(start, size))
+                data = Path(f"/proc/self/fd/{descriptor}").read_bytes()
+                os.ftruncate(descriptor, rng.randrange(data.rfind(b"\n", 0, -1) + 1, len(data)))
             os.kill(os.getpid(), signal.SIGKILL)
         real_fsync(descriptor)
-        os.write(log, f"{size}\n".encode())
-        start = size
+        if file.st_ino == journal.stat().st_ino:
+            os.write(log, f"{file.st_size}\n".encode())
 
     def replace(source: Any, target: Any, **options: Any) -> None:
         nonlocal left
