@@ -19,7 +19,7 @@ import numpy as np
 from amc_hw import plots
 from amc_hw.errors import DeviceError, TableError, UserError
 from amc_hw.policy import load_policy
-from amc_hw.resources import latency_model, macs_model, params_model
+from amc_hw.resources import CostModel, latency_model, macs_model, params_model
 from amc_hw.subject import Pruned, Subject, open_pruned, open_subject, read_predictor, read_table, tables
 from amc_hw.task import shown_gain
 from profilers.files import write_whole
@@ -279,6 +279,11 @@ def _staircases(subject: Subject, pruned: Pruned, table: LatencyTable, predictor
     return _section("Where the widths stand on their staircases", *pictures) if pictures else ""
 
 
+def _costs(subject: Subject, header: dict[str, Any], predictor: Predictor) -> CostModel:
+    """Milliseconds on the grids of the search."""
+    return latency_model(subject.graph, header["grids"], predictor, batch=subject.device.batch)
+
+
 def _more(
     subject: Subject,
     header: dict[str, Any],
@@ -291,7 +296,7 @@ def _more(
     tried = {tuple(row["widths"]): row["accuracy"] for row in _episodes(journal)}
     if not tried or _staged(subject, header):
         return ""
-    costs = latency_model(subject.graph, header["grids"], predictor, batch=subject.device.batch)
+    costs = _costs(subject, header, predictor)
     points = [(costs.cost(widths), accuracy) for widths, accuracy in tried.items()]
     here = (
         costs.cost(tuple(result["widths"]))
@@ -358,7 +363,7 @@ def _within(
     if name.startswith("latency"):
         if predictor is None:
             return lambda widths: True
-        costs = latency_model(subject.graph, header["grids"], predictor, batch=subject.device.batch)
+        costs = _costs(subject, header, predictor)
     else:
         costs = (params_model if name.startswith("params") else macs_model)(subject.graph, header["grids"])
     limit = given if name.endswith("_ms") else given * costs.full_cost
