@@ -190,6 +190,13 @@ class _Search:
         name, value = self.given
         return (timed.measured_ms if name.endswith("_ms") else timed.measured_ms / timed.baseline_ms) / value
 
+    def _budget_used(self, timed: Timed) -> float | None:
+        """Share of whatever budget there is that a policy uses."""
+        if self.given is None or self.by_latency:
+            return None if self.given is None else self.used(timed)
+        costs = self.costs(self.given[0])
+        return costs.cost(timed.widths) / costs.full_cost / self.given[1]
+
     def network(self, widths: Sequence[int], module: nn.Module) -> Network:
         return Network(self.subject.network_at(widths), folded_weights(module, self.graph))
 
@@ -471,12 +478,7 @@ class _Search:
         pruned_ms, baseline_ms = (None, None) if samples is None else (float(np.median(each)) for each in samples)
         network = self.subject.network_at(outcome.widths)
         predicted_ms, unpruned_ms = self.predictor.predict(network), self.predictor.predict(self.baseline.graph)
-        shares = {
-            "latency_ratio": (pruned_ms or predicted_ms) / (baseline_ms or unpruned_ms),
-            "latency_ms": pruned_ms or predicted_ms,
-            "flops_ratio": network.macs / self.baseline.graph.macs,
-            "params_ratio": self.graph.params(outcome.widths) / self.graph.params(),
-        }
+        timed = Timed(outcome.widths, pruned_ms or predicted_ms, baseline_ms or unpruned_ms)
         return {
             "policy": str(self.out / POLICY),
             "accuracy": test,
@@ -495,7 +497,7 @@ class _Search:
             "params": self.graph.params(outcome.widths),
             "widths": list(outcome.widths),
             "budget": None if self.given is None else list(self.given),
-            "budget_used": None if self.given is None else shares[self.given[0]] / self.given[1],
+            "budget_used": self._budget_used(timed),
             "found_by": outcome.found_by,
         }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from amc_hw.data import DATASETS
 from amc_hw.errors import TableError, UserError
 from amc_hw.graph import LayerGraph, build_graph, width_grid
 from amc_hw.models import LoadedModel, load_model
+from amc_hw.models.checkpoint import checkpoint_sha256
 from amc_hw.policy import Policy, load_policy
 from amc_hw.prune import slice_channels
 from amc_hw.resources import Grids
@@ -93,7 +93,7 @@ class Pruned:
     weights: Path  #: the file of the module's weights
 
     def weights_sha256(self) -> str:
-        return hashlib.sha256(self.weights.read_bytes()).hexdigest()
+        return checkpoint_sha256(self.weights)
 
     @property
     def widths(self) -> tuple[int, ...]:

@@ -59,7 +59,7 @@ def offered(model: CostModel, at: Sequence[int], goal: float) -> list[tuple[int,
     """A policy for every group that can pay for the step to a cost of `goal`, where half of them can; else of every
     group one that pays for a part, so that about half of the groups are needed together."""
     cost = model.cost(at)
-    groups = [narrower for group in range(len(at)) if (narrower := _narrower(model, at, group))]
+    groups = [narrower for group in range(len(at)) if (narrower := _narrower(model, at, group, cost))]
     alone = [widths for each in groups if (widths := _widest(each, goal)) is not None]
     if 2 * len(alone) >= len(groups):
         return alone
@@ -71,12 +71,12 @@ def offered(model: CostModel, at: Sequence[int], goal: float) -> list[tuple[int,
         part *= 2
 
 
-def _narrower(model: CostModel, at: Sequence[int], group: int) -> list[tuple[float, tuple[int, ...]]]:
-    """(cost, widths) with that group narrower at a lower cost, widest first."""
+def _narrower(model: CostModel, at: Sequence[int], group: int, cost: float) -> list[tuple[float, tuple[int, ...]]]:
+    """(cost, widths) with that group narrower for less than `cost`, widest first."""
     narrower = reversed(model.grids[group][: model.position(group, at[group])])
     policies = [(*at[:group], width, *at[group + 1 :]) for width in narrower]
     priced = [(model.cost(widths), widths) for widths in policies]
-    return [each for each in priced if each[0] < model.cost(at) * (1 - ROUNDING)]
+    return [each for each in priced if each[0] < cost * (1 - ROUNDING)]
 
 
 def _widest(policies: Sequence[tuple[float, tuple[int, ...]]], limit: float) -> tuple[int, ...] | None:
