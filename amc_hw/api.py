@@ -16,7 +16,7 @@ from amc_hw.compare import CompareConfig, compare
 from amc_hw.errors import DeviceError, FailedError, TableError, UserError
 from amc_hw.evaluate import Evaluator, check_expected, warn_of_guessing
 from amc_hw.export import FORMATS, RUNTIME_OF, SUFFIXES, export_int8, export_network, folded_weights
-from amc_hw.find import BUDGETS, Progress, SearchConfig, check_workers, plan_search, search, search_time, time_apart
+from amc_hw.find import BUDGETS, Progress, SearchConfig, check_workers, plan_search, search, search_time, timed_anew
 from amc_hw.finetune import PRECISIONS, FinetuneConfig, finetune
 from amc_hw.graph import LayerGraph
 from amc_hw.plots import check_picture, save_predictions
@@ -414,13 +414,14 @@ def validate(
 def measure(
     subject: Subject, widths: Sequence[int], *, module: nn.Module | None = None, rounds: int = 25, seed: int = 0
 ) -> dict[str, Any]:
-    """Time the network at `widths` beside the unpruned one, interleaved, in a fresh process.
+    """Time the network at `widths` beside the unpruned one, interleaved, in processes of their own.
 
-    module: the pruned network itself, for its weights; random ones without it.
+    rounds: samples of each process, see `loaded_anew`. module: the pruned network itself, for its weights; random
+    ones without it.
     """
     weights = None if module is None else folded_weights(module, subject.graph)
     network, full = Network(subject.network_at(widths), weights), Network(subject.network_at(None))
-    baseline, pruned = Steady()(lambda: time_apart(subject, [full, network], rounds=rounds, seed=seed))
+    baseline, pruned = timed_anew(subject, Steady(), [full, network], rounds=rounds, seed=seed)
     identity = subject.target.identity()
     return {
         "baseline_ms": float(np.median(baseline)),
@@ -428,7 +429,7 @@ def measure(
         "speedup": float(np.median(baseline) / np.median(pruned)),
         "speedup_ci95": list(ratio_ci95(pruned, baseline)),
         "p90_ms": float(np.quantile(pruned, 0.9)),
-        "runs": rounds,
+        "runs": len(pruned),
         "device": identity.soc,
         "runtime": f"{identity.runtime} {identity.runtime_version}",
         "threads": identity.threads,

@@ -45,7 +45,7 @@ from amc_hw.workers import Recipe, Workers, free_memory
 from profilers.profile import NETWORK_PLAN, digest
 from profilers.table import LatencyTable
 from profilers.targets import Network
-from profilers.timing import Steady, TimingPlan, ratio_ci95, refuse_noise
+from profilers.timing import Steady, TimingPlan, loaded_anew, ratio_ci95, refuse_noise
 
 POLICY, RESULT = "policy.json", "result.json"
 BUDGETS = ("latency_ms", "latency_ratio", "flops_ratio", "params_ratio")
@@ -114,6 +114,13 @@ def time_apart(subject: Subject, networks: Sequence[Network], *, rounds: int = 2
     for samples in found:
         refuse_noise(samples, subject.device.noise_pct)
     return found
+
+
+def timed_anew(
+    subject: Subject, steady: Steady, networks: Sequence[Network], *, rounds: int = 25, seed: int = 0
+) -> list[list[float]]:
+    """As `time_apart`, of several loads of the networks, each in a process of its own; the anchor comes first."""
+    return loaded_anew(lambda load: steady(lambda: time_apart(subject, networks, rounds=rounds, seed=seed + load)))
 
 
 def steady_beside(subject: Subject, table: LatencyTable) -> Steady:
@@ -203,9 +210,12 @@ class _Search:
     def time(self, policies: Sequence[tuple[int, ...]]) -> list[Timed]:
         slices = [slice_channels(self.model.module, self.graph, self.evaluator.kept(widths)) for widths in policies]
         networks = [self.baseline, *map(self.network, policies, slices)]
-        before, *after = self.steady(
-            lambda: self.subject.target.time_networks(networks, NETWORK_PLAN, seed=self.config.seed)
-        )
+        timed = self.subject.target.time_in_fresh_process
+
+        def measure(load: int) -> list[list[float]]:
+            return self.steady(lambda: timed(networks, NETWORK_PLAN, seed=self.config.seed + load))
+
+        before, *after = loaded_anew(measure)
         baseline_ms = float(np.median(before))
         pairs = zip(policies, after, strict=True)
         return [Timed(tuple(widths), float(np.median(samples)), baseline_ms) for widths, samples in pairs]
@@ -277,9 +287,7 @@ class _Search:
 
     def confirm(self, widths: tuple[int, ...]) -> tuple[list[float], list[float]]:
         network = self.network(widths, self.refitted(widths))
-        baseline, pruned = self.steady(
-            lambda: time_apart(self.subject, [self.baseline, network], seed=self.config.seed)
-        )
+        baseline, pruned = timed_anew(self.subject, self.steady, [self.baseline, network], seed=self.config.seed)
         return pruned, baseline
 
     def run(self) -> dict[str, Any]:
@@ -425,7 +433,7 @@ class _Search:
         elif budget.limit < 0.5 * self.predictor.predict(self.baseline.graph):
             return None  # far off: not worth a measurement
         else:
-            (samples,) = self.steady(lambda: time_apart(self.subject, [self.baseline], seed=self.config.seed))
+            (samples,) = timed_anew(self.subject, self.steady, [self.baseline], seed=self.config.seed)
             measured = float(np.median(samples))
             met = measured <= value
         if not met:

@@ -18,11 +18,9 @@ from profilers.predictor import Predictor
 from profilers.sampling import Grids, corner_widths, random_widths
 from profilers.table import LatencyTable, Measurement
 from profilers.targets import Network, Target
-from profilers.timing import Steady, TimingPlan, median_half_width
+from profilers.timing import LOADS, PRECISION, Steady, TimingPlan, loaded_anew
 
 NETWORK_PLAN = TimingPlan(rounds=9, burst_s=0.02)
-PRECISION, MOST_PLANS = 0.01, 4
-LOADS = 2  #: at least, of a network whose latency is compared with a prediction
 MOST_SEEDS = 1_000_003  #: between the seeds of one measurement and its repetition
 OP_PLAN = TimingPlan(rounds=5, burst_s=0.004)
 OPS_AT_ONCE = 8
@@ -135,32 +133,18 @@ class Anchor:
     ) -> tuple[dict[str, Any], list[list[float]]]:
         """What a row says of the anchor, and the networks' samples in milliseconds; DeviceError as in `Steady`.
 
-        precision: the plan is repeated, at most MOST_PLANS times in all, until the share of the anchor's latency is
-        known that well for every network (half of a 95% interval, relative). loads: plans at least; each loads the
-        networks anew, which may lay them out in memory better or worse.
+        precision, loads: as of `loaded_anew`.
         """
         asked = [Network(self.graph), *map(Network, networks)]
-        found: list[list[float]] = [[] for _ in asked]
-        shares: list[list[np.ndarray]] = [[] for _ in networks]  # of the anchor's latency, per load
-        for attempt in range(MOST_PLANS):
-            again = self._steady(partial(self.target.time_networks, asked, plan, seed=seed + MOST_SEEDS * attempt))
-            for samples, more in zip(found, again, strict=True):
-                samples += more
-            for share, samples in zip(shares, again[1:], strict=True):
-                share.append(np.divide(samples, again[0]))
-            if attempt + 1 >= loads and all(_uncertainty(share) <= precision for share in shares):
-                break
-        anchor_ms, *rest = found
+
+        def measure(load: int) -> list[list[float]]:
+            seeded = seed + MOST_SEEDS * load
+            return self._steady(partial(self.target.time_networks, asked, plan, seed=seeded))
+
+        anchor_ms, *rest = loaded_anew(measure, loads=loads, precision=precision)
         details: dict[str, Any] = {"anchor": self.name, "anchor_ms": float(np.median(anchor_ms))}
         told = {"member": self.target.config.member, "conditions": self.target.conditions()}
         return details | {key: value for key, value in told.items() if value}, rest
-
-
-def _uncertainty(loads: Sequence[np.ndarray]) -> float:
-    """How far the median of samples may be off, relative: within loads, or because loads differ."""
-    medians = [np.median(samples) for samples in loads]
-    between = float(np.ptp(medians) / 2 / np.median(medians) / math.sqrt(len(medians)))
-    return max(median_half_width(np.concatenate(loads)), between)
 
 
 def time_network(graph: OpGraph, anchor: Anchor, kind: str, *, seed: int = 0, loads: int = LOADS) -> Measurement:

@@ -17,6 +17,8 @@ import numpy as np
 from profilers.errors import DeviceError, UnsteadyError
 
 Clock = Callable[[], float]
+PRECISION, MOST_LOADS = 0.01, 4
+LOADS = 2  #: at least, of networks whose latency counts
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,33 @@ class Steady:
             f"the machine is too unstable: {what}; stop other programs and run the same command again, or measure "
             "the table anew where the machine has changed for good"
         )
+
+
+def loaded_anew(
+    measure: Callable[[int], list[list[float]]], *, loads: int = LOADS, precision: float = PRECISION
+) -> list[list[float]]:
+    """Samples in milliseconds of several measurements together, the anchor's first. Each of them loads the networks
+    anew, which may lay them out in memory better or worse: now and then one runs slower by 5 to 30% for as long as it
+    stays loaded.
+
+    measure: number of the load -> samples, the anchor's first, all alike in number. loads: at least, and MOST_LOADS at
+    most, until the share of the anchor's latency is known to `precision` for every network (half of a 95% interval,
+    relative).
+    """
+    found: list[list[list[float]]] = []
+    for load in range(max(loads, MOST_LOADS)):
+        found.append(measure(load))
+        shares = zip(*([np.divide(samples, anchor) for samples in rest] for anchor, *rest in found), strict=True)
+        if load + 1 >= loads and all(_uncertainty(share) <= precision for share in shares):
+            break
+    return [[ms for samples in each for ms in samples] for each in zip(*found, strict=True)]
+
+
+def _uncertainty(loads: Sequence[np.ndarray]) -> float:
+    """How far the median of samples may be off, relative: within loads, or because loads differ."""
+    medians = [np.median(samples) for samples in loads]
+    between = float(np.ptp(medians) / 2 / np.median(medians) / math.sqrt(len(medians)))
+    return max(median_half_width(np.concatenate(loads)), between)
 
 
 def spread_pct(samples_ms: Sequence[float]) -> float:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import json
 import os
 import runpy
@@ -29,6 +30,8 @@ from amc_hw import cli as command_line
 from amc_hw.console import Progress
 from amc_hw.runs import alone_in
 from amc_hw.search.loop import AUTO, FREE
+from profilers.targets.fake import FakeTarget
+from profilers.timing import MOST_LOADS
 
 Disk = Callable[[int], AbstractContextManager[None]]
 
@@ -214,6 +217,24 @@ def test_other_budgets_end_with_a_measured_policy(here: Path, amc_hw: Run, budge
     found = json.loads(amc_hw(*SEARCH, *budget, "--json").out)
     assert Path(found["policy"]).is_file() and found["latency_source"] == "measured"
     assert budget[0] != "--flops-ratio" or found["macs"] <= 0.6 * found["baseline_macs"]
+
+
+def test_a_load_that_runs_slowly_does_not_mislead(here: Path, amc_hw: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    quiet = json.loads(amc_hw(*HALF, "--json").out)
+    timed, loads = FakeTarget.time_networks, itertools.count()
+
+    def unlucky(target: FakeTarget, networks: Any, plan: Any, *, seed: int) -> list[list[float]]:
+        anchor, *rest = timed(target, networks, plan, seed=seed)
+        slow = 1.3 if next(loads) % 4 == 0 else 1.0
+        return [anchor, *([slow * ms for ms in samples] for samples in rest)]
+
+    monkeypatch.setattr(FakeTarget, "time_in_fresh_process", unlucky)
+    found = json.loads(amc_hw(*HALF, "--out", "unlucky", "--json").out)
+    assert next(loads) >= 3 * MOST_LOADS  # pilots, candidates and the winner
+    assert found["widths"] == quiet["widths"]
+    assert found["speedup"] == pytest.approx(quiet["speedup"], rel=0.01)
+    measured = json.loads(amc_hw("measure", "--device", "fake", "--policy", found["policy"], "--json").out)
+    assert measured["speedup"] == pytest.approx(quiet["speedup"], rel=0.01)
 
 
 @pytest.mark.parametrize("budget", [("--latency-ms", "1000"), ("--latency-ratio", "1"), ("--flops-ratio", "1")])

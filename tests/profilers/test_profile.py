@@ -17,9 +17,7 @@ from profilers.errors import DeviceError
 from profilers.ops import OpGraph, OpNode, OpSpec, fuse_adds
 from profilers.predictor import Predictor
 from profilers.profile import (
-    LOADS,
     MAX_REFINEMENTS,
-    MOST_PLANS,
     NETWORK_PLAN,
     POOL,
     REFINE_NETWORKS,
@@ -38,7 +36,7 @@ from profilers.sampling import corner_widths, random_widths
 from profilers.table import Identity, LatencyTable, Measurement
 from profilers.targets import Network
 from profilers.targets.fake import OVERHEAD_MS, FakeTarget, op_latency_ms
-from profilers.timing import Steady, TimingPlan
+from profilers.timing import LOADS, MOST_LOADS, Steady, TimingPlan
 
 EIGHTHS = tuple(range(8, 65, 8))
 IN_CONTEXT, RANDOM, ALONE = "reading operators in random networks", "timing random networks", "timing operators"
@@ -402,7 +400,7 @@ class Uneven(Told):
 
 @pytest.mark.parametrize(
     ("speeds", "loads"),
-    [((1.0, 1.01, 1.2), 2), ((1.0, 1.1, 1.0, 1.0), MOST_PLANS)],
+    [((1.0, 1.01, 1.2), 2), ((1.0, 1.1, 1.0, 1.0), MOST_LOADS)],
 )
 def test_a_network_is_loaded_again_while_loads_differ(speeds: tuple[float, ...], loads: int) -> None:
     target, graph = Uneven(*speeds), network_at((8, 24))

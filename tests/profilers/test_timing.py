@@ -11,8 +11,11 @@ from hypothesis import strategies as st
 
 from profilers.errors import DeviceError
 from profilers.timing import (
+    LOADS,
+    MOST_LOADS,
     Steady,
     TimingPlan,
+    loaded_anew,
     median_half_width,
     ratio_ci95,
     refuse_noise,
@@ -214,6 +217,39 @@ def test_a_reference_that_was_given_stays() -> None:
     steady(Anchor(0.5))
     assert steady(Anchor(1.05))[0][0] == 1.05
     assert slept == []
+
+
+# Loads
+
+
+@pytest.mark.parametrize(
+    ("slow", "loads"),
+    [
+        ((1.0, 1.0), LOADS),
+        ((1.0, 1.3, 1.0, 1.0), MOST_LOADS),
+        ((1.3, 1.0, 1.0, 1.0), MOST_LOADS),
+        ((1.0, 1.015, 1.0), LOADS),
+    ],
+)
+def test_networks_are_loaded_again_while_loads_differ(slow: tuple[float, ...], loads: int) -> None:
+    """slow: by load, of the second of two networks beside the anchor."""
+    asked: list[int] = []
+
+    def measure(load: int) -> list[list[float]]:
+        asked.append(load)
+        drift = 1 + load  # alike for all
+        return [[4.0 * drift] * 9, [1.0 * drift] * 9, [2.0 * drift * slow[load]] * 9]
+
+    anchor, first, second = map(np.array, loaded_anew(measure))
+    assert asked == list(range(loads)) and len(anchor) == len(first) == len(second) == 9 * loads
+    assert np.all(first / anchor == 0.25)
+    assert np.median(second / anchor) == pytest.approx(0.5, rel=0.01)
+
+
+def test_loads_are_as_many_as_asked_for_at_least() -> None:
+    samples = [[1.0] * 3, [2.0] * 3]
+    assert [len(each) for each in loaded_anew(lambda _load: samples, loads=6)] == [18, 18]
+    assert loaded_anew(lambda _load: samples[:1]) == [[1.0] * 3 * LOADS]
 
 
 # Spread and ratio
