@@ -29,12 +29,17 @@ def _typed(context: click.Context, name: str) -> bool:
     return context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
 
 
-def _no_data_of_ours(context: click.Context, arguments: dict[str, Any]) -> None:
-    """The default data set does not stand in for what a user's own functions leave out."""
-    own = arguments["evaluate"] or arguments["calibrate"]
+def _no_data_of_ours(context: click.Context, arguments: dict[str, Any], *, needed: bool = True) -> None:
+    """The default data set goes with the default network: it stands in for nothing that a user leaves out.
+
+    needed: UserError where neither data nor functions of the user's own are named.
+    """
+    own, model = arguments["evaluate"] or arguments["calibrate"], arguments["model"]
     untyped = context.get_parameter_source("data") is click.core.ParameterSource.DEFAULT
-    if own and untyped and arguments["data"] == api.DEFAULT_DATA:
+    if untyped and (own or model != api.DEFAULT_MODEL):
         arguments["data"] = None
+        if needed and not own:
+            raise UserError(f"--data is missing: {api.DEFAULT_DATA}, the default, goes with {api.DEFAULT_MODEL} alone")
 
 
 def _leave_out(context: click.Context, policy: str, *names: str) -> None:
@@ -99,7 +104,7 @@ def init(context: click.Context, as_json: bool, **values: Any) -> None:
     amc-hw init --device host-litert --model resnet56 --checkpoint w.pt --data imagefolder:PATH
     amc-hw init --model net.py:make --checkpoint w.pt --evaluate task.py:score --calibrate task.py:inputs
     """
-    _no_data_of_ours(context, values)
+    _no_data_of_ours(context, values, needed=False)
     offered = [device["name"] for device in api.list_devices()["devices"]]
     if sys.stdin.isatty() and not as_json and not _typed(context, "device"):
         values["device"] = click.prompt("device", type=click.Choice(offered), default=values["device"])
@@ -544,7 +549,7 @@ def search(
     amc-hw search --latency-ratio 0.5
     amc-hw search --device host-litert --model resnet56 --checkpoint w.pt --data imagefolder:PATH --latency-ratio 0.6
     """
-    _no_data_of_ours(context, arguments)
+    _no_data_of_ours(context, arguments, needed=from_policy is None)
     if from_policy is not None:
         _of_policy(context, arguments, api.load_policy(from_policy))
     model, names = arguments["model"], [field.name for field in fields(api.SearchConfig)]
@@ -563,10 +568,10 @@ def search(
         )
         return
     result = api.search(subject, config, progress=Progress())
-    show(result, as_json, _search_lines)
+    show(result, as_json, lambda r: _search_lines(r, from_policy))
 
 
-def _search_lines(r: dict[str, Any]) -> list[str]:
+def _search_lines(r: dict[str, Any], start: Path | None) -> list[str]:
     if r["policy"] is None:
         return [r["message"]]
     error = "" if r["error_pct"] is None else f", 90% within {r['error_pct']:.1f}%"
@@ -588,6 +593,7 @@ def _search_lines(r: dict[str, Any]) -> list[str]:
         *latency,
         f"MMACs       {r['baseline_macs'] / 1e6:.2f} -> {r['macs'] / 1e6:.2f}",
         *_budget_lines(r),
+        *([] if start is None else [f"beside      {start}, not its unpruned network"]),
         f"policy      {r['policy']}",
     ]
 

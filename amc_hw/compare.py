@@ -199,10 +199,11 @@ def _ranking(rows: Sequence[dict[str, Any]], budget: str, accuracy: bool) -> lis
     means = {name: float(np.mean(list(values.values()))) for name, values in found.items() if set(values) == seeds}
     said = []
     if len(means) > 1:
-        first, second = sorted(means, key=lambda method: -means[method])[:2]
+        first, second, *_ = ranked = sorted(means, key=lambda method: -means[method])
         best = f"{budget}: {first} is best with {means[first]:.4f}, then {second} with {means[second]:.4f}"
         if means[first] == means[second]:
-            best = f"{budget}: {first} and {second} are best with {means[first]:.4f}"
+            *others, last = [method for method in ranked if means[method] == means[first]]
+            best = f"{budget}: {', '.join(others)} and {last} are best with {means[first]:.4f}"
         said.append(best + _interval(_paired(found[first], found[second]), accuracy))
     missed = {name: len(seeds) - len(values) for name, values in found.items() if name not in means}
     if missed and len(found) > 1:

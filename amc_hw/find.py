@@ -328,7 +328,8 @@ class _Search:
         what = "score" if task.split == "evaluate" else "accuracy"
         where = f"of {config.evaluate}" if config.evaluate else "on held-out training images"
         own = "" if self.model.checkpoint_sha256 else f", with the weights that {self.model.spec} brings itself"
-        self.progress(0, config.episodes, f"unpruned {what} {unpruned:.4f} {where}{own}")
+        whose = "unpruned" if self.subject.base is None else "the pruned network's"
+        self.progress(0, config.episodes, f"{whose} {what} {unpruned:.4f} {where}{own}")
         check_expected(unpruned, config.expect_accuracy)
         warn_of_guessing(task, unpruned)
         enough = METHODS[config.method].enough(len(self.graph.groups))

@@ -116,6 +116,7 @@ def finetune(policy: Path, config: FinetuneConfig, *, progress: Progress) -> dic
             journal = Journal(out / "metrics.jsonl", _header(pruned, config), kind="fine-tuning")
         finished = out / "result.json"
         if finished.exists():
+            progress(0, 1, f"{out} has this fine-tuning's result already")
             found: dict[str, Any] = json.loads(finished.read_text())
             return found
         splits = load_data(data, input_shape=pruned.policy.input_shape)

@@ -29,6 +29,7 @@ from profilers.profile import digest
 from profilers.table import LatencyTable
 
 SLOWEST = 4  #: operators whose staircase is drawn
+SAME = 1.005  #: times as long is as fast: no table tells such policies apart
 AROUND = (0.8, 0.9, 1.0, 1.1, 1.25)  #: latencies beside the winner's, of what another budget would have bought
 STYLE = """
 :root { color-scheme: light; }
@@ -305,7 +306,7 @@ def _more(
     )
 
     def best(limit: float) -> float | None:
-        return max((accuracy for cost, accuracy in points if cost <= limit * (1 + 1e-9)), default=None)
+        return max((accuracy for cost, accuracy in points if cost <= limit * SAME), default=None)
 
     now, rows = best(here), []
     for share in AROUND:
@@ -395,7 +396,10 @@ def _made(folder: Path, header: dict[str, Any]) -> str:
             f"{_text(row['system'])}; {_text(packages)}</p>"
         )
     asked = {
-        key: value for key, value in header.items() if key not in ("grids", "schema_version") and value is not None
+        key: value
+        for key, value in header.items()
+        if key not in ("grids", "schema_version")
+        and any(each is not None for each in (value if isinstance(value, list) else [value]))
     }
     if asked:
         parts.append(f"<details><summary>What was asked</summary>{_table(('', 'value'), asked.items())}</details>")

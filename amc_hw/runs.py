@@ -77,10 +77,8 @@ class Journal:
                 lines, whole = [], b""
             if lines and lines[0] != header:
                 key = next(key for key in {**header, **lines[0]} if lines[0].get(key, ...) != header.get(key, ...))
-                raise UserError(
-                    f"{path.parent} holds another {kind} ({key}: {lines[0].get(key)!r}, not {header.get(key)!r}): "
-                    "name another --out"
-                )
+                there, asked = (_said(each.get(key)) for each in (lines[0], header))
+                raise UserError(f"{path.parent} holds another {kind} ({key}: {there}, not {asked}): name another --out")
             self.recorded = lines[1:]
             with path.open("r+b" if path.exists() else "xb") as file:
                 file.truncate(len(whole))
@@ -100,6 +98,10 @@ class Journal:
     def _write(self, row: dict[str, Any]) -> None:
         with self.path.open("ab", buffering=0) as file:
             append_synced(file, json.dumps(row).encode() + b"\n")
+
+
+def _said(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else repr(value)
 
 
 class Scores:

@@ -350,7 +350,8 @@ class Predictor:
         for cost, members, axes in self._by_family(ops):
             if cost is None:
                 raise TableError(
-                    f"{self.path} has no measurement for {ops[members[0]]}: measure it with 'amc-hw profile'"
+                    f"{self.path} has no measurement for {ops[members[0]]}: "
+                    "measure it with 'amc-hw profile' of this --model"
                 )
             outside = cost.outside(axes)
             if outside.any() and not self.extrapolate:

@@ -145,6 +145,8 @@ def test_methods_are_ranked_on_the_same_seeds() -> None:
     assert missing == "flops ratio 0.5: nothing found by a for 2 of 3 seeds"
     alike = [row(name, "flops ratio 0.5", 0, 0.9) for name in "ab"]
     assert verdict(alike) == ["flops ratio 0.5: a and b are best with 0.9000 (one seed: no interval)"]
+    alike += [row(name, "flops ratio 0.5", 0, value) for name, value in (("c", 0.9), ("d", 0.8))]
+    assert verdict(alike) == ["flops ratio 0.5: a, b and c are best with 0.9000 (one seed: no interval)"]
 
 
 def test_an_interval_holds_the_mean_nineteen_times_of_twenty() -> None:

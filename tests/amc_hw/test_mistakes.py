@@ -108,9 +108,24 @@ def test_weights_that_are_missing_or_do_not_fit(here: Path, amc_hw: Run) -> None
     assert all(part in small.mistake for part in ("small.pt", "0.weight", "(8, 3, 3, 3)", "(32, 3, 3, 3)"))
     Path("text.pt").write_text("no weights")
     assert amc_hw(*HALF, "--checkpoint", "text.pt").code == 2
-    random = amc_hw("search", "--device", "fake", "--model", "plain20", "--latency-ratio", "0.6")
+    random = amc_hw("search", "--device", "fake", "--model", "plain20", "--data", "digits", "--latency-ratio", "0.6")
     assert random.code == 2 and "--checkpoint" in random.mistake
     assert not Path("run").exists() and not Path("runs").exists()
+
+
+@pytest.mark.parametrize("command", ["search", "compare", "check"])
+def test_the_default_data_do_not_stand_in_for_another_networks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, amc_hw: Run, command: str
+) -> None:
+    """Neither where a flag names the network nor where the settings do."""
+    monkeypatch.chdir(tmp_path)
+    own = ("--model", "plain20", "--checkpoint", "w.pt")
+    asked = (command, "--device", "fake", *(("--latency-ratio", "0.6") if command != "check" else ()))
+    done = amc_hw(*asked, *own)
+    assert done.code == 2 and "--data is missing: digits, the default, goes with " in done.mistake
+    assert amc_hw("init", *own).code == 0 and "data" not in Path("amc-hw.toml").read_text()
+    assert "--data is missing" in amc_hw(*asked).mistake
+    assert "w.pt" in amc_hw(*asked, "--data", "digits").mistake
 
 
 def test_an_accuracy_that_is_not_the_expected_one(here: Path, amc_hw: Run) -> None:
@@ -940,6 +955,7 @@ def test_a_policy_says_all_of_its_task(here: Path, amc_hw: Callable, tmp_path: P
     flags = ("--flops-ratio", "0.9", "--method", "uniform", "--episodes", "1", "--out", "more")
     done = amc_hw("search", "--from-policy", str(policy), *flags)
     assert "is missing" not in done.err and "the model takes 3x16x16" not in done.err and done.code == 0, done.err
+    assert "the pruned network's score " in done.err and f"beside      {policy}, not its unpruned network" in done.out
 
 
 def test_an_export_finds_the_functions_of_its_policy_and_takes_other_data(

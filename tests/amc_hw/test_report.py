@@ -105,7 +105,7 @@ def test_the_page_of_a_search_says_what_its_files_say(here: Path, amc_hw: Callab
         "What another millisecond would buy", "How far the table can be trusted", "The search", "How it was made",
     ):  # fmt: skip
         assert title in page.text, title
-    assert "amc-hw search --device fake --model nets.py:tiny" in page.text
+    assert "amc-hw search --device fake --model nets.py:tiny" in page.text and "None" not in page.text
     assert len(page.pictures()) >= 7
     assert all(each.startswith("data:") for each in page.references)  # nothing is fetched
     assert not re.search(r"https?://(?!www\.w3\.org)", Path("run/report.html").read_text())
