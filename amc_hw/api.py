@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from amc_hw.compare import CompareConfig, compare
+from amc_hw.compare import CompareConfig, compare, plan_compare
 from amc_hw.errors import DeviceError, FailedError, TableError, UserError
 from amc_hw.evaluate import Evaluator, check_expected, warn_of_guessing
 from amc_hw.export import FORMATS, RUNTIME_OF, SUFFIXES, export_int8, export_network, folded_weights
 from amc_hw.find import BUDGETS, Progress, SearchConfig, check_workers, plan_search, search, search_time, timed_anew
-from amc_hw.finetune import PRECISIONS, FinetuneConfig, finetune
+from amc_hw.finetune import PRECISIONS, FinetuneConfig, finetune, plan_finetune
 from amc_hw.graph import LayerGraph
 from amc_hw.plots import check_picture, save_predictions
 from amc_hw.policy import Policy, load_policy
@@ -84,8 +84,11 @@ __all__ = [
     "merge_tables",
     "open_policy",
     "open_subject",
+    "plan_compare",
+    "plan_finetune",
     "plan_profile",
     "plan_search",
+    "plan_validate",
     "plot_table",
     "predict",
     "profile",
@@ -361,6 +364,21 @@ def predict(subject: Subject, widths: Sequence[int] | None) -> dict[str, Any]:
     }
 
 
+def plan_validate(subject: Subject, *, samples: int, seed: int = 0) -> dict[str, Any]:
+    """What `validate` would time: random networks and about how many minutes; one is timed, nothing is written."""
+    _check_samples(samples)
+    anchor = Anchor(subject.target, subject.network_at(None), read_table(subject))
+    widths = random_widths(subject.grids, 1, seed=1000 + seed, fine=subject.job().fine)[0]
+    start = time.monotonic()
+    time_network(subject.network_at(widths), anchor, "validation", seed=0)
+    return {"samples": samples, "minutes": (time.monotonic() - start) * samples / 60}
+
+
+def _check_samples(samples: int) -> None:
+    if samples < 2:
+        raise UserError(f"--samples {samples}: at least 2 are needed")
+
+
 def validate(
     subject: Subject, *, samples: int, seed: int = 0, plot: Path | None = None, progress: Progress
 ) -> dict[str, Any]:
@@ -368,8 +386,7 @@ def validate(
     one free of the channel multiple. plot: a picture to write."""
     if plot is not None:
         check_picture(plot)
-    if samples < 2:
-        raise UserError(f"--samples {samples}: at least 2 are needed")
+    _check_samples(samples)
     table = read_table(subject)
     predictor = read_predictor(subject, table)
     anchor = Anchor(subject.target, subject.network_at(None), table)

@@ -307,16 +307,24 @@ def _profile_lines(r: dict[str, Any]) -> list[str]:
 
 
 @cli.command()
-@options(*SUBJECT, "seed", "json")
+@options(*SUBJECT, "seed", "dry", "json")
 @click.option("--samples", default=20, show_default=True, help="Random networks to time.")
 @click.option("--plot", type=PATH, help="A .svg or .png file: predicted against measured.")
-def validate(as_json: bool, seed: int, samples: int, plot: Path | None, **arguments: Any) -> None:
+def validate(as_json: bool, dry_run: bool, seed: int, samples: int, plot: Path | None, **arguments: Any) -> None:
     """Predicted against measured latency on fresh random pruned networks.
 
     \b
     amc-hw validate --device host --model mobilenet_v1 --samples 30
     """
-    result = api.validate(_subject(arguments), samples=samples, seed=seed, plot=plot, progress=Progress())
+    subject = _subject(arguments)
+    if dry_run:
+        show(
+            api.plan_validate(subject, samples=samples, seed=seed),
+            as_json,
+            lambda r: [f"{r['samples']} random networks to time, about {r['minutes']:.1f} minutes"],
+        )
+        return
+    result = api.validate(subject, samples=samples, seed=seed, plot=plot, progress=Progress())
     show(
         result,
         as_json,
@@ -612,7 +620,7 @@ def _budget_lines(r: dict[str, Any]) -> Iterator[str]:
 
 
 @cli.command()
-@options(*SUBJECT, "checkpoint", *TASK, "json")
+@options(*SUBJECT, "checkpoint", *TASK, "dry", "json")
 @click.option("--latency-ms", "latency_ms", type=float, multiple=True, help="A budget; all of these are repeatable.")
 @click.option("--latency-ratio", "latency_ratio", type=float, multiple=True, help="A budget.")
 @click.option("--flops-ratio", "flops_ratio", type=float, multiple=True, help="A budget.")
@@ -630,6 +638,7 @@ def _budget_lines(r: dict[str, Any]) -> Iterator[str]:
 def compare(
     context: click.Context,
     as_json: bool,
+    dry_run: bool,
     checkpoint: Path | None,
     methods: str,
     seeds: str,
@@ -666,9 +675,18 @@ def compare(
     matched = arguments.pop("matched")
     config = api.CompareConfig(chosen, budgets, numbers, matched, shared, out)
     checkpoint = api.checkpoint_for(arguments["model"], shared.data or "", checkpoint, progress=Progress())
-    result = api.compare(_subject(arguments, checkpoint=checkpoint), config, progress=Progress())
+    subject = _subject(arguments, checkpoint=checkpoint)
+    if dry_run:
+        show(api.plan_compare(subject, config), as_json, _compare_plan)
+        return
+    result = api.compare(subject, config, progress=Progress())
     show(result, as_json, _compare_lines)
     context.exit(0 if any(row["feasible"] for row in result["rows"]) else 4)
+
+
+def _compare_plan(r: dict[str, Any]) -> list[str]:
+    ended = f", {r['ended']} of them ended" if r["ended"] else ""
+    return [f"at most {r['searches']} searches{ended}; {_search_time(r)}: at most {r['minutes']:.1f} minutes"]
 
 
 def _compare_lines(r: dict[str, Any]) -> list[str]:
@@ -744,9 +762,9 @@ def _export_lines(r: dict[str, Any]) -> list[str]:
     "--precision", default="no", show_default=True, type=click.Choice(api.PRECISIONS), help="Mixed precision."
 )
 @click.option("--out", type=PATH, help="Folder of the run; an interrupted one goes on.")
-@options("seed", "json")
+@options("seed", "dry", "json")
 @click.pass_context
-def finetune(context: click.Context, as_json: bool, policy: Path, **arguments: Any) -> None:
+def finetune(context: click.Context, as_json: bool, dry_run: bool, policy: Path, **arguments: Any) -> None:
     """Train the pruned network to get accuracy back. Many GPUs: run it under torchrun or `accelerate launch`.
 
     \b
@@ -755,7 +773,17 @@ def finetune(context: click.Context, as_json: bool, policy: Path, **arguments: A
     """
     for name in ("data", "checkpoint"):  # amc-hw.toml is of another network, perhaps: the policy says what it is
         arguments[name] = arguments[name] if _typed(context, name) else None
-    result = api.finetune(policy, api.FinetuneConfig(**arguments), progress=Progress())
+    config = api.FinetuneConfig(**arguments)
+    if dry_run:
+        show(
+            api.plan_finetune(policy, config),
+            as_json,
+            lambda r: [
+                f"{r['epochs']} epochs, {r['steps']} steps of {r['batch']} images: about {r['minutes']:.1f} minutes"
+            ],
+        )
+        return
+    result = api.finetune(policy, config, progress=Progress())
     show(result, as_json, _finetune_lines)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 from amc_hw.errors import BudgetError, UserError
-from amc_hw.find import BUDGETS, Progress, SearchConfig, search
+from amc_hw.find import BUDGETS, RESULT, Progress, SearchConfig, check_budget, plan_search, search
 from amc_hw.plots import save_pareto
 from amc_hw.resources import check_ratio
 from amc_hw.runs import Scores, alone_in, save_json
@@ -68,9 +68,7 @@ def compare(subject: Subject, config: CompareConfig, *, progress: Progress) -> d
 
     A search that finds nothing within its budget is a row without a policy, with the reason.
     """
-    if config.matched and not subject.target.can_time:
-        raise UserError(f"--matched needs a device that can be timed, {subject.device.name} is a table alone")
-    arms = list(itertools.product(config.seeds, config.budgets, config.methods))
+    arms = _arms(subject, config)
     rows: list[dict[str, Any]] = []
     with alone_in(config.out):
         scores = {seed: Scores(config.out / f"scores-{seed}.jsonl") for seed in config.seeds}
@@ -93,6 +91,49 @@ def compare(subject: Subject, config: CompareConfig, *, progress: Progress) -> d
     return result
 
 
+def plan_compare(subject: Subject, config: CompareConfig) -> dict[str, Any]:
+    """What `compare` would do: how many searches at most, how many of them have ended, and minutes at most for the
+    others, which share scores. Nothing is written, nothing is timed on the device.
+
+    BudgetError where a budget cannot be met, which `compare` makes a row of.
+    """
+    arms = _arms(subject, config)
+    for budget in config.budgets:
+        check_budget(subject, _search_config(config, config.methods[0], budget, config.seeds[0]))
+    one = plan_search(subject, _search_config(config, config.methods[0], config.budgets[0], config.seeds[0]))
+    folders = [_folder(method, budget, seed) for seed, budget, method in arms]
+    for seed, budget, method in arms:
+        if config.matched and _of_latency(budget[0]):
+            folders += [_matched_folder(method, _named(*budget), seed, step) for step in range(STEPS)]
+    ended = sum((config.out / folder / RESULT).exists() for folder in folders)
+    return one | {"searches": len(folders), "ended": ended, "minutes": one["minutes"] * (len(folders) - ended)}
+
+
+def _arms(subject: Subject, config: CompareConfig) -> list[tuple[int, tuple[str, float], str]]:
+    """(seed, budget, method) of every search but the matched ones; UserError where those cannot be made."""
+    if config.matched and not subject.target.can_time:
+        raise UserError(f"--matched needs a device that can be timed, {subject.device.name} is a table alone")
+    return list(itertools.product(config.seeds, config.budgets, config.methods))
+
+
+def _folder(method: str, budget: tuple[str, float], seed: int) -> str:
+    name, value = budget
+    return f"{method}-{name}{value:g}-{seed}"
+
+
+def _matched_folder(method: str, latency: str, seed: int, step: int) -> str:
+    return f"{method}-flops-as-fast-as-{latency.replace(' ', '')}-{seed}-{step}"
+
+
+def _search_config(
+    config: CompareConfig, method: str, budget: tuple[str, float], seed: int, folder: str = ""
+) -> SearchConfig:
+    name, value = budget
+    budgets: dict[str, Any] = {**dict.fromkeys(BUDGETS), name: value}
+    out = config.out / (folder or _folder(method, budget, seed))
+    return replace(config.search, **budgets, method=method, seed=seed, out=out, fallback=False)
+
+
 def _named(name: str, value: float) -> str:
     return f"{name.replace('_', ' ')} {value:g}"
 
@@ -109,17 +150,8 @@ def _row(
     folder: str = "",
 ) -> dict[str, Any]:
     """One search, or what it had found."""
-    name, value = budget
-    budgets: dict[str, Any] = {**dict.fromkeys(BUDGETS), name: value}
-    wanted = replace(
-        config.search,
-        **budgets,
-        method=method,
-        seed=seed,
-        out=config.out / (folder or f"{method}-{name}{value:g}-{seed}"),
-        fallback=False,
-    )
-    row: dict[str, Any] = {"method": method, "budget": _named(name, value), "seed": seed, "feasible": True}
+    wanted = _search_config(config, method, budget, seed, folder)
+    row: dict[str, Any] = {"method": method, "budget": _named(*budget), "seed": seed, "feasible": True}
     try:
         found = search(subject, wanted, progress=progress, scores=scores[seed])
     except BudgetError as error:
@@ -149,8 +181,8 @@ def _matched(run: Callable[..., dict[str, Any]], latency: dict[str, Any], full_m
     name = f"{AS_FAST}{latency['budget']}"
     best: tuple[float, dict[str, Any]] | None = None
     for step in range(STEPS):
-        folder = f"{method}-flops-as-fast-as-{latency['budget'].replace(' ', '')}-{seed}-{step}"
         ratio = round(min(max(ratio, 0.01), 0.9999), 4)  # all of the MACs is no budget
+        folder = _matched_folder(method, latency["budget"], seed, step)
         row = run(method, ("flops_ratio", ratio), seed, folder=folder)
         if row["measured_ms"] is None:
             low, ratio = ratio, (ratio + high) / 2

@@ -119,12 +119,32 @@ def _result_alone() -> Iterator[TextIO]:
         os.close(kept)
 
 
+_SECTIONS = {
+    "Network and data": "model input keep checkpoint data evaluate calibrate expect-accuracy from-policy eval-device",
+    "Device": "device serial threads dtype channel-multiple",
+    "Budget": "latency-ms latency-ratio flops-ratio params-ratio slack",
+    "Search": "method methods matched reward refit floor episodes workers seed seeds",
+    "Run": "out dry-run json help",
+}
+_MANY = 16  #: options and more are shown in sections
+
+
 class _Command(click.Command):
-    """Standard output holds the result alone."""
+    """Standard output holds the result alone; many options are shown in sections."""
 
     def invoke(self, ctx: click.Context) -> Any:
         with _result_alone() as ctx.meta[_STDOUT]:
             return super().invoke(ctx)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        shown = {each.opts[-1].removeprefix("--"): each.get_help_record(ctx) for each in self.get_params(ctx)}
+        if len(shown) < _MANY or set(shown) - set(" ".join(_SECTIONS.values()).split()):
+            super().format_options(ctx, formatter)
+            return
+        for title, names in _SECTIONS.items():
+            if rows := [record for name in names.split() if (record := shown.get(name)) is not None]:
+                with formatter.section(title):
+                    formatter.write_dl(rows)
 
 
 class Group(click.Group):

@@ -386,10 +386,13 @@ class _Search:
         recipe = Recipe.of(self.subject, self._task_options, seed=config.seed, refit=config.refit)
         return Workers(config.workers, recipe)
 
-    def plan(self) -> dict[str, Any]:
+    def check_budget(self) -> None:
         costs, budget = self._costs_and_budget()
         if budget is not None:
             require_feasible(Completer(costs), budget)
+
+    def plan(self) -> dict[str, Any]:
+        self.check_budget()
         start = time.monotonic()
         self.evaluator = Evaluator(self.model, self.graph, self._task(), seed=self.config.seed, refit=self.config.refit)
         loaded = time.monotonic() - start
@@ -515,6 +518,11 @@ def plan_search(subject: Subject, config: SearchConfig) -> dict[str, Any]:
     """What `search` would do: episodes and about how many minutes; nothing is written, nothing is timed on the
     device. Raises as `search` does where the budget cannot be met."""
     return _Search(subject, config, lambda done, total, text: None).plan()
+
+
+def check_budget(subject: Subject, config: SearchConfig) -> None:
+    """Raises as `search` does where the budget cannot be met."""
+    _Search(subject, config, lambda done, total, text: None).check_budget()
 
 
 def search(

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import json
 import math
 import os
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -35,6 +37,7 @@ Progress = Callable[[int, int, str], None]
 PRECISIONS = ("no", "fp16", "bf16")
 IN_MEMORY = 2_000_000_000  #: bytes of decoded training images that are kept
 STATE = "state.pt"
+PLAN_STEPS = 5  #: that are made to tell what all of them will take
 
 
 @dataclass(frozen=True)
@@ -90,25 +93,11 @@ def finetune(policy: Path, config: FinetuneConfig, *, progress: Progress) -> dic
 
     UserError where the policy's task has no labels, FailedError where the loss is no longer finite.
     """
-    pruned = open_pruned(policy)
-    data = config.data or (pruned.policy.data and found_near(pruned.policy.data, policy))
-    if data is None:
-        raise UserError(
-            "fine-tuning needs images with labels (--data): for another task put amc_hw.load_pruned(policy) "
-            "into your own training loop"
-        )
-    try:
-        from accelerate import Accelerator
-        from accelerate.utils import broadcast_object_list
-    except ImportError:
-        raise UserError("fine-tuning needs Accelerate: pip install 'amc-hw[finetune]'") from None
-    if config.precision == "fp16" and not torch.accelerator.is_available():
-        raise UserError("--precision fp16 needs a GPU: take bf16 or no")
+    pruned, data, accelerator = _opened(policy, config)
+    from accelerate.utils import broadcast_object_list
+
     folder = policy.parent.resolve() if policy.parent.name in ("", "..") else policy.parent
     out = config.out or folder.with_name(f"{folder.name}-finetuned")
-    # several processes on CPUs are one group only where the CPU is asked for
-    several_cpus = "LOCAL_RANK" in os.environ and not torch.accelerator.is_available()
-    accelerator = Accelerator(mixed_precision=config.precision, cpu=several_cpus)
     start = time.monotonic()
     with alone_in(out if accelerator.is_main_process else out / f"rank{accelerator.process_index}"):
         journal = None
@@ -121,6 +110,8 @@ def finetune(policy: Path, config: FinetuneConfig, *, progress: Progress) -> dic
             return found
         splits = load_data(data, input_shape=pruned.policy.input_shape)
         run = _Run(pruned, splits, config, out, accelerator, journal, progress)
+        if accelerator.is_main_process:
+            record_command(out)
         trained = run.train()
         accelerator.wait_for_everyone()
         modules = [pruned.module, trained] + ([] if run.unpruned is None else [run.unpruned.cpu()])
@@ -143,6 +134,42 @@ def finetune(policy: Path, config: FinetuneConfig, *, progress: Progress) -> dic
             save_json(finished, result)
             (out / STATE).unlink(missing_ok=True)
         return result
+
+
+def plan_finetune(policy: Path, config: FinetuneConfig) -> dict[str, Any]:
+    """What `finetune` would do: epochs, steps and about how many minutes; a few steps are made, nothing is written."""
+    pruned, data, accelerator = _opened(policy, config)
+    start = time.monotonic()
+    splits = load_data(data, input_shape=pruned.policy.input_shape)
+    run = _Run(pruned, splits, config, Path(), accelerator, None, lambda done, total, text: None)
+    loading = time.monotonic() - start
+    return {
+        "epochs": config.epochs,
+        "steps": run.steps,
+        "batch": config.batch,
+        "processes": accelerator.num_processes,
+        "minutes": (loading + run.seconds()) / 60,
+    }
+
+
+def _opened(policy: Path, config: FinetuneConfig) -> tuple[Pruned, str, Any]:
+    """The pruned network, its data and an Accelerator; UserError where one of them cannot be had."""
+    pruned = open_pruned(policy)
+    data = config.data or (pruned.policy.data and found_near(pruned.policy.data, policy))
+    if data is None:
+        raise UserError(
+            "fine-tuning needs images with labels (--data): for another task put amc_hw.load_pruned(policy) "
+            "into your own training loop"
+        )
+    try:
+        from accelerate import Accelerator
+    except ImportError:
+        raise UserError("fine-tuning needs Accelerate: pip install 'amc-hw[finetune]'") from None
+    if config.precision == "fp16" and not torch.accelerator.is_available():
+        raise UserError("--precision fp16 needs a GPU: take bf16 or no")
+    # several processes on CPUs are one group only where the CPU is asked for
+    several_cpus = "LOCAL_RANK" in os.environ and not torch.accelerator.is_available()
+    return pruned, data, Accelerator(mixed_precision=config.precision, cpu=several_cpus)
 
 
 def _header(pruned: Pruned, config: FinetuneConfig) -> dict[str, Any]:
@@ -203,8 +230,6 @@ class _Run:
         self.teacher = self.unpruned if config.distill else None
         if self.teacher is not None:
             self.teacher.to(accelerator.device)
-        if accelerator.is_main_process:
-            record_command(out)
 
     def _rate(self, step: int) -> float:
         """Learning rate of a step: linear over the first epoch, then a cosine to zero (Loshchilov and Hutter, 2017)."""
@@ -243,17 +268,9 @@ class _Run:
         config, start, total, count = self.config, time.monotonic(), 0.0, 0
         self.order.epoch = epoch
         self.module.train()
-        rank = self.accelerator.process_index
         for index, (images, labels) in enumerate(self.loader):
             step = epoch * len(self.loader) + index
-            generator = torch.Generator().manual_seed((config.seed * 1009 + step) * 1009 + rank)
-            for group in self.optimizer.param_groups:
-                group["lr"] = self._rate(step)
-            loss = self._loss(self._varied(images, generator), labels)
-            self.optimizer.zero_grad()
-            self.accelerator.backward(loss)
-            self.optimizer.step()
-            total, count = total + float(loss.detach()), count + 1
+            total, count = total + self._step(step, images, labels), count + 1
             if not math.isfinite(total):
                 raise FailedError(f"the loss is no longer finite in epoch {epoch + 1}: lower --lr {config.lr:g}")
             self.progress(step, self.steps, f"epoch {epoch + 1} of {config.epochs}, loss {total / count:.3f}")
@@ -275,6 +292,31 @@ class _Run:
             if all(known.get("epoch") != epoch for known in self.journal.recorded):  # the state was not saved in time
                 self.journal.append(row)
         self._save(epoch)
+
+    def _step(self, step: int, images: Tensor, labels: Tensor) -> float:
+        """One step of the optimizer; its loss."""
+        rank = self.accelerator.process_index
+        generator = torch.Generator().manual_seed((self.config.seed * 1009 + step) * 1009 + rank)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._rate(step)
+        loss = self._loss(self._varied(images, generator), labels)
+        self.optimizer.zero_grad()
+        self.accelerator.backward(loss)
+        self.optimizer.step()
+        return float(loss.detach())
+
+    def seconds(self) -> float:
+        """What training would take, by its first steps and one scoring of the held-out images; the network is no
+        longer what it was."""
+        self.module.train()
+        ends = [time.monotonic()]
+        for step, (images, labels) in enumerate(itertools.islice(self.loader, PLAN_STEPS)):
+            self._step(step, images, labels)
+            ends.append(time.monotonic())
+        start = time.monotonic()
+        self.task.score(self.accelerator.unwrap_model(self.module).cpu().eval())
+        each = statistics.median(after - before for before, after in itertools.pairwise(ends))
+        return each * self.steps + (time.monotonic() - start) * self.config.epochs
 
     def _varied(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Shifted and, where asked for, mirrored at random, image by image; then normalised. (N, C, H, W)"""

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from amc_hw import api
-from amc_hw.compare import EQUAL, CompareConfig, mean_ci95, verdict
+from amc_hw.compare import EQUAL, STEPS, CompareConfig, mean_ci95, verdict
 from amc_hw.errors import UserError
 
 COMMAND = ("compare", "--device", "fake", "--model", "nets.py:tiny", "--data", "npz:images.npz", "--episodes", "8")
@@ -61,6 +61,18 @@ def test_methods_and_budgets_side_by_side(here: Path, amc_hw: Callable) -> None:
 
 
 @pytest.mark.slow
+def test_a_dry_run_counts_what_is_left_to_search(here: Path, amc_hw: Callable) -> None:
+    asked = (*COMMAND, "--methods", "uniform,random", "--seeds", "0,1", "--flops-ratio", "0.5")
+    plan = json.loads(amc_hw(*asked, "--latency-ratio", "0.6", "--matched", "--dry-run", "--json").out)
+    assert plan["searches"] == 2 * 2 * (2 + STEPS) and plan["ended"] == 0 and plan["minutes"] > 0
+    assert not Path("runs").exists()
+    assert amc_hw(*asked).code == 0
+    said = amc_hw(*asked, "--latency-ratio", "0.6", "--dry-run").out
+    assert said.startswith("at most 8 searches, 4 of them ended; 8 episodes, ")
+    assert json.loads(amc_hw(*asked, "--dry-run", "--json").out)["minutes"] == 0
+    assert amc_hw(*asked, "--params-ratio", "0.001", "--dry-run").code == 4
+
+
 def test_a_budget_that_cannot_be_met_is_a_row_with_a_reason(here: Path, amc_hw: Callable) -> None:
     done = amc_hw(*COMMAND, "--methods", "uniform", "--latency-ratio", "0.01", "--json")
     assert done.code == 4

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from amc_hw.api import load_pruned
 from amc_hw.data import load_data
 from amc_hw.errors import FailedError, UserError
-from amc_hw.finetune import FinetuneConfig, _in_memory, finetune
+from amc_hw.finetune import FinetuneConfig, _in_memory, finetune, plan_finetune
 from amc_hw.models import load_model
 from amc_hw.policy import Policy
 from amc_hw.prune import keep_channels, slice_channels
@@ -87,6 +87,13 @@ def test_what_has_no_labels_is_told_before_what_is_not_installed(policy: Path, m
     policy.write_text(json.dumps(json.loads(policy.read_text()) | {"data": None}))
     with pytest.raises(UserError, match="your own training loop"):
         finetune(policy, FinetuneConfig(epochs=1), progress=quiet)
+
+
+def test_a_plan_names_the_steps_and_writes_nothing(policy: Path, tmp_path: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    plan = plan_finetune(policy, FinetuneConfig(epochs=3, batch=256))
+    assert plan["steps"] == 3 * steps_of_an_epoch() and plan["epochs"] == 3 and 0 < plan["minutes"] < 10
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import importlib.util
 import itertools
 import json
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -738,7 +739,8 @@ def test_help_has_an_example_before_the_options(here: Path, amc_hw: Run, names: 
     for flag in ("-h", "--help"):
         done = amc_hw(*names, flag)
         assert done.code == 0 and done.err == ""
-    text = done.out.split("Options:")[0]
+    text = re.split(r"^(?:Options|Network and data):$", done.out, flags=re.MULTILINE)[0]
+    assert text != done.out
     examples = [line.split() for line in text.splitlines() if line.startswith(f"  {' '.join(['amc-hw', *names])} ")]
     examples += [line.split() for line in text.splitlines() if line.strip() == " ".join(["amc-hw", *names])]
     assert examples, text
@@ -748,6 +750,15 @@ def test_help_has_an_example_before_the_options(here: Path, amc_hw: Run, names: 
     known = {option for parameter in command.params for option in parameter.opts}
     used = {word for example in examples for word in example if names and word.startswith("--")}
     assert used <= known
+
+
+@pytest.mark.parametrize("name", ["search", "compare", "check"])
+def test_many_options_are_shown_in_sections(here: Path, amc_hw: Run, name: str) -> None:
+    text = amc_hw(name, "-h").out
+    titles = re.findall(r"^([A-Z][a-z ]+):$", text, flags=re.MULTILINE)
+    assert titles[:2] == ["Network and data", "Device"] and titles[-2:] == ["Search", "Run"]
+    for parameter in command_line.cli.commands[name].params:
+        assert len(re.findall(rf"^  {parameter.opts[-1]} ", text, flags=re.MULTILINE)) == 1
 
 
 KEYS: dict[str, set[str]] = {
@@ -826,6 +837,8 @@ def test_dry_runs_write_nothing(here: Path, amc_hw: Run) -> None:
     before = files(here)
     planned = json.loads(amc_hw(*HALF, "--dry-run", "--json").out)
     assert planned["episodes"] == 6 and planned["minutes"] > 0
+    planned = json.loads(amc_hw("validate", *TINY, "--samples", "7", "--dry-run", "--json").out)
+    assert planned["samples"] == 7 and planned["minutes"] > 0
     assert files(here) == before
 
 
