@@ -10,7 +10,7 @@ import gymnasium
 import numpy as np
 
 from amc_hw.graph import ChannelGroup, Layer, LayerGraph
-from amc_hw.resources import Budget, Completer, CostModel, choose_width, require_feasible
+from amc_hw.resources import Budget, Completer, CostModel, choose_width, require_feasible, snap
 from amc_hw.task import Judged
 
 #: Reward name -> (unit of the cost it needs, function of error in 0..1 and cost). AMC, section 3.3.
@@ -24,6 +24,9 @@ REWARDS: Mapping[str, tuple[str | None, Callable[[float, float], float]]] = {
 
 #: What the observation holds, in order (AMC, section 3.2).
 OBSERVATION = ("t", "n", "c", "h", "w", "stride", "k", "cost", "reduced", "rest", "previous_action")
+
+
+EVEN_STEPS = 8  #: of the bisection, to 1/256
 
 
 class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
@@ -104,6 +107,19 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self._decided.append(width)
         self._previous_action = width / full[step]
         return self._observation(), {"action": self._previous_action, "width": width}
+
+    def even_fraction(self) -> float | None:
+        """The fraction that the budget allows of every group not decided yet, all alike, as far as bisection finds it
+        (a measured latency need not rise with widths); None without a budget."""
+        if self.budget is None:
+            return None
+        low, high = 0.0, 1.0
+        for _ in range(EVEN_STEPS):
+            middle = (low + high) / 2
+            left = self.model.grids[len(self._decided) :]
+            widths = (*self._decided, *(snap(middle, grid[-1], grid) for grid in left))
+            low, high = (middle, high) if self.model.cost(widths) <= self.budget.limit else (low, middle)
+        return low
 
     def play(self, fractions: Sequence[float] | np.ndarray) -> tuple[int, ...]:
         """The widths of an episode whose actions are the fractions (groups,), not judged yet."""

@@ -26,12 +26,12 @@ from amc_hw.errors import BudgetError, UserError
 from amc_hw.graph import LayerGraph
 from amc_hw.resources import Budget, Completer, CostModel, Grids, snap
 from amc_hw.runs import Journal
-from amc_hw.search.ddpg import DDPGSearch
+from amc_hw.search.ddpg import AMCSearch, DDPGSearch
 from amc_hw.search.evolution import EvolutionSearch
 from amc_hw.search.greedy import GreedySearch
 from amc_hw.search.handmade import DeepSearch, ShallowSearch, UniformSearch
 from amc_hw.search.knapsack import KnapsackSearch
-from amc_hw.search.method import Method
+from amc_hw.search.method import SHOWN, SPREAD, Method
 from amc_hw.search.random import RandomSearch
 from amc_hw.search.sensitivity import SensitivitySearch
 from amc_hw.search.uniform import tied_groups, uniform_policies
@@ -39,6 +39,7 @@ from amc_hw.task import Judged
 
 METHODS: dict[str, type[Method]] = {
     "ddpg": DDPGSearch,
+    "amc": AMCSearch,
     "knapsack": KnapsackSearch,
     "greedy": GreedySearch,
     "sensitivity": SensitivitySearch,
@@ -54,8 +55,6 @@ AUTO = "knapsack"
 FREE = "ddpg"  #: and without a budget
 
 PILOTS = 6
-SHOWN = 1 / 8  #: of the episodes, near uniform policies
-SPREAD = 0.12  #: of their widths, as a fraction of a group's channels
 ROUNDS = 4  #: at most; the first has all the episodes
 UNIFORM = 4  #: of each kind, timed
 NEAR = 0.03  #: predicted this far above the budget, relative, a uniform policy is timed nevertheless
@@ -258,11 +257,10 @@ class _Rounds:
         env = problem.env(lambda widths: memory.judged(tuple(widths), problem.evaluate), budget, ahead)
         total = self.episodes + method.planned(number)
         count = round(SHOWN * method.episodes)
-        demonstrations = _demonstrations(problem, budget, count, self.seed) if number == 0 else []
-        for info in method.round(env, number, demonstrations):
+        shown = demonstrations(problem, budget, count, self.seed) if number == 0 else []
+        for info in method.round(env, number, shown):
             self.episodes += 1
-            shown = bool(info.get("shown"))
-            one = Episode(tuple(info["widths"]), info["accuracy"], info["worth"], info["cost"], shown)
+            one = Episode(tuple(info["widths"]), info["accuracy"], info["worth"], info["cost"], bool(info.get("shown")))
             self.found.setdefault(one.widths, one)
             inside = [each.accuracy for each in self.found.values() if _within(each, limit)]
             best = f"best accuracy {max(inside):.4f}" if inside else "no policy within the budget yet"
@@ -357,7 +355,7 @@ class _Rounds:
         return "demonstration" if self.found[widths].shown else "method"
 
 
-def _demonstrations(problem: Problem, budget: Budget | None, count: int, seed: int) -> list[tuple[int, ...]]:
+def demonstrations(problem: Problem, budget: Budget | None, count: int, seed: int) -> list[tuple[int, ...]]:
     """About `count` policies near uniform ones: the widest within the budget, of all groups and of those only that no
     addition ties, then the same with every width moved at random. Independent random widths are all poor in a deep
     network, and say little of where good ones are."""

@@ -8,6 +8,9 @@ from typing import Any
 
 from amc_hw.env import PruningEnv
 
+SHOWN = 1 / 8  #: of the episodes, demonstrations
+SPREAD = 0.12  #: of the fractions that they keep
+
 
 class Method(ABC):
     """Proposes policies in rounds; a later round knows more of what the budget allows (`env.budget`).

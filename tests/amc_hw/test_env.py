@@ -15,7 +15,7 @@ from amc_hw.env import PruningEnv
 from amc_hw.errors import BudgetError
 from amc_hw.graph import build_graph, width_grid
 from amc_hw.models.load import load_model
-from amc_hw.resources import CostModel, Term, budget_from, macs_model, params_model
+from amc_hw.resources import CostModel, Term, budget_from, macs_model, params_model, snap
 from amc_hw.task import Judged
 
 
@@ -135,3 +135,15 @@ def test_every_action_sequence_meets_the_budget(ratio, seed, rough):
     assert model.cost(info["widths"]) <= budget.limit * (1 + 2e-9)
     full = [group.width for group in RESNET.groups]
     assert applied == [width / whole for width, whole in zip(info["widths"], full, strict=True)]
+
+
+def test_what_the_budget_allows_every_group_that_is_left() -> None:
+    env = make(0.5)
+    env.reset()
+    even = env.even_fraction()
+    assert even is not None
+    inside, above = ([snap(fraction, grid[-1], grid) for grid in env.model.grids] for fraction in (even, even + 0.01))
+    assert env.model.cost(inside) <= env.budget.limit < env.model.cost(above)
+    env.step(0.25)
+    assert env.even_fraction() > even  # the first group left more than its share
+    assert make().even_fraction() is None

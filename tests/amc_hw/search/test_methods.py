@@ -21,7 +21,7 @@ from amc_hw.graph import build_graph
 from amc_hw.resources import Completer, CostModel, Term, budget_from
 from amc_hw.runs import Journal
 from amc_hw.search.knapsack import solve
-from amc_hw.search.loop import METHODS, Outcome, Problem, run_search
+from amc_hw.search.loop import METHODS, Outcome, Problem, demonstrations, run_search
 from amc_hw.search.sensitivity import Curves, points
 from amc_hw.task import Judged
 
@@ -87,6 +87,20 @@ def test_searching_beats_uniform(name: str) -> None:
     (uniform,), _ = rounds("uniform", 0.6)
     best = max(one["accuracy"] for one in found if one["cost"] <= env.budget.limit * (1 + 1e-6))
     assert uniform["accuracy"] < best <= optimum(0.6) + 1e-9
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_agent_ends_better_than_it_was_shown(seed: int) -> None:
+    """Where losses add up, the agent finds better policies than its demonstrations, and its last ones are about as good
+    as the best of these: it does not forget."""
+    model = costs()
+    problem = Problem(GRAPH, model, budget_from(model, ratio=0.5), accuracy, accuracy, lambda policies: [], None)
+    shown = demonstrations(problem, problem.budget, 10, seed)
+    env = problem.env(accuracy, problem.budget, lambda policies: None)
+    found = list(METHODS["ddpg"](0.25, 80, seed).round(env, 0, shown))
+    best = max(one["accuracy"] for one in found if one["shown"])
+    own = [one["accuracy"] for one in found if not one["shown"]]
+    assert len(own) == 70 and max(own) > best and np.median(own[-10:]) >= best - 0.005
 
 
 def test_knapsack_finds_the_optimum_of_what_adds_up() -> None:
