@@ -98,7 +98,7 @@ def plan_compare(subject: Subject, config: CompareConfig) -> dict[str, Any]:
     BudgetError where a budget cannot be met, which `compare` makes a row of.
     """
     arms = _arms(subject, config)
-    for budget in config.budgets:
+    for budget in config.budgets[1:]:  # planning checks the first
         check_budget(subject, _search_config(config, config.methods[0], budget, config.seeds[0]))
     one = plan_search(subject, _search_config(config, config.methods[0], config.budgets[0], config.seeds[0]))
     folders = [_folder(method, budget, seed) for seed, budget, method in arms]

@@ -310,12 +310,12 @@ class AMCSearch(Method):
         if self.agent is None:
             self.agent = DDPGAgent(self.config(env), observation_size=len(OBSERVATION), seed=self.seed)
         warm_up = self.agent.config.warm_up
-        shown = self.shown(demonstrations)[:warm_up]
+        examples = dict(enumerate(self.shown(demonstrations)[:warm_up]))
         first = self.episodes - self.planned(number)
         episodes = range(first if number == 0 else max(first, warm_up), self.episodes)
         for start in range(0, len(episodes), self.together):
             chosen = [
-                (episode < len(shown), *self._play(env, episode, shown[episode] if episode < len(shown) else None))
+                (episode in examples, *self._play(env, episode, examples.get(episode)))
                 for episode in episodes[start : start + self.together]
             ]
             found_all = judged(env, [widths for _, widths, _ in chosen])

@@ -73,6 +73,7 @@ def test_a_dry_run_counts_what_is_left_to_search(here: Path, amc_hw: Callable) -
     assert amc_hw(*asked, "--params-ratio", "0.001", "--dry-run").code == 4
 
 
+@pytest.mark.slow
 def test_a_budget_that_cannot_be_met_is_a_row_with_a_reason(here: Path, amc_hw: Callable) -> None:
     done = amc_hw(*COMMAND, "--methods", "uniform", "--latency-ratio", "0.01", "--json")
     assert done.code == 4
