@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from amc_hw import api
-from amc_hw.compare import EQUAL, STEPS, CompareConfig, mean_ci95, verdict
+from amc_hw.compare import EQUAL, STEPS, CompareConfig, _matched, mean_ci95, verdict
 from amc_hw.errors import UserError
 
 COMMAND = ("compare", "--device", "fake", "--model", "nets.py:tiny", "--data", "npz:images.npz", "--episodes", "8")
@@ -47,17 +47,20 @@ def test_methods_and_budgets_side_by_side(here: Path, amc_hw: Callable) -> None:
     for method, row in by_budget["latency ratio 0.6"].items():
         assert row["measured_ms"] <= 0.6 * row["baseline_ms"] * 1.02
         other = by_budget["flops, as fast as latency ratio 0.6"][method]
-        off = abs(other["measured_ms"] / other["baseline_ms"] * row["baseline_ms"] / row["measured_ms"] - 1)
-        assert off <= EQUAL + 1e-9 or "off in latency" in other["reason"]
+        assert abs(other["latency_off"]) <= EQUAL or "off in latency" in other["reason"]
+        by_share = other["measured_ms"] / other["baseline_ms"] * row["baseline_ms"] / row["measured_ms"] - 1
+        assert other["latency_off"] == pytest.approx(by_share, abs=0.02) and row["latency_off"] is None
     for row in by_budget["flops ratio 0.5"].values():
         assert row["macs"] <= 0.5 * api.describe_graph("nets.py:tiny")["macs"]
     assert any("earns" in line and "one seed: no interval" in line for line in found["verdict"])
     assert Path(found["plot"]).read_text().lstrip().startswith("<?xml")
-    before = Path("runs/compare/scores-0.jsonl").read_bytes()
+    journals = [Path("runs/compare") / name for name in ("scores-0.jsonl", "times.jsonl")]
+    before = [journal.read_bytes() for journal in journals]
     again = json.loads(amc_hw(*COMMAND, *methods).out)
-    assert again["rows"] == found["rows"] and Path("runs/compare/scores-0.jsonl").read_bytes() == before
-    questions = [json.loads(line)["question"] for line in before.splitlines()[1:]]
-    assert len({json.dumps(question) for question in questions}) == len(questions)
+    assert again["rows"] == found["rows"] and [journal.read_bytes() for journal in journals] == before
+    for held in before:
+        questions = [json.loads(line)["question"] for line in held.splitlines()[1:]]
+        assert questions and len({json.dumps(question) for question in questions}) == len(questions)
 
 
 @pytest.mark.slow
@@ -106,16 +109,36 @@ def test_mistakes_are_one_line(here: Path, amc_hw: Callable, flags: tuple[str, .
     assert done.code == 2 and words in done.mistake
 
 
-def row(method: str, budget: str, seed: int, accuracy: float | None, ms: float = 1.0) -> dict[str, Any]:
-    measured = None if accuracy is None else ms
+def row(method: str, budget: str, seed: int, accuracy: float | None, off: float | None = None) -> dict[str, Any]:
     return {
         "method": method,
         "budget": budget,
         "seed": seed,
         "accuracy": accuracy,
-        "measured_ms": measured,
+        "measured_ms": None if accuracy is None else 1.0,
         "baseline_ms": 2.0,
+        "latency_off": off,
     }
+
+
+def test_equal_is_what_takes_as_long_side_by_side() -> None:
+    """Whatever the machine did to the unpruned network during another search."""
+    latency = row("a", "latency ratio 0.5", 0, 0.8) | {"macs": 60}
+    asked: list[float] = []
+
+    def run(method: str, budget: tuple[str, float], seed: int, *, folder: str) -> dict[str, Any]:
+        asked.append(budget[1])
+        return row(method, "flops ratio", seed, 0.79) | {"baseline_ms": 9.0, "reason": None}
+
+    def slower(folder: str) -> float:
+        return asked[-1] / 0.5 - 1
+
+    found = _matched(run, slower, latency, 100)
+    assert asked == [0.6, 0.5] and found["latency_off"] == 0 and found["reason"] is None
+    asked.clear()
+    found = _matched(run, lambda folder: 0.2 - 0.01 * len(asked), latency, 100)
+    assert len(asked) == STEPS and found["latency_off"] == pytest.approx(0.12)
+    assert found["reason"] == "the nearest FLOPs budget is +12.0% off in latency"
 
 
 def test_the_verdict_by_hand() -> None:
@@ -141,7 +164,7 @@ def test_the_verdict_by_hand() -> None:
         row(m, "latency ratio 0.5", s, v) for m, s, v in [("a", 0, 0.5), ("b", 0, 0.6), ("a", 1, 0.6), ("b", 1, 0.51)]
     ]
     assert "not told apart" in verdict(mixed)[0]
-    far = [row("a", "flops, as fast as latency ratio 0.5", 0, 0.8, ms=1.03), row("a", "latency ratio 0.5", 0, 0.81)]
+    far = [row("a", "flops, as fast as latency ratio 0.5", 0, 0.8, off=0.03), row("a", "latency ratio 0.5", 0, 0.81)]
     assert "over a FLOPs budget up to 3.0% off in measured latency (one seed: no interval)" in verdict(far)[-1]
     scores = [row("a", "flops ratio 0.5", s, 30.5 + s) for s in (0, 1)] + [
         row("b", "flops ratio 0.5", s, 30.0 + s) for s in (0, 1)
