@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import cached_property
+from contextlib import contextmanager, nullcontext
+from functools import cached_property, partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -22,7 +23,7 @@ from amc_hw.models import LoadedModel
 from amc_hw.specs import Spec, load_function, one_line, parse_spec
 
 #: Images of a batch on a CPU, in bytes: a layer's values are several times as large.
-CACHED_BYTES, LARGEST_BATCH = 800_000, 250
+CACHED_BYTES, LARGEST_BATCH = 1_900_000, 250
 FINAL_IMAGES, FINAL_BYTES = 5000, 1_000_000_000  #: held-out images that candidates are compared on, at most
 TEST_BYTES = 300_000_000  #: of test images that are decoded at a time
 SEARCH_IMAGES = 100  #: that every policy of a search is refitted on: the first ones
@@ -94,6 +95,30 @@ def on(module: nn.Module, device: torch.device | str) -> Iterator[nn.Module]:
         module.to("cpu")
 
 
+@contextmanager
+def _pixels_as_rows(module: nn.Module) -> Iterator[None]:
+    """Pointwise convolutions compute a map of one pixel as a matrix product: on a CPU it takes a third of the time."""
+
+    def product(conv: nn.Conv2d, x: Tensor) -> Tensor:
+        if x.dim() != 4 or x.shape[2:] != (1, 1):
+            return nn.Conv2d.forward(conv, x)
+        return F.linear(x.flatten(1), conv.weight.flatten(1), conv.bias)[:, :, None, None]
+
+    found = [
+        part
+        for part in module.modules()
+        if type(part) is nn.Conv2d and "forward" not in vars(part) and part.kernel_size == (1, 1)
+        if part.groups == 1 and part.padding == (0, 0)
+    ]
+    for conv in found:
+        vars(conv)["forward"] = partial(product, conv)
+    try:
+        yield
+    finally:
+        for conv in found:
+            del vars(conv)["forward"]
+
+
 def accuracy(
     module: nn.Module,
     images: Tensor,
@@ -129,7 +154,8 @@ def _logits(
         each = images[:1].numel() * images.element_size()
         batch = min(max(CACHED_BYTES // max(each, 1), 8), LARGEST_BATCH) if device.type == "cpu" else LARGEST_BATCH
     plain = False  # `view` wants channels first
-    with on(module, device), torch.inference_mode():  # moved outside of it: what is moved inside can only be read
+    faster = _pixels_as_rows(module) if device.type == "cpu" else nullcontext()
+    with on(module, device), faster, torch.inference_mode():  # moved before: what is moved inside can only be read
         for part in images.split(batch):
             chunk = (part.contiguous() if plain else part).to(device)
             try:

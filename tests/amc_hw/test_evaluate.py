@@ -14,13 +14,13 @@ from torch.utils.data import Dataset
 
 from amc_hw.data import Splits, load_data
 from amc_hw.errors import UserError
-from amc_hw.evaluate import SEARCH_ROWS, Evaluator, check_expected, warn_of_guessing
+from amc_hw.evaluate import SEARCH_ROWS, Evaluator, check_expected, fold_batch_norms, warn_of_guessing
 from amc_hw.graph import LayerGraph, build_graph
 from amc_hw.images import TensorImages, load_tensors
 from amc_hw.models import LoadedModel
 from amc_hw.prune import keep_channels, slice_channels
 from amc_hw.refit import reestimate_batch_norm, refit_faithful, refit_fast
-from amc_hw.task import FAR, SEARCH_IMAGES, Classification, accuracy, distortion
+from amc_hw.task import FAR, SEARCH_IMAGES, Classification, Task, accuracy, distortion
 
 SHAPE = (3, 8, 8)
 
@@ -346,3 +346,128 @@ def test_a_network_that_reshapes_by_view_is_scored_in_the_layout_that_it_needs()
     network.calls = 0
     assert accuracy(network, images.contiguous(memory_format=torch.channels_last), labels, batch=10) == wanted
     assert network.calls == 5  # one attempt, and four batches
+
+
+class WithRectifier(nn.BatchNorm2d):
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.act = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(super().forward(x))
+
+
+def folding_network() -> nn.Sequential:
+    """Whose batch-norms 1, 4 and 7 follow a convolution, 9 a rectifier; 11 has a class of its own."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, groups=8),
+        nn.BatchNorm2d(8, affine=False),
+        nn.ReLU(),
+        nn.Conv2d(8, 12, 1),
+        nn.BatchNorm2d(12, eps=0.1),
+        nn.ReLU(),
+        nn.BatchNorm2d(12),
+        nn.Conv2d(12, 12, 1),
+        WithRectifier(12),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(12, 10),
+    )
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+def test_batch_norms_are_folded_where_they_follow_a_convolution_and_the_function_stays(pruned: bool) -> None:
+    torch.manual_seed(1)
+    net, images = folding_network(), torch.randn(64, *SHAPE)
+    for part in net.modules():
+        if isinstance(part, nn.BatchNorm2d) and part.affine:
+            nn.init.uniform_(part.weight, -2, 2)
+            nn.init.normal_(part.bias)
+    net.train()(images)
+    graph = build_graph(net.eval(), SHAPE)
+    widths = tuple(group.width // (2 if pruned else 1) for group in graph.groups)
+    small = slice_channels(net, graph, keep_channels(net, graph, widths))
+    folded = copy.deepcopy(small)
+    fold_batch_norms(folded, graph)
+    with torch.inference_mode():
+        torch.testing.assert_close(folded(images), small(images), rtol=1e-4, atol=1e-4)
+        drawn = {place: torch.randn(2, small[place].num_features, 4, 4) for place in (1, 4, 7, 9, 11)}
+        assert [place for place, values in drawn.items() if folded[place](values) is values] == [1, 4, 7]
+
+
+def test_a_convolution_whose_weight_is_made_anew_keeps_its_batch_norm() -> None:
+    torch.manual_seed(1)
+    net = network().eval().requires_grad_(False)
+    graph = build_graph(net, SHAPE)
+    weight = net[0].weight.detach()
+    del net[0]._parameters["weight"]
+    net[0].weight = weight  # as old-style normalisations of weights keep it
+    images = torch.randn(4, *SHAPE)
+    wanted = net(images)
+    fold_batch_norms(net, graph)
+    torch.testing.assert_close(net(images), wanted)
+    assert net[0].weight is weight and net[3].bias is not None
+
+
+def test_only_images_with_labels_are_scored_on_a_folded_network(evaluator: Evaluator) -> None:
+    class Own:
+        """A task that is not `Classification`."""
+
+        inputs, score_and_outputs = evaluator.task.inputs, evaluator.task.score_and_outputs
+
+    seen = []
+
+    def judged(task: Task) -> list[bool]:
+        def noted(module: nn.Module) -> tuple[float, list[Tensor]]:
+            seen.append(module)
+            return type(evaluator.task).score_and_outputs(evaluator.task, module)
+
+        task.score_and_outputs = noted  # type: ignore[method-assign]
+        Evaluator(evaluator.model, evaluator.graph, task, calibration_images=50).judge((8, 12))
+        return ["forward" in vars(part) for part in seen[0].modules() if isinstance(part, nn.BatchNorm2d)]
+
+    assert judged(evaluator.task) == [True, True]
+    seen.clear()
+    assert judged(Own()) == [False, False]  # type: ignore[arg-type]
+
+
+def test_pointwise_convolutions_of_one_pixel_are_products_while_a_network_is_scored() -> None:
+    torch.manual_seed(0)
+
+    class Scaled(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 1),  # of many pixels
+        nn.AdaptiveAvgPool2d(1),
+        nn.Conv2d(8, 16, 1, bias=False),
+        nn.Conv2d(16, 16, 1, groups=4),
+        Scaled(16, 10, 1),
+        nn.Conv2d(10, 10, 1, padding=1),  # of one pixel before the padding
+        nn.AdaptiveMaxPool2d(1),
+        nn.Conv2d(10, 10, 1),
+        nn.Flatten(),
+    ).eval()
+    images = torch.randn(30, 3, 5, 5)
+    with torch.inference_mode():
+        labels = network(images).argmax(1)
+    shapes: list[tuple[int, ...]] = []
+    network[7].register_forward_hook(lambda _layer, args, found: shapes.append((*args[0].shape, *found.shape)))
+    assert accuracy(network, images, labels, batch=20) == 1.0
+    assert shapes == [(20, 10, 1, 1) * 2, (10, 10, 1, 1) * 2]
+    assert not any("forward" in vars(part) for part in network.modules())
+    with pytest.raises(RuntimeError):
+        accuracy(network, images[:, :2], labels)
+    assert not any("forward" in vars(part) for part in network.modules())
+
+
+def test_a_forward_of_a_layers_own_stays_while_a_network_is_scored() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 10, 1), nn.Flatten()).eval()
+    network[0].forward = own = lambda x: torch.nn.functional.one_hot(x[:, 0, 0, 0].long(), 10)[:, :, None, None]
+    labels = torch.randint(10, (30,))
+    assert accuracy(network, labels.float()[:, None, None, None].expand(-1, 3, 1, 1), labels) == 1.0
+    assert network[0].forward is own
