@@ -104,7 +104,8 @@ def init(context: click.Context, as_json: bool, **values: Any) -> None:
     amc-hw init --device host-litert --model resnet56 --checkpoint w.pt --data imagefolder:PATH
     amc-hw init --model net.py:make --checkpoint w.pt --evaluate task.py:score --calibrate task.py:inputs
     """
-    _no_data_of_ours(context, values, needed=False)
+    if not _typed(context, "data"):  # the default is that of one network, and of no other that is named later
+        values["data"] = None
     offered = [device["name"] for device in api.list_devices()["devices"]]
     if sys.stdin.isatty() and not as_json and not _typed(context, "device"):
         values["device"] = click.prompt("device", type=click.Choice(offered), default=values["device"])
@@ -576,10 +577,10 @@ def search(
         )
         return
     result = api.search(subject, config, progress=Progress())
-    show(result, as_json, lambda r: _search_lines(r, from_policy))
+    show(result, as_json, lambda r: _search_lines(r, from_policy, config.episodes))
 
 
-def _search_lines(r: dict[str, Any], start: Path | None) -> list[str]:
+def _search_lines(r: dict[str, Any], start: Path | None, episodes: int) -> list[str]:
     if r["policy"] is None:
         return [r["message"]]
     error = "" if r["error_pct"] is None else f", 90% within {r['error_pct']:.1f}%"
@@ -600,16 +601,17 @@ def _search_lines(r: dict[str, Any], start: Path | None) -> list[str]:
         f"{metric:<11} {r['baseline_accuracy']:.4f} -> {r['accuracy']:.4f} ({r['accuracy_split']})",
         *latency,
         f"MMACs       {r['baseline_macs'] / 1e6:.2f} -> {r['macs'] / 1e6:.2f}",
-        *_budget_lines(r),
+        *_budget_lines(r, episodes),
         *([] if start is None else [f"beside      {start}, not its unpruned network"]),
         f"policy      {r['policy']}",
     ]
 
 
-def _budget_lines(r: dict[str, Any]) -> Iterator[str]:
+def _budget_lines(r: dict[str, Any], episodes: int) -> Iterator[str]:
     if r["budget"] is not None:
         name, value = r["budget"]
-        more = "; more --episodes may find a wider policy" if r["budget_used"] < MUCH_LEFT else ""
+        ended = 2 * r["episodes"] < episodes  # by itself, as it would again
+        more = "; more --episodes may find a wider policy" if r["budget_used"] < MUCH_LEFT and not ended else ""
         yield f"budget      {name.replace('_', ' ')} {value:g}, {r['budget_used']:.0%} used{more}"
     if r["found_by"] != "method":
         who = {
@@ -804,7 +806,7 @@ def main() -> None:
         sys.exit(error.exit_code)
     except click.ClickException as error:
         command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "amc-hw"
-        click.echo(f"{command}: {error.format_message()} (see {command} -h)", err=True)
+        click.echo(f"{command}: {' '.join(error.format_message().split())} (see {command} -h)", err=True)
         sys.exit(error.exit_code)
     except UserError as error:
         if "--debug" in sys.argv:

@@ -23,6 +23,7 @@ from amc_hw.plots import save_pareto
 from amc_hw.resources import check_ratio
 from amc_hw.runs import Scores, alone_in, save_json
 from amc_hw.search.loop import METHODS
+from amc_hw.specs import unknown_name
 from amc_hw.subject import Subject, open_pruned
 from amc_hw.task import shown_gain
 from profilers.targets import Network
@@ -52,7 +53,7 @@ class CompareConfig:
             raise UserError(f"--seeds {min(self.seeds)}: seeds are 0 or more")
         for method in self.methods:
             if method not in METHODS:
-                raise UserError(f"unknown method {method!r} in --methods; known: all, {', '.join(METHODS)}")
+                raise unknown_name("method in --methods", method, ["all", *METHODS], forms=())
         if not self.budgets:
             raise UserError("give at least one of --latency-ms, --latency-ratio, --flops-ratio, --params-ratio")
         for name, value in self.budgets:
@@ -169,7 +170,12 @@ def _row(
 
 def _quieter(progress: Progress) -> Callable[[int, int, str], None]:
     """Progress of a search inside a comparison: not every line that it would say on its own."""
-    return lambda done, total, text: progress(max(done, 1), max(total, 2), text)
+
+    def say(done: int, total: int, text: str) -> None:
+        if done:
+            progress(done, max(total, 2), text)
+
+    return say
 
 
 def _slower(subject: Subject, out: Path, one: str, other: str) -> float:

@@ -38,7 +38,7 @@ from amc_hw.resources import (
 )
 from amc_hw.runs import Journal, Scores, alone_in, numbered, record_command, save_json, save_weights
 from amc_hw.search.loop import AUTO, CANDIDATES, FREE, METHODS, Outcome, Problem, Timed, run_search
-from amc_hw.specs import source_sha256
+from amc_hw.specs import source_sha256, unknown_name
 from amc_hw.subject import Subject, read_predictor, read_table
 from amc_hw.task import Judged, Task, check_eval_device, load_task
 from amc_hw.workers import Recipe, Workers, free_memory
@@ -86,7 +86,7 @@ class SearchConfig:
         if self.reward not in REWARDS:
             raise UserError(f"unknown --reward {self.reward!r}; known: {', '.join(REWARDS)}")
         if self.method not in ("auto", *METHODS):
-            raise UserError(f"unknown --method {self.method!r}; known: auto, {', '.join(METHODS)}")
+            raise unknown_name("--method", self.method, ["auto", *METHODS], forms=())
         check_refit(self.refit)
         check_eval_device(self.eval_device)
         check_workers(self.workers)
@@ -482,6 +482,7 @@ class _Search:
             device=self.subject.device.name,
             dtype=self.subject.device.dtype,
             threads=self.subject.device.threads,
+            network=digest(self.graph.op_graph()) if base is None else base.network,
         )
         save_weights(self.out / policy.weights, module.state_dict())
         policy.save(self.out / POLICY)

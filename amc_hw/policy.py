@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ class Policy:
 
     mean, std: what images in [0, 1] are normalised by. data: where the network's images come from, None where
     evaluate and calibrate, functions of the user's own, do without. keep: patterns of modules left at full width.
-    threads: of the runtime that it was searched for; older policies do not say.
+    threads: of the runtime that it was searched for. network: digest of the unpruned network's operators. Older
+    policies say neither.
     """
 
     model: str
@@ -39,6 +40,7 @@ class Policy:
     calibrate: str | None = None
     keep: tuple[str, ...] = ()
     threads: int | None = None
+    network: str | None = None
 
     def kept_arrays(self) -> dict[str, np.ndarray]:
         return {name: np.array(channels, dtype=np.int64) for name, channels in self.kept.items()}
@@ -56,14 +58,18 @@ def load_policy(path: Path) -> Policy:
             raise ValueError("it has no schema_version")
         if data.pop("schema_version") != SCHEMA_VERSION:
             raise UserError(f"{path}: not of schema version {SCHEMA_VERSION}")
+        if unknown := sorted(data.keys() - {each.name for each in fields(Policy)}):
+            raise ValueError(f"unknown key {unknown[0]!r}")
         tuples = {name: tuple(data[name]) for name in ("input_shape", "mean", "std")}
         found = Policy(**data | tuples | {"keep": tuple(data.get("keep", ()))})
         if not all(isinstance(text, str) for text in (found.model, found.device, found.dtype, found.weights)):
             raise ValueError("model, device, dtype and weights must be strings")
         if not isinstance(found.threads, int | None):
             raise ValueError("threads must be a number or null")
-        if not all(isinstance(text, str | None) for text in (found.data, found.evaluate, found.calibrate)):
-            raise ValueError("data, evaluate and calibrate must be strings or null")
+        if not all(
+            isinstance(text, str | None) for text in (found.data, found.evaluate, found.calibrate, found.network)
+        ):
+            raise ValueError("data, evaluate, calibrate and network must be strings or null")
         if {name: len(channels) for name, channels in found.kept.items()} != found.widths:
             raise ValueError("widths are not the numbers of channels kept")
         if not all(type(channel) is int for channels in found.kept.values() for channel in channels):

@@ -114,6 +114,8 @@ def write_report(folder: Path, out: Path | None = None) -> dict[str, Any]:
         page = _comparison(folder)
     elif (folder / "result.json").exists():
         page = _search(folder)
+    elif not folder.is_dir():
+        raise UserError(f"{folder}: there is no such folder")
     else:
         raise UserError(f"{folder} holds no finished search or comparison: no result.json, no compare.json")
     write_whole(out, page)

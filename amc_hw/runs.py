@@ -45,6 +45,8 @@ def alone_in(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / "lock").open("w")
+    except FileExistsError:
+        raise UserError(f"{folder} is a file, not a folder") from None
     except OSError as error:
         raise FailedError(f"cannot write in {folder}: {error.strerror}") from error
     with file:

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from amc_hw.data import DATASETS
 from amc_hw.errors import TableError, UserError
 from amc_hw.graph import LayerGraph, build_graph, width_grid
 from amc_hw.models import LoadedModel, load_model
-from amc_hw.models.checkpoint import checkpoint_sha256
+from amc_hw.models.checkpoint import checkpoint_sha256, load_checkpoint
 from amc_hw.policy import Policy, load_policy
 from amc_hw.prune import slice_channels
 from amc_hw.resources import Grids
-from amc_hw.specs import one_line, parse_spec
+from amc_hw.specs import parse_spec
 from profilers.device import DeviceConfig, load_device, search_folders
 from profilers.multiple import channel_multiple as detect_multiple
 from profilers.ops import OpGraph
 from profilers.predictor import Predictor
-from profilers.profile import ProfileJob
+from profilers.profile import ProfileJob, digest
 from profilers.table import Identity, LatencyTable
 from profilers.targets import Target, open_targets
 
@@ -117,10 +117,12 @@ def open_pruned(path: Path) -> Pruned:
     except (ValueError, KeyError, UserError) as error:
         raise UserError(f"{path} does not fit {found.model}: {error}") from None
     weights = path.parent / found.weights
-    try:
-        module.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-    except Exception as error:  # unpickling an arbitrary file fails in arbitrary ways
-        raise UserError(f"cannot load the weights {weights}: {one_line(error)}") from None
+    load_checkpoint(module, weights)
+    if found.network not in (None, digest(graph.op_graph())):
+        warnings.warn(
+            f"{path} is of a network with other operators than {found.model} has now: has its source changed?",
+            stacklevel=2,
+        )
     return Pruned(found, model, graph, module.eval(), weights)
 
 

@@ -127,6 +127,9 @@ def test_the_default_data_do_not_stand_in_for_another_networks(
     assert amc_hw("init", *own).code == 0 and "data" not in Path("amc-hw.toml").read_text()
     assert "--data is missing" in amc_hw(*asked).mistake
     assert "w.pt" in amc_hw(*asked, "--data", "digits").mistake
+    Path("amc-hw.toml").unlink()
+    assert amc_hw("init").code == 0
+    assert "--data is missing" in amc_hw(*asked, *own).mistake
 
 
 def test_an_accuracy_that_is_not_the_expected_one(here: Path, amc_hw: Run) -> None:
@@ -451,9 +454,9 @@ def test_a_full_disk_while_searching_loses_nothing(here: Path, amc_hw: Run, disk
 
 def test_a_folder_that_cannot_be_written(here: Path, amc_hw: Run) -> None:
     Path("file").write_text("mine")
-    for out in ("file", "file/run"):
+    for out, code, words in (("file", 2, "file is a file, not a folder"), ("file/run", 1, "cannot write in file/run")):
         done = amc_hw(*HALF[:-1], out)
-        assert done.code == 1 and "file" in done.mistake
+        assert done.code == code and words in done.mistake
     shutil.rmtree("latency_tables")
     Path("latency_tables").write_text("mine")
     done = amc_hw("profile", *TINY)
@@ -589,6 +592,48 @@ def test_a_policy_whose_weights_are_an_empty_file(ended: Path, amc_hw: Run) -> N
     for command in (USES_OF_A_POLICY[0], USES_OF_A_POLICY[2]):
         done = amc_hw(*command, "--policy", "run/policy.json")
         assert done.code == 2 and "pruned.pt" in done.mistake
+
+
+def test_weights_of_another_network_beside_a_policy(ended: Path, amc_hw: Run) -> None:
+    state = torch.load(ended / "pruned.pt")
+    torch.save(state | {"0.weight": torch.zeros(3, 3, 3, 3)}, ended / "pruned.pt")
+    for command in USES_OF_A_POLICY[::2]:
+        done = amc_hw(*command, "--policy", "run/policy.json")
+        assert done.code == 2 and all(part in done.mistake for part in ("pruned.pt", "0.weight is (3, 3, 3, 3)"))
+
+
+def test_a_policy_of_a_network_whose_operators_have_changed(ended: Path, amc_hw: Run) -> None:
+    export = (*USES_OF_A_POLICY[2], "--policy", "run/policy.json")
+    same = amc_hw(*export)
+    assert same.code == 0 and same.err == ""
+    source = Path("nets.py").read_text()
+    Path("nets.py").write_text(source.replace("nn.ReLU()", "nn.ReLU6()"))
+    assert source != Path("nets.py").read_text()
+    changed = amc_hw(*export)
+    assert changed.code == 0 and "warning: run/policy.json is of a network with other operators" in changed.err
+    policy = json.loads((ended / "policy.json").read_text())
+    del policy["network"]  # as older ones are
+    (ended / "policy.json").write_text(json.dumps(policy))
+    assert amc_hw(*export).err == ""
+
+
+def test_a_method_that_is_misspelt(here: Path, amc_hw: Run) -> None:
+    assert "'knapsak': did you mean knapsack? known are" in amc_hw(*HALF, "--method", "knapsak").mistake
+    compared = ("compare", *TINY, *DATA, "--latency-ratio", "0.6")
+    assert "'gredy': did you mean greedy? known are" in amc_hw(*compared, "--methods", "uniform,gredy").mistake
+
+
+def test_an_option_that_is_missing_is_one_line(ended: Path, amc_hw: Run) -> None:
+    done = amc_hw("export", "--policy", "run/policy.json")
+    assert done.code == 2 and len(done.err.splitlines()) == 1 and "torch, onnx, tflite" in done.err
+
+
+def test_more_episodes_are_not_advised_where_the_method_ended_by_itself() -> None:
+    result = {"budget": ("latency_ratio", 0.6), "budget_used": 0.8, "found_by": "method", "episodes": 16}
+    (line,) = command_line._budget_lines(result, 30)
+    assert line.endswith("80% used; more --episodes may find a wider policy")
+    (line,) = command_line._budget_lines(result, 200)
+    assert line.endswith("80% used")
 
 
 def test_a_policy_without_one_of_the_groups(ended: Path, amc_hw: Run) -> None:

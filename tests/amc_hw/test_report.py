@@ -158,8 +158,10 @@ def test_with_another_networks_table_the_rest_is_shown(here: Path, amc_hw: Calla
 
 def test_a_folder_that_is_no_run_is_a_line(tmp_path: Path, amc_hw: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("nothing").mkdir()
     done = amc_hw("report", "nothing")
     assert done.code == 2 and "nothing holds no finished search or comparison" in done.mistake
+    assert "nowhere: there is no such folder" in amc_hw("report", "nowhere").mistake
     Path("torn").mkdir()
     Path("torn/result.json").write_text('{"policy": ')
     done = amc_hw("report", "torn")

@@ -197,6 +197,20 @@ def test_an_int8_model_computes_nearly_what_the_float_one_does(name: str) -> Non
     runtime.loaded(int8, threads=1)()
 
 
+@pytest.mark.parametrize("name", [pytest.param("onnxruntime"), pytest.param("litert", marks=needs_litert)])
+def test_sums_of_large_products_do_not_saturate_in_an_int8_model(name: str) -> None:
+    """As those of two unsigned and two signed 8-bit numbers do in the instructions of CPUs with AVX2 and no VNNI."""
+    runtime = load_runtime(name)
+    op = OpSpec("conv", (64,), 8, 8, 64)
+    graph = OpGraph((OpNode("conv", op, (OpGraph.INPUT,)),), (64, 8, 8), ("conv",))
+    weights = {"conv": {"weight": np.ones((64, 64, 1, 1), np.float32), "bias": np.zeros(64, np.float32)}}
+    model = runtime.build(graph, weights)
+    images = np.random.default_rng(0).uniform(0.9, 1, (8, 1, 64, 8, 8)).astype(np.float32)
+    int8 = runtime.quantized(model, [[image] for image in images])
+    (wanted,), (found,) = (runtime.session(each)(images[0]) for each in (model, int8))
+    np.testing.assert_allclose(found, wanted, rtol=0.02)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param("onnxruntime"), pytest.param("litert", marks=needs_litert)])
 def test_an_int8_device_times_int8_networks_and_is_another_identity(name: str) -> None:
