@@ -53,7 +53,7 @@ class CompareConfig:
             raise UserError(f"--seeds {min(self.seeds)}: seeds are 0 or more")
         for method in self.methods:
             if method not in METHODS:
-                raise unknown_name("method in --methods", method, ["all", *METHODS], forms=())
+                raise unknown_name("method", method, ["all", *METHODS], forms=())
         if not self.budgets:
             raise UserError("give at least one of --latency-ms, --latency-ratio, --flops-ratio, --params-ratio")
         for name, value in self.budgets:

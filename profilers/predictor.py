@@ -357,8 +357,8 @@ class Predictor:
             if outside.any() and not self.extrapolate:
                 op = ops[members[int(outside.argmax())]]
                 raise TableError(
-                    f"{op} lies outside of the widths that {self.path} holds for it ({_range(cost)}): run "
-                    "'amc-hw profile' with the --model and --floor wanted, which adds them"
+                    f"{op} lies outside of the widths that {self.path} holds for it ({_range(cost)}): measure it with "
+                    "'amc-hw profile', the --model and the --floor wanted"
                 )
             result[members] = cost(axes)
         return result

@@ -267,5 +267,5 @@ def test_two_searches_do_not_share_a_folder(tmp_path: Path) -> None:
     with alone_in(tmp_path / "run"):  # free again
         pass
     (tmp_path / "file").write_text("")
-    with pytest.raises(FailedError), alone_in(tmp_path / "file"):
+    with pytest.raises(UserError, match="is a file, not a folder"), alone_in(tmp_path / "file"):
         raise AssertionError("a file is no folder")
