@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ POWER = 0x4
 BUSY_PCT = 10  #: of the last second, from which a GPU is someone's
 LOOKS, LOOK_S = 3, 1.2  #: NVML's last second is at most that long
 L2_BYTES = 256 << 20  #: written to push everything else out: more than any GPU's L2 cache holds
-SPIN_S = 0.3  #: of matrix products, after which an idle GPU's clocks are up
+SPIN_S, AWAKE_S = 0.3, 0.5  #: of matrix products, after which an idle GPU's clocks are up; that they stay up for, idle
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ class TorchGpu:
         )
         self._refuse_old()
         self._flushed: Any = None
+        self._worked = -math.inf  # when work ended, on the monotonic clock
         # one of its own: ONNX Runtime takes the default one for none, and would run on another than the timed one
         self._stream = torch.cuda.Stream(self.device)
 
@@ -175,8 +177,12 @@ class TorchGpu:
     @contextmanager
     def working(self) -> Iterator[None]:
         with self._torch.cuda.stream(self._stream):
-            self._spin()
-            yield
+            if time.monotonic() - self._worked > AWAKE_S:
+                self._spin()
+            try:
+                yield
+            finally:
+                self._worked = time.monotonic()
 
     def _spin(self) -> None:
         """Work until clocks have risen: libraries choose algorithms by the first runs, the unpruned network's."""

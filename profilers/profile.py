@@ -69,16 +69,21 @@ def digest(graph: OpGraph) -> str:
 
 
 def missing_steps(job: ProfileJob, table: LatencyTable, target: Target) -> list[Step]:
-    """What remains to be measured, in a fixed order; empty where the table has it all."""
+    """What remains to be measured, in a fixed order; empty where the table has it all.
+
+    Operators and networks to calibrate with come in turn: a table that time runs out for has some of both.
+    """
     sampled = _sampled(job)
-    steps = list(_op_steps(_way(job, target), sampled, table, target))
+    operators = list(_op_steps(_way(job, target), sampled, table, target))
     # networks whose operators are read as they run would tell too small an error
     done = {row.details.get("digest") for row in table.of_type("calibration")} | set(sampled)
+    networks = []
     for graph in job.random(job.calibration, job.seed + 1):
         if digest(graph) not in done:
             done.add(digest(graph))
-            steps.append(Step(RANDOM, partial(_calibration, graph)))
-    return steps
+            networks.append(Step(RANDOM, partial(_calibration, graph)))
+    placed = [((index + 0.5) / len(steps), step) for steps in (operators, networks) for index, step in enumerate(steps)]
+    return [step for _, step in sorted(placed, key=lambda pair: pair[0])]
 
 
 def refining_steps(job: ProfileJob, table: LatencyTable, target: Target, predictor: Predictor) -> list[Step]:

@@ -15,6 +15,13 @@ hypothesis.settings.register_profile("busy", deadline=None)  # a machine that ot
 hypothesis.settings.load_profile("busy")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
+
+
 @pytest.fixture(autouse=True)
 def subnormals() -> Iterator[None]:
     """ONNX Runtime, asked to flush subnormals, leaves the thread that ran it like that; hypothesis wants them."""

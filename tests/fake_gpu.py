@@ -23,7 +23,7 @@ def op_ms(op: OpSpec) -> float:
 
 class FakeGpu:
     """states: what `state` gives, the last for ever; cold: how many runs it takes until clocks are up; memory: of runs,
-    in activations, above which it is out of memory."""
+    in activations, above which it is out of memory; waits_ms: for launches, in a run."""
 
     device = "cpu"
 
@@ -35,8 +35,10 @@ class FakeGpu:
         others: tuple[str, ...] = (),
         cold: int = 20,
         memory: float = float("inf"),
+        waits_ms: float = 0.0,
     ) -> None:
         self.name, self.states, self._others, self.cold, self.memory = name, list(states), list(others), cold, memory
+        self.waits_ms = waits_ms
         self.asked: list[tuple[int, bool, bool]] = []
 
     def info(self) -> GpuInfo:
@@ -58,6 +60,7 @@ class FakeGpu:
             raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
         loaded.run()
         total = sum(op_ms(op) for op in loaded.graph.ops) + (0.05 if host else 0.01) + (0.02 if flush else 0.0)
+        total += self.waits_ms
         rng = np.random.default_rng([len(self.asked), zlib.crc32(repr(loaded.graph.ops).encode())])
         found = []
         for _ in range(count):

@@ -36,10 +36,15 @@ from profilers.timing import TimingPlan
 RUNTIMES = {"torch_cuda": "profilers.runtimes.torch_cuda", "onnxruntime": "profilers.runtimes.ort_cuda"}
 DTYPES = ("float32", "tf32", "float16", "bfloat16")
 LAYOUTS, CLOCKS = ("channels_first", "channels_last"), ("events", "host")
-WARM_S, MOST_WARM_S, WARM_SPREAD = 0.3, 5.0, 0.02  #: at least; at most; of the last three bursts
-WARM_RUNS = 10  #: of a burst while warming up
+WARM_S, MOST_WARM_S, WARM_SPREAD = 0.1, 5.0, 0.02  #: at least; at most; of the last WARM_BURSTS
+WARM_RUNS, WARM_BURSTS = 10, 3  #: of a burst while warming up; that have to be alike
 WAITS_S = (1.0, 5.0, 15.0, 30.0)  #: for a GPU that slows down
 PROFILED_RUNS = 10
+BUSY = 0.7  #: share of a network's time in which its kernels run, below which it is worth a warning
+WAITING = (
+    "kernels take less than 70% of some networks' time: in the rest the GPU waits for launches, which pruning channels "
+    'does not shorten and a table of kernels does not know (execution = "graph" takes them out)'
+)
 #: What libraries say when memory is short.
 FULL = ("out of memory", "failed to allocate", "alloc_failed", "unable to find an engine")
 
@@ -187,7 +192,7 @@ class CudaTarget:
         """Until clocks have risen and stay: three bursts alike."""
         recent: list[float] = []
         spent = 0.0
-        while spent < WARM_S or np.ptp(recent[-3:]) > WARM_SPREAD * recent[-1]:
+        while spent < WARM_S or len(recent) < WARM_BURSTS or np.ptp(recent[-WARM_BURSTS:]) > WARM_SPREAD * recent[-1]:
             found = self._time(loaded, WARM_RUNS)
             recent.append(float(np.median(found)))
             spent += sum(found) / 1000
@@ -216,12 +221,18 @@ class CudaTarget:
         raise DeviceError(f"the GPU keeps slowing down ({why}): let it cool, or give it power, and run this again")
 
     def profile_ops(self, graph: OpGraph, *, time_s: float) -> dict[str, float] | None:
-        """Kernel time per node, of PyTorch in eager mode: elsewhere kernels are not of one operator."""
-        if self.config.runtime != "torch_cuda" or self.config.execution != "eager":
+        """Kernel time per node while PyTorch runs them one by one; a CUDA graph replays the same kernels. Elsewhere
+        kernels are not of one operator."""
+        if self.config.runtime != "torch_cuda" or self.config.execution == "compile":
             return None
         self._alone()
         with self._in_memory(), self._runtime.settings(self.config), self.gpu.working():
-            return self.gpu.kernels(self._load(Network(graph), labelled=True), PROFILED_RUNS)
+            loaded = self._load(Network(graph), labelled=True)
+            ms = float(np.median(self._time(loaded, PROFILED_RUNS)))
+            found = self.gpu.kernels(loaded, PROFILED_RUNS)
+        if self.config.execution == "eager" and sum(found.values()) < BUSY * ms:
+            warnings.warn(WAITING, stacklevel=2)
+        return found
 
     def time_in_fresh_process(self, networks: Sequence[Network], plan: TimingPlan, *, seed: int) -> list[list[float]]:
         import torch

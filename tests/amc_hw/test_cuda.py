@@ -16,7 +16,6 @@ from amc_hw.refit import reestimate_batch_norm
 from amc_hw.task import accuracy, check_eval_device
 from profilers.targets.cuda import CudaTarget
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 needs_none = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU")
 SUBJECT = ("--device", "cuda-batch50", "--model", "nets.py:tiny")
 DATA = ("--data", "npz:images.npz")
@@ -80,7 +79,7 @@ def test_what_can_be_scored_on_is_checked() -> None:
             check_eval_device("cuda:1")
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_a_search_that_scores_on_a_gpu_finds_what_one_on_the_cpu_does(here: Path, amc_hw: Callable) -> None:
     search = ("search", "--device", "fake", "--model", "nets.py:tiny", *DATA, "--latency-ratio", "0.6", "--json")
     found = {}
@@ -92,7 +91,7 @@ def test_a_search_that_scores_on_a_gpu_finds_what_one_on_the_cpu_does(here: Path
     assert found["cpu"]["accuracy"] == pytest.approx(found["cuda"]["accuracy"], abs=0.01)
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_scores_on_a_gpu_are_those_of_the_cpu() -> None:
     torch.manual_seed(0)
     first = [nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -31,13 +32,12 @@ from profilers.targets import Network, open_target
 from profilers.targets.cuda import DTYPES, WAITS_S, CudaTarget
 from profilers.timing import TimingPlan
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 PLAN = TimingPlan(rounds=5, burst_s=0.005, min_runs=2, warmup_runs=1)
 CONFIG = DeviceConfig("cuda", "cuda", "torch_cuda", batch=2)
 HOT = replace(COOL, sm_mhz=900, temperature_c=92, slowed=("thermal slowdown",))
 
 
-@pytest.fixture(params=["fake", pytest.param("real", marks=needs_gpu)])
+@pytest.fixture(params=["fake", pytest.param("real", marks=pytest.mark.gpu)])
 def gpu(request: pytest.FixtureRequest) -> Gpu:
     return FakeGpu() if request.param == "fake" else TorchGpu()
 
@@ -311,12 +311,23 @@ def test_the_profiler_gives_labels_back_as_they_were() -> None:
     assert {f"{torch_builder.LABEL}{node.name}" for node in nodes} <= {event.name for event in profiler.events()}
 
 
-def test_operators_are_read_in_context_from_eager_pytorch_alone(gpu: Gpu) -> None:
-    found = CudaTarget(CONFIG, gpu).profile_ops(network(64, 32), time_s=0.1)
+@pytest.mark.filterwarnings("ignore:kernels take less")
+@pytest.mark.parametrize("execution", ["eager", "graph"])
+def test_operators_are_read_in_context_where_kernels_are_of_one_operator(gpu: Gpu, execution: str) -> None:
+    found = CudaTarget(replace(CONFIG, execution=execution), gpu).profile_ops(network(64, 32), time_s=0.1)
     assert found is not None and set(found) == {node.name for node in network().nodes}
     assert all(ms > 0 for ms in found.values())
-    for change in ({"execution": "graph"}, {"runtime": "onnxruntime"}):
+    for change in ({"execution": "compile"}, {"runtime": "onnxruntime"}):
         assert CudaTarget(replace(CONFIG, **change), gpu).profile_ops(network(), time_s=0.1) is None
+
+
+@pytest.mark.parametrize(("waits_ms", "execution", "told"), [(0.0, "eager", 0), (1.0, "eager", 1), (1.0, "graph", 0)])
+def test_a_gpu_that_waits_for_launches_is_told(waits_ms: float, execution: str, told: int) -> None:
+    target = CudaTarget(replace(CONFIG, execution=execution), FakeGpu(cold=0, waits_ms=waits_ms))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert target.profile_ops(network(), time_s=0.1)
+    assert ["waits for launches" in str(each.message) for each in caught] == [True] * told
 
 
 # A table
@@ -329,7 +340,7 @@ def job(batch: int = 2) -> ProfileJob:
 
 
 def test_a_table_predicts_and_shows_the_waves(tmp_path: Path) -> None:
-    target = CudaTarget(CONFIG, FakeGpu())
+    target = CudaTarget(CONFIG, FakeGpu(cold=0))
     table = LatencyTable.open(tmp_path / "cuda.jsonl", target.identity(), target.provenance())
     anchor = Anchor(target, job().unpruned, table)
     for step in missing_steps(job(), table, target):
@@ -348,7 +359,7 @@ def test_a_table_predicts_and_shows_the_waves(tmp_path: Path) -> None:
 # On a GPU
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("execution", "dtype"),
     [(each, dtype) for each in ("eager", "graph") for dtype in DTYPES] + [("compile", "float16")],
@@ -359,7 +370,7 @@ def test_every_execution_and_type_runs(execution: str, dtype: str) -> None:
     assert min(min(each) for each in samples) > 0
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_graphs_of_several_networks_compute_each_its_own() -> None:
     """Replaying a graph whose memory was given back reads another network's data."""
     gpu, config = TorchGpu(), replace(CONFIG, execution="graph")
@@ -376,7 +387,7 @@ def test_graphs_of_several_networks_compute_each_its_own() -> None:
             torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.skipif(importlib.util.find_spec("pynvml") is None, reason="NVML is not installed")
 def test_a_real_gpu_tells_what_it_is_and_how_it_does() -> None:
     gpu = TorchGpu()
@@ -388,7 +399,7 @@ def test_a_real_gpu_tells_what_it_is_and_how_it_does() -> None:
     assert all(probe.ok for probe in CudaTarget(CONFIG, gpu).probes() if probe.name != "others")
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_a_fresh_process_gives_the_same_times() -> None:
     target = CudaTarget(CONFIG)
     networks = [Network(network(64, 64)), Network(network(32, 64), random_weights(network(32, 64)))]
@@ -397,7 +408,7 @@ def test_a_fresh_process_gives_the_same_times() -> None:
         assert np.median(one) == pytest.approx(np.median(other), rel=0.3)
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_too_large_a_batch_is_a_line_and_the_next_network_runs() -> None:
     target = CudaTarget(replace(CONFIG, batch=200_000))
     with pytest.raises(DeviceError, match="is too small for batch 200000"):
@@ -405,7 +416,7 @@ def test_too_large_a_batch_is_a_line_and_the_next_network_runs() -> None:
     assert CudaTarget(CONFIG).time_networks([Network(network())], PLAN, seed=0)
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.skipif("CUDAExecutionProvider" not in ort_cuda.onnxruntime.get_available_providers(), reason="CPU build")
 @pytest.mark.parametrize("dtype", ["float32", "tf32", "float16"])
 def test_onnxruntime_runs_on_the_gpu(dtype: str) -> None:

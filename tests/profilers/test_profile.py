@@ -107,6 +107,16 @@ def digests(rows: Sequence[Measurement]) -> list[str]:
     return [row.details["digest"] for row in rows]
 
 
+def read_then_timed(rows: Sequence[Measurement]) -> tuple[list[str], list[str]]:
+    """Digests of the networks whose operators were read, and of those that calibrate, which come in turn."""
+    read, timed = (digests([row for row in rows if row.type == kind]) for kind in ("network", "calibration"))
+    return read, timed
+
+
+def of_context(steps: Sequence[Step]) -> list[Step]:
+    return [step for step in steps if step.name == IN_CONTEXT]
+
+
 def expected_digests(job: ProfileJob) -> tuple[list[str], list[str]]:
     """Of the networks whose operators are read, and of those that calibrate; equal ones are measured once."""
     read = corner_widths(job.fine or job.grids) + random_widths(job.grids, job.networks, seed=job.seed, fine=job.fine)
@@ -162,10 +172,19 @@ def test_the_steps_cover_the_corners_the_random_networks_and_the_calibration() -
     steps = missing_steps(JOB, in_memory(), Told())
     rows = [step.run(beside())[-1] for step in steps]
     read, timed = expected_digests(JOB)
-    assert [step.name for step in steps] == [IN_CONTEXT] * len(read) + [RANDOM] * len(timed)
-    assert [row.type for row in rows] == ["network"] * len(read) + ["calibration"] * len(timed)
-    assert digests(rows) == read + timed
+    assert [step.name for step in steps] == [IN_CONTEXT if row.type == "network" else RANDOM for row in rows]
+    assert read_then_timed(rows) == (read, timed)
     assert set(read[:4]) == {digest(network_at(widths)) for widths in [(8, 8), (8, 64), (64, 8), (64, 64)]}
+
+
+@pytest.mark.parametrize("kind", [Told, Opaque])
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
+def test_a_table_that_time_runs_out_for_has_operators_and_calibration(kind: type[Told], share: float) -> None:
+    steps = missing_steps(JOB, in_memory(), kind())
+    names = [step.name for step in steps]
+    begun = names[: round(share * len(steps))]
+    for name in set(names):
+        assert abs(begun.count(name) - share * names.count(name)) <= 1
 
 
 def test_the_steps_are_the_same_every_time_and_follow_from_the_seed() -> None:
@@ -198,12 +217,13 @@ def test_a_run_that_is_killed_again_and_again_measures_every_step_once(kind: typ
             table.rows += step.run(beside(kind()))
     for step in missing_steps(JOB, table, kind()):
         table.rows += step.run(beside(kind()))
-    assert [(row.type, row.op, row.graph) for row in table.rows] == [(row.type, row.op, row.graph) for row in whole]
+    found, wanted = (sorted(repr((row.type, row.op, row.graph)) for row in rows) for rows in (table.rows, whole))
+    assert found == wanted
 
 
 def test_operators_without_their_networks_row_are_read_again(tmp_path: Path) -> None:
     table = new_table(tmp_path)
-    first, second, *_ = missing_steps(JOB, table, Told())
+    first, second, *_ = of_context(missing_steps(JOB, table, Told()))
     network = second.run(beside())[-1]
     table.append(first.run(beside()))
     table.append(second.run(beside()))
@@ -214,7 +234,7 @@ def test_operators_without_their_networks_row_are_read_again(tmp_path: Path) -> 
     assert [row.type for row in torn.rows].count("op") == 12
     left = missing_steps(JOB, torn, Told())
     assert len(left) == len(missing_steps(JOB, in_memory(), Told())) - 1
-    assert digests([left[0].run(beside())[-1]]) == digests([network])
+    assert digests([of_context(left)[0].run(beside())[-1]]) == digests([network])
 
 
 @pytest.mark.parametrize("kind", ["calibration", "validation"])
@@ -224,7 +244,7 @@ def test_a_network_that_was_only_timed_is_still_to_be_read(kind: str) -> None:
     corner = steps[0].run(beside(target))[-1].graph
     assert corner is not None
     timed = time_network(corner, Anchor(target, UNPRUNED, in_memory()), kind)
-    left = [step for step in missing_steps(JOB, in_memory([timed]), target) if step.name == IN_CONTEXT]
+    left = of_context(missing_steps(JOB, in_memory([timed]), target))
     assert digests([step.run(beside(target))[-1] for step in left]) == expected_digests(JOB)[0]
 
 
@@ -235,7 +255,7 @@ def test_a_larger_job_measures_only_what_it_adds() -> None:
     larger = replace(JOB, networks=12, calibration=12)
     more = [step.run(beside())[-1] for step in missing_steps(larger, table, Told())]
     (read, timed), (all_read, all_timed) = expected_digests(JOB), expected_digests(larger)
-    assert digests(more) == all_read[len(read) :] + [name for name in all_timed if name not in timed]
+    assert read_then_timed(more) == (all_read[len(read) :], [name for name in all_timed if name not in timed])
     assert len(more) > 4
 
 
@@ -365,7 +385,7 @@ def test_a_machine_slower_than_the_table_knows_it_is_refused(monkeypatch: pytest
 def test_drift_within_the_limit_is_kept_in_the_row_and_divided_out_by_the_predictor() -> None:
     target = Told()
     table = in_memory()
-    for index, step in enumerate(missing_steps(JOB, table, target)):
+    for index, step in enumerate(of_context(missing_steps(JOB, table, target))):
         target.slow = 1.06 if index == 5 else 1.0
         table.rows += step.run(beside(target))
     drifted = table.of_type("network")[5]
@@ -539,7 +559,7 @@ def test_a_job_with_fine_grids_reads_their_corners_and_calibrates_on_and_off_the
     low = replace(FINE_JOB, fine=(range(5, 65),) * 2)
     rows = [step.run(beside())[-1] for step in missing_steps(low, in_memory(), Told())]
     read, timed = expected_digests(low)
-    assert digests(rows) == read + timed
+    assert read_then_timed(rows) == (read, timed)
     assert set(read[:4]) == {digest(network_at(widths)) for widths in [(5, 5), (5, 64), (64, 5), (64, 64)]}
     graphs = [row.graph for row in rows if row.graph is not None and row.type == "calibration"]
     assert {all(op.out_channels % 8 == 0 for op in graph.ops[:2]) for graph in graphs} == {True, False}
