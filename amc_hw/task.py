@@ -21,6 +21,7 @@ from amc_hw.errors import DeviceError, UserError
 from amc_hw.images import load_parts
 from amc_hw.models import LoadedModel
 from amc_hw.specs import Spec, load_function, one_line, parse_spec
+from profilers.runtimes.torch_cuda import tf32
 
 #: Images of a batch on a CPU, in bytes: a layer's values are several times as large.
 CACHED_BYTES, LARGEST_BATCH = 1_900_000, 250
@@ -85,12 +86,13 @@ def check_eval_device(device: str) -> None:
 
 @contextmanager
 def on(module: nn.Module, device: torch.device | str) -> Iterator[nn.Module]:
-    """The module, which is on the CPU, on another device, and back."""
+    """The module, which is on the CPU, on another device, and back. There, too, it computes in float32."""
     if torch.device(device).type == "cpu":
         yield module
         return
     try:
-        yield module.to(device)
+        with tf32(False):
+            yield module.to(device)
     finally:
         module.to("cpu")
 

@@ -234,7 +234,7 @@ class TorchGpu:
         with self._torch.cuda.device(self._index), self._torch.inference_mode():
             loaded.run()
             self._torch.cuda.synchronize()
-            with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+            with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as profiler:
                 for _ in range(count):
                     loaded.run()
                 self._torch.cuda.synchronize()

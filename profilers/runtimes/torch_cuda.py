@@ -30,15 +30,25 @@ def version(config: DeviceConfig) -> str:
 @contextmanager
 def settings(config: DeviceConfig) -> Iterator[None]:
     """PyTorch's switches as the configuration wants them, and back again."""
-    tf32 = config.dtype == "tf32"
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
-    matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = tf32, tf32, True
+    cudnn = torch.backends.cudnn
+    before, cudnn.benchmark = cudnn.benchmark, True
     try:
-        with _compiling() if config.execution == "compile" else nullcontext():
+        with tf32(config.dtype == "tf32"), _compiling() if config.execution == "compile" else nullcontext():
             yield
     finally:
-        matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before
+        cudnn.benchmark = before
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Whether GPUs compute float32 in TF32, whose products have ten bits; and back again."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32, cudnn.allow_tf32 = allowed, allowed
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 @contextmanager

@@ -269,4 +269,5 @@ if __name__ == "__main__":
     try:
         _main(*sys.argv[1:])
     except UserError as error:
-        sys.exit(str(error))
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)

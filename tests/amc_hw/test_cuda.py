@@ -13,7 +13,7 @@ from torch import nn
 
 from amc_hw.errors import DeviceError, UserError
 from amc_hw.refit import reestimate_batch_norm
-from amc_hw.task import accuracy, check_eval_device
+from amc_hw.task import accuracy, check_eval_device, on
 from profilers.targets.cuda import CudaTarget
 
 needs_none = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU")
@@ -89,6 +89,13 @@ def test_a_search_that_scores_on_a_gpu_finds_what_one_on_the_cpu_does(here: Path
         found[where] = json.loads(done.out)
     assert found["cpu"]["widths"] == found["cuda"]["widths"]
     assert found["cpu"]["accuracy"] == pytest.approx(found["cuda"]["accuracy"], abs=0.01)
+
+
+def test_a_gpu_scores_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    with on(nn.Identity(), "meta"):
+        assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+    assert torch.backends.cudnn.allow_tf32
 
 
 @pytest.mark.gpu

@@ -241,8 +241,9 @@ def test_a_runtime_that_is_not_installed_is_told_by_its_probe(monkeypatch: pytes
 @pytest.mark.parametrize(
     ("script", "message"),
     [
-        ("exit 3", "the timing process ended with 3: no output"),
-        ("echo first >&2; echo 'last words' >&2; exit 1", "the timing process ended with 1: last words"),
+        ("exit 3", "^the timing process ended with 3: no output$"),
+        ("echo first >&2; echo 'last words' >&2; exit 1", "^the timing process ended with 1: last words$"),
+        ("echo a warning >&2; echo 'the memory is too small' >&2; exit 3", "^the memory is too small$"),
     ],
 )
 def test_a_fresh_process_that_fails_is_an_error_and_no_number(
