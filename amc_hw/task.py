@@ -21,7 +21,7 @@ from amc_hw.errors import DeviceError, UserError
 from amc_hw.images import load_parts
 from amc_hw.models import LoadedModel
 from amc_hw.specs import Spec, load_function, one_line, parse_spec
-from profilers.runtimes.torch_cuda import tf32
+from profilers.gpu import tf32
 
 #: Images of a batch on a CPU, in bytes: a layer's values are several times as large.
 CACHED_BYTES, LARGEST_BATCH = 1_900_000, 250

@@ -246,6 +246,20 @@ class TorchGpu:
         return found
 
 
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Whether GPUs compute float32 in TF32, whose products have ten bits; and back again."""
+    import torch
+
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32, cudnn.allow_tf32 = allowed, allowed
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
 def lasting(busy_pct: Callable[[], int], *, sleep: Callable[[float], None] = time.sleep) -> int:
     """Percent of the time in which a GPU is in use while this process does nothing: what it did itself a moment ago
     passes, what others do stays."""

@@ -12,7 +12,7 @@ from profilers.builders.torch import Network
 from profilers.builders.weights import Weights
 from profilers.device import DeviceConfig
 from profilers.errors import UserError
-from profilers.gpu import Loaded
+from profilers.gpu import Loaded, tf32
 from profilers.ops import OpGraph
 
 EXECUTIONS = ("eager", "compile", "graph")
@@ -37,18 +37,6 @@ def settings(config: DeviceConfig) -> Iterator[None]:
             yield
     finally:
         cudnn.benchmark = before
-
-
-@contextmanager
-def tf32(allowed: bool) -> Iterator[None]:
-    """Whether GPUs compute float32 in TF32, whose products have ten bits; and back again."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32, cudnn.allow_tf32 = allowed, allowed
-    try:
-        yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 @contextmanager
