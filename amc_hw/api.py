@@ -33,13 +33,14 @@ from amc_hw.subject import (
     open_subject,
     read_predictor,
     read_table,
+    table_of,
     table_path,
     tables,
 )
 from amc_hw.tables import export_csv, list_tables, merge_tables, plot_table, show_table
 from amc_hw.task import load_task
 from profilers import import_log as import_logs
-from profilers.device import DTYPES, device_names, load_device
+from profilers.device import DTYPES, DeviceConfig, device_names, load_device
 from profilers.farm import run_steps
 from profilers.files import write_whole
 from profilers.multiple import channel_multiple
@@ -47,7 +48,7 @@ from profilers.predictor import Predictor
 from profilers.profile import WAYS, Anchor, Step, digest, missing_steps, refining_steps, time_network
 from profilers.sampling import random_widths
 from profilers.table import LatencyTable
-from profilers.targets import Network, Probe, open_target
+from profilers.targets import Network, Probe, Target, open_target
 from profilers.targets.adb import AdbTarget
 from profilers.timing import Steady, ratio_ci95
 
@@ -126,7 +127,20 @@ def list_devices() -> dict[str, Any]:
 def check_device(name: str, *, serials: Sequence[str] = ()) -> dict[str, Any]:
     """What is there and what is missing on a device, or on each of several; `ok` where nothing is."""
     members = load_device(name).at(serials).members()
-    return _probed(name, [probe for member in members for probe in open_target(member).probes()])
+    targets = [(member, open_target(member)) for member in members]
+    probes = [probe for member, target in targets for probe in (*target.probes(), *_of_its_table(member, target))]
+    return _probed(name, probes)
+
+
+def _of_its_table(config: DeviceConfig, target: Target) -> list[Probe]:
+    """Whether there is a table of a device that is away: nothing else can be had of it."""
+    if target.can_time:
+        return []
+    try:
+        table = table_of(config, target, "")
+    except TableError as error:
+        return [Probe("table", False, str(error))]
+    return [Probe("table", True, f"{table.path}, {len(table.rows)} rows")]
 
 
 def _probed(name: str, probes: Sequence[Probe]) -> dict[str, Any]:
@@ -150,7 +164,7 @@ def _over_adb(name: str, serials: Sequence[str]) -> list[AdbTarget]:
     config = load_device(name).at(serials)
     targets = [target for target in map(open_target, config.members()) if isinstance(target, AdbTarget)]
     if not targets:
-        raise UserError(f"device {name} is a {config.target}: there is nothing to put there or to remove")
+        raise UserError(f"device {name} is not reached over ADB: there is nothing to put there or to remove")
     return targets
 
 
@@ -206,6 +220,8 @@ def check_network(
     """What to know before a long run: the unpruned accuracy, groups, what the table lacks, and how long profiling and
     searching would take. One measurement of the table's and one episode are made; nothing is written."""
     check_workers(workers)
+    if not subject.target.can_time:
+        read_predictor(subject).predict(subject.network_at(None))  # what it lacks, it will always lack
     start = time.monotonic()
     task = load_task(subject.model, data=data, evaluate=evaluate, calibrate=calibrate, seed=seed)
     score = task.score(subject.model.module)
@@ -268,17 +284,22 @@ def _open_table(subject: Subject) -> LatencyTable:
     return LatencyTable.open(own, identity, subject.target.provenance())
 
 
-def plan_profile(subject: Subject, *, seed: int = 0, way: str = "auto") -> dict[str, Any]:
-    """What `profile` would measure: steps and about how many minutes; nothing is written."""
+def _table_as_is(subject: Subject) -> LatencyTable:
+    """The device's table where it lies, an empty one where there is none; nothing is written."""
     identity = subject.target.identity()
     path = table_path(subject.device, identity)
-    table = LatencyTable.read(path) if begun(path) else LatencyTable(path, identity, {}, [])
+    return LatencyTable.read(path) if begun(path) else LatencyTable(path, identity, {}, [])
+
+
+def plan_profile(subject: Subject, *, seed: int = 0, way: str = "auto") -> dict[str, Any]:
+    """What `profile` would measure: steps and about how many minutes; nothing is written."""
+    table = _table_as_is(subject)
     steps = missing_steps(subject.job(seed=seed, way=way), table, subject.target)
     start = time.monotonic()
     if steps:
         steps[0].run(Anchor(subject.target, subject.network_at(None), table))
     seconds = (time.monotonic() - start) * len(steps) / len(subject.targets)
-    return {"table": str(path), "rows_total": len(table.rows), "steps": len(steps), "minutes": seconds / 60}
+    return {"table": str(table.path), "rows_total": len(table.rows), "steps": len(steps), "minutes": seconds / 60}
 
 
 def profile(
@@ -330,8 +351,9 @@ def import_log(subject: Subject, widths: Sequence[int] | None, logs: Sequence[Pa
     A log that the table holds already adds nothing. UserError where one is damaged or of another network.
     """
     found = [import_logs.read(path) for path in logs]
+    known = _table_as_is(subject)
+    rows = import_logs.rows_from(found, subject.network_at(widths), known, read_predictor(subject, known))
     table = _open_table(subject)
-    rows = import_logs.rows_from(found, subject.network_at(widths), table, read_predictor(subject, table))
     table.append(rows)
     return {
         "table": str(table.path),

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-import traceback
-import warnings
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any
 import click
 
 from amc_hw import api
-from amc_hw.console import PATH, SUBJECT, TASK, Group, Progress, options, show
+from amc_hw.console import PATH, SUBJECT, TASK, Group, Progress, options, run, show
 from amc_hw.errors import UserError
 from amc_hw.settings import FILE, read_settings, record_settings, write_settings
 
@@ -577,10 +575,10 @@ def search(
         )
         return
     result = api.search(subject, config, progress=Progress())
-    show(result, as_json, lambda r: _search_lines(r, from_policy, config.episodes))
+    show(result, as_json, lambda r: _search_lines(r, from_policy, config))
 
 
-def _search_lines(r: dict[str, Any], start: Path | None, episodes: int) -> list[str]:
+def _search_lines(r: dict[str, Any], start: Path | None, config: api.SearchConfig) -> list[str]:
     if r["policy"] is None:
         return [r["message"]]
     error = "" if r["error_pct"] is None else f", 90% within {r['error_pct']:.1f}%"
@@ -601,19 +599,19 @@ def _search_lines(r: dict[str, Any], start: Path | None, episodes: int) -> list[
         f"{metric:<11} {r['baseline_accuracy']:.4f} -> {r['accuracy']:.4f} ({r['accuracy_split']})",
         *latency,
         f"MMACs       {r['baseline_macs'] / 1e6:.2f} -> {r['macs'] / 1e6:.2f}",
-        *_budget_lines(r, episodes),
+        *_budget_lines(r, config),
         *([] if start is None else [f"beside      {start}, not its unpruned network"]),
         f"policy      {r['policy']}",
     ]
 
 
-def _budget_lines(r: dict[str, Any], episodes: int) -> Iterator[str]:
+def _budget_lines(r: dict[str, Any], config: api.SearchConfig) -> Iterator[str]:
     if r["budget"] is not None:
         name, value = r["budget"]
-        ended = 2 * r["episodes"] < episodes  # by itself, as it would again
+        ended = 2 * r["episodes"] < config.episodes  # by itself, as it would again
         more = "; more --episodes may find a wider policy" if r["budget_used"] < MUCH_LEFT and not ended else ""
         yield f"budget      {name.replace('_', ' ')} {value:g}, {r['budget_used']:.0%} used{more}"
-    if r["found_by"] != "method":
+    if r["found_by"] not in ("method", config.method):
         who = {
             "uniform": "the best uniform policy",
             "demonstration": "one near uniform widths that the agent was shown",
@@ -798,26 +796,7 @@ def _finetune_lines(r: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    warnings.showwarning = lambda message, *_rest, **_more: click.echo(f"warning: {message}", err=True)
-    try:
-        sys.exit(cli(standalone_mode=False))  # a command that ends with context.exit gives its code back here
-    except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message(), err=True)
-        sys.exit(error.exit_code)
-    except click.ClickException as error:
-        command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "amc-hw"
-        click.echo(f"{command}: {' '.join(error.format_message().split())} (see {command} -h)", err=True)
-        sys.exit(error.exit_code)
-    except UserError as error:
-        if "--debug" in sys.argv:
-            traceback.print_exc()
-        click.echo(f"amc-hw: {error}", err=True)
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        resumed = ("profile", "search", "compare", "finetune")
-        goes_on = ": the same command goes on from here" if set(resumed) & set(sys.argv[1:3]) else ""
-        click.echo(f"interrupted{goes_on}", err=True)
-        sys.exit(130)
+    run(cli, "amc-hw", goes_on=bool({"profile", "search", "compare", "finetune"} & set(sys.argv[1:3])))
 
 
 if __name__ == "__main__":

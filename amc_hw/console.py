@@ -6,14 +6,17 @@ import json
 import os
 import sys
 import time
+import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 import click
 
 from amc_hw import api
+from amc_hw.errors import UserError
 
 
 def _shape(_context: Any, _parameter: Any, value: str | None) -> tuple[int, ...] | None:
@@ -156,6 +159,29 @@ def show(result: dict[str, Any], as_json: bool, lines: Callable[[dict[str, Any]]
     """A command's result on standard output, as JSON or as `lines` of text."""
     text = json.dumps(result) if as_json else "\n".join(lines(result))
     click.echo(text, file=click.get_current_context().meta.get(_STDOUT))
+
+
+def run(command: click.Command, name: str, *, goes_on: bool = False) -> NoReturn:
+    """A command as a program of that name: warnings and errors are one line each, and the exit code is the error's."""
+    warnings.showwarning = lambda message, *_rest, **_more: click.echo(f"warning: {message}", err=True)
+    command.context_settings.setdefault("help_option_names", ["-h", "--help"])
+    try:
+        sys.exit(command(standalone_mode=False))  # a command that ends with context.exit gives its code back here
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        path = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else name
+        click.echo(f"{path}: {' '.join(error.format_message().split())} (see {path} -h)", err=True)
+        sys.exit(error.exit_code)
+    except UserError as error:
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        click.echo(f"{name}: {error}", err=True)
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo(f"interrupted{': the same command goes on from here' if goes_on else ''}", err=True)
+        sys.exit(130)
 
 
 class Progress:

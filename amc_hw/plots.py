@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import numpy as np
 
 from amc_hw.errors import UserError
 from profilers.files import write_whole
+
+TITLE = 88  #: letters of a line
 
 
 def check_picture(path: Path) -> None:
@@ -46,9 +49,13 @@ def save_staircase(
     check_picture(path)
     figure, axes = _axes()
     _staircase(axes, measured, widths, predicted_ms)
-    axes.set_title(title, fontsize=8)
+    _title(axes, title)
     axes.legend()
     _save(figure, path)
+
+
+def _title(axes: Any, title: str) -> None:
+    axes.set_title(textwrap.fill(title, TITLE), fontsize=8)
 
 
 def _staircase(axes: Any, measured: Sequence[tuple[int, float]], widths: np.ndarray, predicted_ms: np.ndarray) -> None:
@@ -80,7 +87,7 @@ def _pareto(title: str, rows: Sequence[dict[str, Any]], score: str) -> Any:
             face = "none" if row["budget"].startswith("flops") else colour
             axes.plot(row["measured_ms"], row["accuracy"], mark, color=colour, markerfacecolor=face)
     axes.set(xlabel="measured ms", ylabel=score)
-    axes.set_title(f"{title} (hollow: FLOPs budgets)", fontsize=8)
+    _title(axes, f"{title} (hollow: FLOPs budgets)")
     if measured:
         axes.legend(fontsize=7)
     return figure
@@ -106,7 +113,7 @@ def _predictions(title: str, samples: Sequence[dict[str, Any]]) -> Any:
             axes.plot(line, line * (1 + sign * error), style, color="grey", linewidth=0.8)
     axes.plot(measured, predicted, "o", markersize=4)
     axes.set(xlabel="measured ms", ylabel="predicted ms", xlim=line, ylim=line)
-    axes.set_title(f"{title} (dashed 5%, dotted 10%)".strip(), fontsize=8)
+    _title(axes, f"{title} (dashed 5%, dotted 10%)".strip())
     return figure
 
 

@@ -211,17 +211,21 @@ def table_path(config: DeviceConfig, identity: Identity) -> Path:
 
 def read_table(subject: Subject) -> LatencyTable:
     """The device's table as it is; TableError where there is none, or only of other identities."""
-    identity = subject.target.identity()
-    path = table_path(subject.device, identity)
-    others = tables(subject.device.name)
+    return table_of(subject.device, subject.target, _profile_command(subject))
+
+
+def table_of(config: DeviceConfig, target: Target, profile: str) -> LatencyTable:
+    """As `read_table`. profile: the command that measures it, where the device is here."""
+    identity = target.identity()
+    path = table_path(config, identity)
+    others = tables(config.name)
     if not begun(path):
-        asked = _profile_command(subject)
         if others and (known := LatencyTable.read_identity(others[0])) is not None:
             part, here, wanted = known.first_difference(identity)
-            raise TableError(
-                f"{others[0]} was measured with {part} {here!r}, not {wanted!r}: '{asked}' measures a table beside it"
-            )
-        raise TableError(f"no latency table {path}: measure one with '{asked}'")
+            beside = f"'{profile}' measures a table beside it" if target.can_time else f"correct {config.name}.toml"
+            raise TableError(f"{others[0]} was measured with {part} {here!r}, not {wanted!r}: {beside}")
+        how = f"measure one with '{profile}'" if target.can_time else "put there what was measured on the device"
+        raise TableError(f"no latency table {path}: {how}")
     table = LatencyTable.read(path)
     table.require_identity(identity)
     return table
@@ -240,4 +244,5 @@ def _profile_command(subject: Subject) -> str:
 def read_predictor(subject: Subject, table: LatencyTable | None = None) -> Predictor:
     """Predictions for the device, from its table as it is; TableError as in `read_table`."""
     table = read_table(subject) if table is None else table
-    return Predictor(table, subject.target.lower, extrapolate=subject.device.extrapolate)
+    away = not subject.target.can_time
+    return Predictor(table, subject.target.lower, extrapolate=subject.device.extrapolate, away=away)

@@ -24,7 +24,7 @@ from profilers.errors import TableError
 from profilers.ops import OpGraph, OpSpec
 from profilers.table import LatencyTable, Measurement
 
-BLOCKS = (8, 16)  #: channels that a kernel handles at once, on the CPUs known so far
+BLOCKS = (8, 16, 32, 64, 128)  #: channels that a kernel handles at once, on CPUs and GPUs
 ALIGNMENTS = (4, 8, 16)  #: widths off a multiple of these may take another path, reorders of the layout included
 USUAL_NOISE = 0.02  #: relative, of one measured point, where repetitions do not say less
 MIN_REPEATS = 30
@@ -226,7 +226,7 @@ class Predictor:
     """Latencies of operators and networks, from a table alone.
 
     lower: the network as the runtime of the table executes it. extrapolate: whether widths outside of those measured
-    are predicted, too.
+    are predicted, too. away: whether the device is not here to measure what the table lacks.
     """
 
     NOISE = 0.02  #: relative, of one measured network beside the sum of its parts
@@ -234,10 +234,17 @@ class Predictor:
     MIN_NETWORKS = 8  #: fewer calibrate nothing
     FEW = 8  #: points of a family; with fewer it leans on its class
 
-    def __init__(self, table: LatencyTable, lower: Callable[[OpGraph], OpGraph], *, extrapolate: bool = False) -> None:
+    def __init__(
+        self,
+        table: LatencyTable,
+        lower: Callable[[OpGraph], OpGraph],
+        *,
+        extrapolate: bool = False,
+        away: bool = False,
+    ) -> None:
         self.path, self.identity = table.path, table.identity
         self.lower = lower
-        self.extrapolate = extrapolate
+        self.extrapolate, self.away = extrapolate, away
         anchors: dict[str, list[float]] = {}
         for row in table.rows:
             if "anchor" in row.details:
@@ -349,19 +356,20 @@ class Predictor:
         result = np.empty(len(ops))
         for cost, members, axes in self._by_family(ops):
             if cost is None:
-                raise TableError(
-                    f"{self.path} has no measurement for {ops[members[0]]}: "
-                    "measure it with 'amc-hw profile' of this --model"
-                )
+                how = self._remedy("'amc-hw profile' of this --model")
+                raise TableError(f"{self.path} has no measurement for {ops[members[0]]}: {how}")
             outside = cost.outside(axes)
             if outside.any() and not self.extrapolate:
                 op = ops[members[int(outside.argmax())]]
+                how = self._remedy("'amc-hw profile', the --model and the --floor wanted")
                 raise TableError(
-                    f"{op} lies outside of the widths that {self.path} holds for it ({_range(cost)}): measure it with "
-                    "'amc-hw profile', the --model and the --floor wanted"
+                    f"{op} lies outside of the widths that {self.path} holds for it ({_range(cost)}): {how}"
                 )
             result[members] = cost(axes)
         return result
+
+    def _remedy(self, how: str) -> str:
+        return "the device is not here to measure it" if self.away else f"measure it with {how}"
 
     def deviation_ms(self, ops: Sequence[OpSpec]) -> np.ndarray:
         """Standard deviation of each lowered operator's milliseconds, (N,), by what was measured around it; infinite

@@ -82,7 +82,7 @@ def missing_steps(job: ProfileJob, table: LatencyTable, target: Target) -> list[
         if digest(graph) not in done:
             done.add(digest(graph))
             networks.append(Step(RANDOM, partial(_calibration, graph)))
-    placed = [((index + 0.5) / len(steps), step) for steps in (operators, networks) for index, step in enumerate(steps)]
+    placed = [((index + 1) / len(steps), step) for steps in (operators, networks) for index, step in enumerate(steps)]
     return [step for _, step in sorted(placed, key=lambda pair: pair[0])]
 
 

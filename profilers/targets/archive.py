@@ -37,9 +37,10 @@ class ArchiveTarget:
 
     @property
     def _absent(self) -> str:
+        adds = ", 'import-log' adds to it" if self.config.runtime in ("tflite", "litert") else ""
         return (
             f"{self.config.name} is an archive: the device is not here and cannot be timed; 'predict' and 'search' "
-            "work from its table, 'import-log' adds to it"
+            f"work from its table{adds}"
         )
 
     def _refuse(self) -> NoReturn:

@@ -14,6 +14,7 @@ from torch import nn
 from amc_hw.errors import DeviceError, UserError
 from amc_hw.refit import reestimate_batch_norm
 from amc_hw.task import accuracy, check_eval_device, on
+from profilers.runtimes import torch_cuda
 from profilers.targets.cuda import CudaTarget
 
 needs_none = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU")
@@ -26,6 +27,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     gpu = FakeGpu()
     monkeypatch.setattr("profilers.targets.cuda.TorchGpu", lambda name: gpu)
     monkeypatch.setattr(CudaTarget, "time_in_fresh_process", CudaTarget.time_networks)
+    monkeypatch.setattr(torch_cuda, "_captured", lambda module, inputs, device: lambda: module(*inputs))
     return gpu
 
 

@@ -630,10 +630,17 @@ def test_an_option_that_is_missing_is_one_line(ended: Path, amc_hw: Run) -> None
 
 def test_more_episodes_are_not_advised_where_the_method_ended_by_itself() -> None:
     result = {"budget": ("latency_ratio", 0.6), "budget_used": 0.8, "found_by": "method", "episodes": 16}
-    (line,) = command_line._budget_lines(result, 30)
+    (line,) = command_line._budget_lines(result, api.SearchConfig(episodes=30))
     assert line.endswith("80% used; more --episodes may find a wider policy")
-    (line,) = command_line._budget_lines(result, 200)
+    (line,) = command_line._budget_lines(result, api.SearchConfig(episodes=200))
     assert line.endswith("80% used")
+
+
+def test_a_uniform_policy_is_a_surprise_to_other_methods_alone() -> None:
+    result = {"budget": None, "found_by": "uniform"}
+    assert list(command_line._budget_lines(result, api.SearchConfig(method="uniform"))) == []
+    (line,) = command_line._budget_lines(result, api.SearchConfig(method="ddpg"))
+    assert line.endswith("the best uniform policy: the method found none better")
 
 
 def test_a_policy_without_one_of_the_groups(ended: Path, amc_hw: Run) -> None:

@@ -1,0 +1,123 @@
+"""The scripts that say what is so: what they keep, and how they refuse."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from amc_hw import api
+
+ROOT = Path(__file__).parents[1]
+#: A Python that has a GPU: it answers every question of gpu_check, and fails where FAILS says so.
+STAND_IN = """#!/bin/sh
+echo "$*" >>"$CALLS"
+case "$*" in
+*"$FAILS"*) echo sorry >&2; exit 1 ;;
+*"--device huge"* | *"--device tensorrt"* | *"measure --device some"*) exit 3 ;;
+*profile*) echo '{"error_pct": 2.0}' ;;
+*validate*) echo '{"median_abs_pct_error": 0.5}' ;;
+*" search "*) echo '{"policy": "search/policy.json"}' ;;
+esac
+"""
+
+
+def run(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / script), *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": path} | environment,
+    )
+
+
+@pytest.fixture
+def python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "python"
+    path.write_text(STAND_IN)
+    path.chmod(0o755)
+    return str(path)
+
+
+def checked(python: str, *more: str, fails: str = "nothing") -> tuple[subprocess.CompletedProcess[str], list[str]]:
+    """What gpu_check says, and what it asked of the stand-in."""
+    calls = Path("calls")
+    calls.unlink(missing_ok=True)
+    arguments = ("out", "--device", "some", "--python", python, *more)
+    done = run("gpu_check", *arguments, CALLS=str(calls.absolute()), FAILS=fails)
+    return done, calls.read_text().splitlines() if calls.exists() else []
+
+
+@pytest.mark.slow
+def test_gpu_check_goes_on_with_what_did_not_hold(python: str) -> None:
+    done, first = checked(python, fails=" search ")
+    summary = json.loads(Path("out/summary.json").read_text())
+    assert done.returncode == 1 and [name for name, each in summary.items() if not each["ok"]] == ["search"]
+    assert sum("cli profile" in call for call in first) == 1
+    done, second = checked(python)
+    summary = json.loads(Path("out/summary.json").read_text())
+    assert done.returncode == 0 and all(each["ok"] for each in summary.values()), done.stdout
+    asked = [call for call in second if "amc_hw.cli" in call]
+    assert [call.split()[2] for call in asked] == ["search", "measure"]
+    spent = sum(each["seconds"] for name, each in summary.items() if "seconds" in each and "minutes" not in name)
+    assert summary["under-eight-minutes"]["seconds"] >= int(spent)
+
+
+def test_gpu_check_mixes_no_devices_and_reads_no_rubbish(python: str) -> None:
+    done, _ = checked(python, fails="")  # everything fails, so nothing was found out
+    assert done.returncode == 3
+    other = run("gpu_check", "out", "--device", "other", "--python", python)
+    assert other.returncode == 1 and "out holds what was found on some, not other" in other.stderr
+    Path("out/summary.json").write_text("[1]")
+    done, calls = checked(python)
+    assert done.returncode == 1 and "summary.json is damaged: name another folder" in done.stderr and not calls
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tiny network and the table of a made-up device."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(ROOT / "tests/crash_worker.py", "nets.py")
+    api.profile(api.open_subject(device="fake", model="nets.py:tiny"), progress=lambda *_: None)
+    return tmp_path
+
+
+def times(path: str, device: str = "fake") -> subprocess.CompletedProcess[str]:
+    return run("time_policies", path, "--device", device, "--model", "nets.py:tiny", "--out", "times.csv")
+
+
+@pytest.mark.slow
+def test_time_policies_times_each_once_beside_the_prediction(folder: Path) -> None:
+    Path("rows.csv").write_text("arm,widths\na,16 16 16\nb,16 16 24\nc,16 16 16\n")
+    done = times("rows.csv")
+    assert done.returncode == 0, done.stderr
+    with Path("times.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["widths"] for row in rows] == ["16 16 16", "16 16 24"]
+    for row in rows:
+        assert float(row["share"]) == pytest.approx(float(row["ms"]) / float(row["baseline_ms"]))
+        assert float(row["predicted_ms"]) == pytest.approx(float(row["ms"]), rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("width\n8 8 8\n", "rows.csv is no CSV file with a column 'widths'"),
+        ("widths\n", "rows.csv holds no policies"),
+        ("widths\n8 8\n", "rows.csv: 2 widths given, the network has 3 groups"),
+    ],
+)
+def test_time_policies_refuses_in_one_line(folder: Path, content: str, said: str) -> None:
+    Path("rows.csv").write_text(content)
+    done = times("rows.csv")
+    assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not Path("times.csv").exists()
