@@ -36,7 +36,17 @@ from amc_hw.resources import (
     params_model,
     require_feasible,
 )
-from amc_hw.runs import Journal, Scores, alone_in, numbered, record_command, save_json, save_weights
+from amc_hw.runs import (
+    JOURNAL,
+    Journal,
+    Scores,
+    alone_in,
+    numbered,
+    record_command,
+    save_json,
+    save_weights,
+    whole_lines,
+)
 from amc_hw.search.loop import AUTO, CANDIDATES, FREE, METHODS, Outcome, Problem, Timed, run_search
 from amc_hw.specs import source_sha256, unknown_name
 from amc_hw.subject import Subject, read_predictor, read_table
@@ -316,7 +326,7 @@ class _Search:
 
     def _run(self, costs: CostModel, budget: Budget | None, task: Task, start: float) -> dict[str, Any]:
         config = self.config
-        journal = Journal(self.out / "metrics.jsonl", self._header())
+        journal = Journal(self.out / JOURNAL, self._header())
         record_command(self.out)
         finished = self.out / RESULT
         if self._ended:
@@ -393,6 +403,9 @@ class _Search:
 
     def plan(self) -> dict[str, Any]:
         self.check_budget()
+        if self.out.is_file():
+            raise UserError(f"{self.out} is a file, not a folder")
+        whole_lines(self.out / JOURNAL, self._header(), kind="search")  # another one's folder is refused now
         start = time.monotonic()
         self.evaluator = Evaluator(self.model, self.graph, self._task(), seed=self.config.seed, refit=self.config.refit)
         loaded = time.monotonic() - start

@@ -28,7 +28,7 @@ from amc_hw.errors import FailedError, UserError
 from amc_hw.images import ImageFiles, TensorImages
 from amc_hw.models import load_model
 from amc_hw.models.checkpoint import checkpoint_sha256
-from amc_hw.runs import Journal, alone_in, record_command, save_json, save_weights
+from amc_hw.runs import JOURNAL, Journal, alone_in, record_command, save_json, save_weights
 from amc_hw.subject import Pruned, found_near, open_pruned
 from amc_hw.task import Classification
 from profilers.files import write_whole
@@ -102,7 +102,7 @@ def finetune(policy: Path, config: FinetuneConfig, *, progress: Progress) -> dic
     with alone_in(out if accelerator.is_main_process else out / f"rank{accelerator.process_index}"):
         journal = None
         if accelerator.is_main_process:
-            journal = Journal(out / "metrics.jsonl", _header(pruned, config), kind="fine-tuning")
+            journal = Journal(out / JOURNAL, _header(pruned, config), kind="fine-tuning")
         finished = out / "result.json"
         if finished.exists():
             progress(0, 1, f"{out} has this fine-tuning's result already")

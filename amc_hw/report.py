@@ -20,6 +20,7 @@ from amc_hw import plots
 from amc_hw.errors import DeviceError, TableError, UserError
 from amc_hw.policy import load_policy
 from amc_hw.resources import CostModel, latency_model, macs_model, params_model
+from amc_hw.runs import JOURNAL
 from amc_hw.subject import Pruned, Subject, open_pruned, open_subject, read_predictor, read_table, tables
 from amc_hw.task import shown_gain
 from profilers.files import write_whole
@@ -126,7 +127,7 @@ def write_report(folder: Path, out: Path | None = None) -> dict[str, Any]:
 
 
 def _search(folder: Path) -> bytes:
-    result, (header, *journal) = _result(folder, "result.json"), _lines(folder / "metrics.jsonl") or [{}]
+    result, (header, *journal) = _result(folder, "result.json"), _lines(folder / JOURNAL) or [{}]
     if "speedup" not in result:
         raise UserError(
             f"{folder} holds no search or comparison: of a fine-tuning, report the search that it began with"

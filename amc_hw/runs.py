@@ -21,6 +21,7 @@ from torch import Tensor
 from amc_hw.errors import FailedError, UserError
 from profilers.files import append_synced, write_whole
 
+JOURNAL = "metrics.jsonl"  #: in the folder of a run
 PACKAGES = ("amc-hw", "torch", "numpy", "onnxruntime", "ai-edge-litert")
 
 
@@ -29,7 +30,7 @@ def numbered(base: Path, header: dict[str, Any]) -> Path:
     line = json.dumps(header).encode() + b"\n"
     for number in itertools.count(1):
         folder = base.with_name(f"{base.name}-{number}")
-        journal = folder / "metrics.jsonl"
+        journal = folder / JOURNAL
         if not journal.exists():
             return folder
         with journal.open("rb") as file:
@@ -67,29 +68,16 @@ class Journal:
 
     def __init__(self, path: Path, header: dict[str, Any], *, kind: str = "search") -> None:
         self.path = path
-        self.recorded: list[dict[str, Any]] = []
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            data = path.read_bytes() if path.exists() else b""
-            whole = data[: data.rfind(b"\n") + 1]
-            lines = [json.loads(line) for line in whole.splitlines()]
-            if not all(isinstance(line, dict) for line in lines):
-                raise ValueError("not an object")
-            if len(lines) == 1 and lines[0] != header:
-                lines, whole = [], b""
-            if lines and lines[0] != header:
-                key = next(key for key in {**header, **lines[0]} if lines[0].get(key, ...) != header.get(key, ...))
-                there, asked = (_said(each.get(key)) for each in (lines[0], header))
-                raise UserError(f"{path.parent} holds another {kind} ({key}: {there}, not {asked}): name another --out")
-            self.recorded = lines[1:]
+            lines, size = whole_lines(path, header, kind=kind)
             with path.open("r+b" if path.exists() else "xb") as file:
-                file.truncate(len(whole))
+                file.truncate(size)
             if not lines:
                 self._write(header)
         except OSError as error:
             raise FailedError(f"cannot write {path}: {error.strerror}") from error
-        except ValueError:
-            raise UserError(f"{path} is damaged before its last line: name another --out") from None
+        self.recorded = lines[1:]
 
     def append(self, row: dict[str, Any]) -> None:
         try:
@@ -100,6 +88,26 @@ class Journal:
     def _write(self, row: dict[str, Any]) -> None:
         with self.path.open("ab", buffering=0) as file:
             append_synced(file, json.dumps(row).encode() + b"\n")
+
+
+def whole_lines(path: Path, header: dict[str, Any], *, kind: str) -> tuple[list[dict[str, Any]], int]:
+    """The whole lines of a journal, header first, and how many bytes they are; none where nothing of it is to be
+    kept. Nothing is written. UserError as of `Journal`."""
+    data = path.read_bytes() if path.exists() else b""
+    whole = data[: data.rfind(b"\n") + 1]
+    try:
+        lines = [json.loads(line) for line in whole.splitlines()]
+    except ValueError:
+        lines = [None]
+    if not all(isinstance(line, dict) for line in lines):
+        raise UserError(f"{path} is damaged before its last line: name another --out")
+    if len(lines) == 1 and lines[0] != header:
+        return [], 0
+    if lines and lines[0] != header:
+        key = next(key for key in {**header, **lines[0]} if lines[0].get(key, ...) != header.get(key, ...))
+        there, asked = (_said(each.get(key)) for each in (lines[0], header))
+        raise UserError(f"{path.parent} holds another {kind} ({key}: {there}, not {asked}): name another --out")
+    return lines, len(whole)
 
 
 def _said(value: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import io
 import os
@@ -10,7 +9,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
 import numpy as np
@@ -43,7 +42,8 @@ def quantized(model: bytes, samples: Sequence[Sequence[np.ndarray]]) -> bytes:
         {source["name"]: _channels_last(value, source["shape"]) for source, value in zip(sources, values, strict=True)}
         for values in samples
     ]
-    with _without_info(), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+    said = io.StringIO()  # a progress bar among it
+    with _without_info(), redirect_stdout(said), redirect_stderr(said), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # calibration keeps all tensors, and says so
         made = quantizer.Quantizer(bytearray(model), recipe.static_wi8_ai8())
         for end in (qtyping.TFLOperationName.INPUT, qtyping.TFLOperationName.OUTPUT):

@@ -894,6 +894,17 @@ def test_dry_runs_write_nothing(here: Path, amc_hw: Run) -> None:
     assert files(here) == before
 
 
+def test_a_dry_run_looks_at_what_the_folder_holds(ended: Path, amc_hw: Run) -> None:
+    held = files(ended)
+    refused = amc_hw(*HALF, "--seed", "5", "--out", "run", "--dry-run")
+    assert refused.code == 2 and "run holds another search (seed: 0, not 5): name another --out" in refused.mistake
+    assert amc_hw(*HALF, "--out", "run", "--dry-run").code == 0
+    Path("file").write_text("")
+    refused = amc_hw(*HALF, "--out", "file", "--dry-run")
+    assert refused.code == 2 and refused.mistake == "amc-hw: file is a file, not a folder"
+    assert files(ended) == held
+
+
 def test_what_a_profile_records_it_says_once(here: Path, amc_hw: Run) -> None:
     said = "device, model recorded in amc-hw.toml"
     assert said in amc_hw("profile", *TINY).err
