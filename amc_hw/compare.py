@@ -24,7 +24,7 @@ from amc_hw.resources import check_ratio
 from amc_hw.runs import Scores, alone_in, save_json
 from amc_hw.search.loop import METHODS
 from amc_hw.specs import unknown_name
-from amc_hw.subject import Subject, open_pruned
+from amc_hw.subject import Subject, open_pruned, read_table
 from amc_hw.task import shown_gain
 from profilers.targets import Network
 from profilers.timing import Steady
@@ -72,6 +72,7 @@ def compare(subject: Subject, config: CompareConfig, *, progress: Progress) -> d
 
     A search that finds nothing within its budget is a row without a policy, with the reason.
     """
+    read_table(subject)  # without one nothing is begun
     arms = _arms(subject, config)
     rows: list[dict[str, Any]] = []
     with alone_in(config.out):

@@ -52,11 +52,13 @@ def test_a_type_that_a_device_does_not_have_is_a_line(here: Path, amc_hw: Callab
 
 
 @needs_none
-@pytest.mark.parametrize("command", ["profile", "measure", "search"])
+@pytest.mark.parametrize("command", ["profile", "measure", "search", "compare"])
 def test_without_a_gpu_the_exit_code_is_3(here: Path, amc_hw: Callable, command: str) -> None:
-    more = {"measure": ("--widths", "8,8,8"), "search": (*DATA, "--latency-ratio", "0.5"), "profile": ()}[command]
+    half = (*DATA, "--latency-ratio", "0.5")
+    more = {"measure": ("--widths", "8,8,8"), "search": half, "compare": half, "profile": ()}[command]
     done = amc_hw(command, "--device", "cuda", "--model", "nets.py:tiny", *more)
     assert done.code == 3 and "no CUDA GPU is to be seen" in done.mistake
+    assert not Path("runs").exists()
 
 
 # Scores computed on a GPU
