@@ -137,7 +137,7 @@ def _of_its_table(config: DeviceConfig, target: Target) -> list[Probe]:
     if target.can_time:
         return []
     try:
-        table = table_of(config, target, "")
+        table = table_of(config, target)
     except TableError as error:
         return [Probe("table", False, str(error))]
     return [Probe("table", True, f"{table.path}, {len(table.rows)} rows")]

@@ -214,7 +214,7 @@ def read_table(subject: Subject) -> LatencyTable:
     return table_of(subject.device, subject.target, _profile_command(subject))
 
 
-def table_of(config: DeviceConfig, target: Target, profile: str) -> LatencyTable:
+def table_of(config: DeviceConfig, target: Target, profile: str = "amc-hw profile") -> LatencyTable:
     """As `read_table`. profile: the command that measures it, where the device is here."""
     identity = target.identity()
     path = table_path(config, identity)

@@ -47,11 +47,11 @@ def python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(path)
 
 
-def checked(python: str, *more: str, fails: str = "nothing") -> tuple[subprocess.CompletedProcess[str], list[str]]:
+def checked(python: str, *, fails: str = "nothing") -> tuple[subprocess.CompletedProcess[str], list[str]]:
     """What gpu_check says, and what it asked of the stand-in."""
     calls = Path("calls")
     calls.unlink(missing_ok=True)
-    arguments = ("out", "--device", "some", "--python", python, *more)
+    arguments = ("out", "--device", "some", "--python", python)
     done = run("gpu_check", *arguments, CALLS=str(calls.absolute()), FAILS=fails)
     return done, calls.read_text().splitlines() if calls.exists() else []
 
@@ -90,8 +90,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def times(path: str, device: str = "fake") -> subprocess.CompletedProcess[str]:
-    return run("time_policies", path, "--device", device, "--model", "nets.py:tiny", "--out", "times.csv")
+def times(path: str) -> subprocess.CompletedProcess[str]:
+    return run("time_policies", path, "--device", "fake", "--model", "nets.py:tiny", "--out", "times.csv")
 
 
 @pytest.mark.slow
@@ -114,6 +114,7 @@ def test_time_policies_times_each_once_beside_the_prediction(folder: Path) -> No
         ("width\n8 8 8\n", "rows.csv is no CSV file with a column 'widths'"),
         ("widths\n", "rows.csv holds no policies"),
         ("widths\n8 8\n", "rows.csv: 2 widths given, the network has 3 groups"),
+        ("arm,widths\na\n", "a row without its widths"),
     ],
 )
 def test_time_policies_refuses_in_one_line(folder: Path, content: str, said: str) -> None:
@@ -121,3 +122,28 @@ def test_time_policies_refuses_in_one_line(folder: Path, content: str, said: str
     done = times("rows.csv")
     assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1
     assert not Path("times.csv").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("device", "content", "said"),
+    [
+        ("h100", "widths,baseline_ms,ms\n8 8 8,2,1\n", "--timed h100 is none of --devices h100-archive"),
+        ("h100-archive", "widths,baseline_ms,ms\n", "--timed times.csv: no rows of scripts/time_policies"),
+        (
+            "h100-archive",
+            "widths,baseline_ms,ms\n8 8 8,2,fast\n",
+            "--timed times.csv: no rows of scripts/time_policies",
+        ),
+        ("h100-archive", "baseline_ms,ms,widths\n2,1\n", "--timed times.csv: no rows of scripts/time_policies"),
+    ],
+)
+def test_timings_that_are_none_are_refused_and_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, content: str, said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("times.csv").write_text(content)
+    where = ("--devices", "h100-archive", "--timed", device, "times.csv", "--out", "out")
+    network = ("--network", "mobilenet_v1_cifar", "--checkpoint", "w.pt", "--data", "digits")
+    done = run("latency_against_flops", *network, *where)
+    assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from amc_hw import api
+from amc_hw.errors import UserError
 from profilers.device import load_device, shipped
 from profilers.targets import open_target
 
@@ -49,10 +50,17 @@ def test_another_network_is_refused_at_once(here: Path, command: str, amc_hw: Ca
     assert done.mistake.endswith("the device is not here to measure it")
 
 
-def test_a_log_that_is_refused_leaves_no_copy_of_the_table(here: Path, amc_hw: Callable) -> None:
-    Path("log.txt").write_text("no log\n")
+def test_a_log_that_is_refused_leaves_no_copy_of_the_table(
+    here: Path, amc_hw: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise UserError("log.txt is of another network")
+
+    monkeypatch.setattr(api.import_logs, "read", lambda path: path)  # a log, as far as can be told without the network
+    monkeypatch.setattr(api.import_logs, "rows_from", refuse)
     done = amc_hw("import-log", "--device", "h100-archive", "--model", "mobilenet_v1", "log.txt")
-    assert done.code == 2 and not Path("latency_tables/h100-archive.jsonl").exists()
+    assert done.code == 2 and "of another network" in done.mistake
+    assert not Path("latency_tables/h100-archive.jsonl").exists()
 
 
 @pytest.mark.parametrize("widths", PUBLISHED)
