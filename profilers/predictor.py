@@ -214,6 +214,13 @@ class Calibration:
     left_out_pct: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
+def _calibrated_ms(ops: Sequence[OpSpec], raw_ms: np.ndarray, found: Calibration) -> np.ndarray:
+    """Milliseconds of operators, (N,), none of them free, from what they take before calibration."""
+    scaled = raw_ms * np.array([found.scales.get(op.family(), 1.0) for op in ops])
+    more = _parts(ops) @ np.array(found.parts_ms) if found.parts_ms else 0.0
+    return np.maximum(scaled + more + found.offset_ms, 0.05 * scaled)
+
+
 class _Known(NamedTuple):
     """A network that was timed, its lowered operators, and their milliseconds before calibration."""
 
@@ -231,6 +238,7 @@ class Predictor:
 
     NOISE = 0.02  #: relative, of one measured network beside the sum of its parts
     PART = 0.01  #: relative, of a network's latency
+    LOWEST = 0.1  #: scale of a family
     MIN_NETWORKS = 8  #: fewer calibrate nothing
     FEW = 8  #: points of a family; with fewer it leans on its class
 
@@ -382,10 +390,7 @@ class Predictor:
 
     def op_ms(self, ops: Sequence[OpSpec]) -> np.ndarray:
         """Calibrated milliseconds of lowered operators, (N,). TableError where one was not measured."""
-        found = self.calibration
-        scaled = self._raw_ms(ops) * np.array([found.scales.get(op.family(), 1.0) for op in ops])
-        more = _parts(ops) @ np.array(found.parts_ms) if found.parts_ms else 0.0
-        return np.maximum(scaled + more + found.offset_ms, 0.05 * scaled)
+        return _calibrated_ms(ops, self._raw_ms(ops), self.calibration)
 
     def predict(self, graph: OpGraph) -> float:
         """Milliseconds of a whole network."""
@@ -420,30 +425,41 @@ class Predictor:
         classes = np.eye(len(_CLASSES))[[_op_class(family) for family in families]]  # (F, classes)
         smallest = float(measured.min())
         largest = np.maximum((parts / measured[:, None]).max(axis=0), 1e-300)  # zero for a class that is not there
-        columns = [sums @ classes, sums, counts, np.ones(len(rows)), parts / largest]
-        design = np.column_stack(columns) / measured[:, None]
         fixed = 0.3 * smallest
         wide = [np.full(len(_CLASSES), 0.5), np.full(len(families), 0.15), [fixed / counts.max(), fixed]]
         spread = np.concatenate([*wide, np.full(len(largest), self.PART)])
         prior = np.zeros(len(spread))
         prior[: len(_CLASSES)] = 1.0
-        design = design / self.NOISE
-        normal = design.T @ design + np.diag(spread**-2)
-        solution = np.linalg.solve(normal, design.T @ np.full(len(rows), 1 / self.NOISE) + prior / spread**2)
-        error = (design @ solution * self.NOISE - 1) / (1 - (design * np.linalg.solve(normal, design.T).T).sum(axis=1))
-        left_out: dict[str, list[float]] = {}
-        for each, row in zip(error, rows, strict=True):
-            if row.type == "calibration":
-                left_out.setdefault(row.details.get("anchor", ""), []).append(100 * abs(float(each)))
-        by_class, by_family, (offset, constant), by_part = np.split(
-            solution, np.cumsum([len(_CLASSES), len(families), 2])
-        )
-        scales = np.maximum(classes @ by_class + by_family, 0.1)
-        return Calibration(
+        held = np.zeros(len(families), bool)  # at LOWEST, and the others fitted to what is left
+        while True:
+            scaled = sums * ~held
+            columns = [scaled @ classes, scaled, counts, np.ones(len(rows)), parts / largest]
+            design = np.column_stack(columns) / measured[:, None] / self.NOISE
+            wanted = (1 - self.LOWEST * sums @ held / measured) / self.NOISE
+            normal = design.T @ design + np.diag(spread**-2)
+            solution = np.linalg.solve(normal, design.T @ wanted + prior / spread**2)
+            by_class, by_family, (offset, constant), by_part = np.split(
+                solution, np.cumsum([len(_CLASSES), len(families), 2])
+            )
+            scales = np.where(held, self.LOWEST, classes @ by_class + by_family)
+            if (scales >= self.LOWEST).all():
+                break
+            held |= scales < self.LOWEST
+        found = Calibration(
             {family: float(scale) for family, scale in zip(families, scales, strict=True)},
             tuple(float(part) for part in by_part / largest),
             float(offset),
             float(constant),
-            float(np.quantile(sum(left_out.values(), []), 0.9)) if left_out else None,
-            left_out,
         )
+        left = (design @ solution - wanted) * self.NOISE
+        leverage = (design * np.linalg.solve(normal, design.T).T).sum(axis=1)
+        predicted = [
+            _calibrated_ms(network.ops, network.raw_ms, found).sum() + found.constant_ms for network in networks
+        ]
+        error = left / (1 - leverage) + (np.array(predicted) / measured - 1 - left)  # what no operator may be less than
+        left_out: dict[str, list[float]] = {}
+        for each, row in zip(error, rows, strict=True):
+            if row.type == "calibration":
+                left_out.setdefault(row.details.get("anchor", ""), []).append(100 * abs(float(each)))
+        errors = sum(left_out.values(), [])
+        return replace(found, error_pct=float(np.quantile(errors, 0.9)) if errors else None, left_out_pct=left_out)

@@ -351,6 +351,22 @@ def test_an_offset_below_zero_never_makes_an_operator_free() -> None:
     assert found.predict(chain([depthwise(8)])) == pytest.approx(19.75, rel=1e-3)
 
 
+@pytest.mark.parametrize(("scale", "most"), [(0.05, 0.01), (0.0, 0.02), (-0.3, None)])
+def test_where_an_operator_would_be_free_the_rest_fits_what_is_left_and_the_error_says_so(
+    scale: float, most: float | None
+) -> None:
+    """Below 0, networks are faster the more they have of it: nothing can fit them well."""
+    device = Device({"spatial": scale, "pointwise": 1.0, "depthwise": 1.0}, 0.0, 1.0 if scale < 0 else 0.3)
+    rows = device.rows(60)
+    found = predictor(alone_rows() + rows)
+    assert scales_of(found)["spatial"] == Predictor.LOWEST
+    errors = [abs(found.predict(row.graph) / row.median_ms - 1) for row in rows if row.graph is not None]
+    wrong = float(np.quantile(errors, 0.9))
+    assert most is None or wrong < most
+    assert found.error_pct is not None
+    assert 0.9 < found.error_pct / (100 * wrong) < 1.5
+
+
 def test_too_few_networks_calibrate_nothing() -> None:
     found = predictor(alone_rows() + HIDDEN.rows(7))
     assert found.calibration == Calibration()
