@@ -136,9 +136,8 @@ def node_ms(events: Sequence[Mapping[str, Any]], names: Collection[str], alone_u
     """Mean milliseconds of every node of `names`, from a profile of ONNX Runtime, warm-up first.
 
     alone_us: microseconds of a run without the profiler. What the profiler adds is taken off, the same for every
-    kernel: what passes between two, and about as much in each. What is still left of the difference is drift, and
-    scales them all. The faster runs count, half of them or more: what disturbs a machine makes runs slower, never
-    faster.
+    kernel: what passes between two, and about as much in each; more of a difference is drift. The faster runs count,
+    half of them or more: what disturbs a machine makes runs slower, never faster.
 
     A kernel takes from its start to the start of the next. Its own duration is cut to whole microseconds, and so is
     the mean of many: 2.1 and 2.9 are both 2. Starts are cut, too, but at another point in every run, so that their
@@ -160,10 +159,11 @@ def node_ms(events: Sequence[Mapping[str, Any]], names: Collection[str], alone_u
     run_us = taken_us.sum(axis=1)
     faster = run_us <= np.median(run_us) + 1  # more exact than the clock would choose by how starts were cut
     mean_us = taken_us[faster].mean(axis=0)
-    most = min(2 * between, float(mean_us.min()))
-    added = float(np.clip((mean_us.sum() - alone_us) / len(mean_us), min(between, most), most)) if apart.size else 0.0
+    added = (mean_us.sum() - alone_us) / len(mean_us)
+    if apart.size:
+        most = min(2 * between, float(mean_us.min()))
+        added = min(max(added, between), most)
     mean_us = np.maximum(mean_us - added, 1e-3)
-    mean_us *= alone_us / mean_us.sum()
     found: dict[str, float] = {}
     carried, last = 0.0, None
     for event, took_us in zip(runs[0], mean_us, strict=True):

@@ -83,16 +83,16 @@ def test_runs_that_were_disturbed_and_the_warm_up_do_not_count() -> None:
 
 def test_a_machine_that_is_slower_under_the_profiler_costs_the_short_kernels_little() -> None:
     truth = {"one": 100.0, "two": 200.0, "short": 8.0, "three": 150.0, "four": 50.0}
-    slow = dict.fromkeys(range(400), 1.1)
-    found = read([(name, "Conv", us) for name, us in truth.items()], set(truth), slow=slow)
-    assert found == pytest.approx(truth, rel=0.25)
-    assert {**found, "short": 8.0} == pytest.approx(truth, rel=0.03)
+    found = read([(name, "Conv", us) for name, us in truth.items()], set(truth), slow=dict.fromkeys(range(400), 1.1))
+    drifted = {name: 1.1 * us for name, us in truth.items()}
+    assert found == pytest.approx(drifted, rel=0.3)
+    assert {**found, "short": drifted["short"]} == pytest.approx(drifted, rel=0.04)
 
 
 def test_no_node_is_free_even_where_the_profiler_took_more_than_it() -> None:
     found = node_ms(profile([("one", "Conv", 0.1), ("two", "Conv", 9.0)]), {"one", "two"}, 5.0)
     assert 0 < found["one"] < 1e-5
-    assert sum(found.values()) == pytest.approx(5e-3)
+    assert found["two"] == pytest.approx(9e-3, rel=0.15)
 
 
 def test_a_network_of_one_operator_takes_what_it_takes_alone() -> None:
