@@ -45,6 +45,10 @@ def read(kernels: Sequence[tuple[str, str, float]], names: set[str], **options: 
     return {name: 1e3 * ms for name, ms in found.items()}
 
 
+def convs(truth: Mapping[str, float]) -> list[tuple[str, str, float]]:
+    return [(name, "Conv", us) for name, us in truth.items()]
+
+
 def check(found: Mapping[str, float], truth: Mapping[str, float]) -> None:
     """All but the last, whose end is known to a microsecond; what that leaves open is shared by all."""
     *names, last = truth
@@ -58,7 +62,7 @@ def check(found: Mapping[str, float], truth: Mapping[str, float]) -> None:
 @given(times_us=st.lists(st.floats(1.0, 30.0), min_size=2, max_size=12))
 def test_kernels_are_told_apart_that_differ_by_less_than_a_microsecond(times_us: list[float]) -> None:
     truth = {f"node{index}": us for index, us in enumerate(times_us)}
-    check(read([(name, "Conv", us) for name, us in truth.items()], set(truth)), truth)
+    check(read(convs(truth), set(truth)), truth)
 
 
 def test_reorders_are_charged_to_the_node_they_serve() -> None:
@@ -78,12 +82,12 @@ def test_reorders_are_charged_to_the_node_they_serve() -> None:
 def test_runs_that_were_disturbed_and_the_warm_up_do_not_count() -> None:
     truth = {"one": 3.3, "two": 7.9, "three": 7.5, "four": 2.0}
     slow = {run: 3.0 for run in range(0, 400, 3)}
-    check(read([(name, "Conv", us) for name, us in truth.items()], set(truth), slow=slow), truth)
+    check(read(convs(truth), set(truth), slow=slow), truth)
 
 
 def test_a_machine_that_is_slower_under_the_profiler_costs_the_short_kernels_little() -> None:
     truth = {"one": 100.0, "two": 200.0, "short": 8.0, "three": 150.0, "four": 50.0}
-    found = read([(name, "Conv", us) for name, us in truth.items()], set(truth), slow=dict.fromkeys(range(400), 1.1))
+    found = read(convs(truth), set(truth), slow=dict.fromkeys(range(400), 1.1))
     drifted = {name: 1.1 * us for name, us in truth.items()}
     assert found == pytest.approx(drifted, rel=0.3)
     assert {**found, "short": drifted["short"]} == pytest.approx(drifted, rel=0.04)
