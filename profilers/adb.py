@@ -129,7 +129,7 @@ class ServerLink:
             raise LinkLost(f"no answer within {timeout_s:.0f} s") from None
         if done.returncode != 0:
             said = (done.stderr or done.stdout).decode(errors="replace").strip().splitlines()
-            if said and "unauthorized" in said[-1]:
+            if any("unauthorized" in line for line in said):
                 raise DeviceError(_UNAUTHORIZED)
             raise LinkLost(said[-1] if said else f"adb ended with {done.returncode}")
         return done.stdout
@@ -330,7 +330,8 @@ def attached() -> list[str]:
         done = subprocess.run([program, "devices"], capture_output=True, text=True, timeout=CONNECT_S)
     except (OSError, subprocess.TimeoutExpired):
         return []
-    return [line.split()[0] for line in done.stdout.splitlines()[1:] if line.strip() and not line.startswith("*")]
+    _, _, listed = done.stdout.partition("List of devices attached")  # a server that is only started says so before
+    return [line.split()[0] for line in listed.splitlines() if line.strip() and not line.startswith("*")]
 
 
 def open_device(name: str, *, address: str = "", serial: str = "") -> AdbDevice:

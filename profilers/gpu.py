@@ -39,12 +39,12 @@ class GpuInfo:
 
 @dataclass(frozen=True)
 class GpuState:
-    """At one moment. slowed: why clocks are held down, as in SLOWED, or "power"."""
+    """At one moment; None for what a card does not tell. slowed: why clocks are held down, as in SLOWED, or "power"."""
 
-    sm_mhz: int
-    memory_mhz: int
-    temperature_c: int
-    power_w: float
+    sm_mhz: int | None
+    memory_mhz: int | None
+    temperature_c: int | None
+    power_w: float | None
     slowed: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -152,13 +152,21 @@ class TorchGpu:
         with self._told():
             reasons = nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
             slowed = [why for bit, why in {**SLOWED, POWER: "power"}.items() if reasons & bit]
+            power_mw = self._reading(nvml.nvmlDeviceGetPowerUsage, handle)
             return GpuState(
-                nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
-                nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM),
-                nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
-                nvml.nvmlDeviceGetPowerUsage(handle) / 1000,
+                self._reading(nvml.nvmlDeviceGetClockInfo, handle, nvml.NVML_CLOCK_SM),
+                self._reading(nvml.nvmlDeviceGetClockInfo, handle, nvml.NVML_CLOCK_MEM),
+                self._reading(nvml.nvmlDeviceGetTemperature, handle, nvml.NVML_TEMPERATURE_GPU),
+                None if power_mw is None else power_mw / 1000,
                 tuple(slowed),
             )
+
+    def _reading(self, ask: Callable[..., int], *arguments: Any) -> int | None:
+        """What a card tells; None where it has no such sensor."""
+        try:
+            return ask(*arguments)
+        except self._nvml.NVMLError_NotSupported:
+            return None
 
     def others(self) -> list[str]:
         nvml = self._nvml

@@ -78,14 +78,14 @@ def rows_from(logs: Sequence[Log], graph: OpGraph, table: LatencyTable, predicto
         if log.sha256 in known:
             continue
         known.add(log.sha256)
-        _same_set_up(log, graph, table)
+        _same_set_up(log, graph, table, [*table.rows, *rows])
         pairs = list(_laid_beside(log, graph)) if _attributable(log.run) else []
         _compared(log, pairs, graph, [*table.rows, *rows], predictor)
         rows += _rows(log, pairs, graph)
     return rows
 
 
-def _same_set_up(log: Log, graph: OpGraph, table: LatencyTable) -> None:
+def _same_set_up(log: Log, graph: OpGraph, table: LatencyTable, known: Sequence[Measurement]) -> None:
     run, batch = log.run, table.identity.batch
     channels, height, width = graph.input_shape
     wanted = (batch, height, width, channels)
@@ -93,6 +93,19 @@ def _same_set_up(log: Log, graph: OpGraph, table: LatencyTable) -> None:
         raise UserError(f"{log.path} ran on an input of {_times(run.input_shape)}, the network takes {_times(wanted)}")
     if run.threads not in (None, table.identity.threads):
         raise UserError(f"{log.path} ran with {run.threads} threads, the table is of {table.identity.threads}")
+    others = _delegates(known)
+    if not run.partial and (run.delegate or _attributable(run)) and others and run.delegate not in others:
+        before = ", ".join(f"{name} by {delegate or 'no delegate'}" for delegate, name in others.items())
+        raise UserError(
+            f"{log.path} was run by {run.delegate or 'no delegate'}, {before}: name a device of its own for it"
+        )
+
+
+def _delegates(rows: Sequence[Measurement]) -> dict[str | None, str]:
+    """What ran whole networks, and the log that says so; None where nothing did, as operators of their own show."""
+    shown = {row.details.get("log_sha256") for row in rows if row.type == "op"}
+    told = [row.details for row in rows if "delegate" in row.details and not row.details["partial"]]
+    return {each["delegate"]: each["log"] for each in told if each["delegate"] or each["log_sha256"] in shown}
 
 
 def _times(shape: Sequence[int]) -> str:

@@ -24,6 +24,8 @@ NETWORK_PLAN = TimingPlan(rounds=9, burst_s=0.02)
 MOST_SEEDS = 1_000_003  #: between the seeds of one measurement and its repetition
 OP_PLAN = TimingPlan(rounds=5, burst_s=0.004)
 OPS_AT_ONCE = 8
+#: Copies of an operator that is timed alone: so many MACs in all, or so many bytes, of values of FLOAT_BYTES each.
+COPIED_MACS, COPIED_BYTES, MOST_COPIES, FLOAT_BYTES = 4e6, 1 << 20, 12, 4
 POOL = 60  #: random networks of which the least known are measured
 REFINE_NETWORKS, REFINE_OPS = 6, 24  #: at a time
 MAX_REFINEMENTS = 6
@@ -229,8 +231,9 @@ def _in_context(graph: OpGraph, anchor: Anchor) -> list[Measurement]:
 
 
 def _copies(op: OpSpec, count: int) -> OpGraph:
-    """`count` copies of an operator side by side on one input. An addition inside of its kernel is written after it,
-    with one second operand for all: the runtime takes it in."""
+    """`count` copies of an operator side by side: of a product on one input; of any other each on inputs of its own,
+    or a runtime would compute it once for all. An addition inside of its kernel is written after it, with one second
+    operand for all: the runtime takes it in."""
     names = [f"copy{index}" for index in range(count)]
     if op.fused_add:
         shape = (op.out_channels, op.out_height, op.out_width)
@@ -243,15 +246,31 @@ def _copies(op: OpSpec, count: int) -> OpGraph:
         ]
         image = (op.in_channels[0], op.height, op.width)
         return OpGraph(tuple(node for pair in pairs for node in pair), image, tuple(names), (("sum", shape),))
-    gates = (("gate", (op.in_channels[1],)),) if op.kind == "scale" else ()
-    inputs = (OpGraph.INPUT, "gate") if gates else (OpGraph.INPUT,) * len(op.in_channels)
-    nodes = tuple(OpNode(name, op, inputs) for name in names)
-    return OpGraph(nodes, (op.in_channels[0], op.height, op.width), tuple(names), gates)
+    image = (op.in_channels[0], op.height, op.width)
+    if op.macs:
+        return OpGraph(tuple(OpNode(name, op, (OpGraph.INPUT,)) for name in names), image, tuple(names))
+    read = [[f"{name}.{place}" for place in range(len(op.in_channels))] for name in names]
+    read[0][0] = OpGraph.INPUT
+    shapes: list[tuple[int, ...]] = [(channels, op.height, op.width) for channels in op.in_channels]
+    if op.kind == "scale":
+        shapes[1] = (op.in_channels[1],)
+    more = [pair for inputs in read for pair in zip(inputs, shapes, strict=True)][1:]
+    nodes = tuple(OpNode(name, op, tuple(inputs)) for name, inputs in zip(names, read, strict=True))
+    return OpGraph(nodes, image, tuple(names), tuple(more))
+
+
+def _count(op: OpSpec) -> int:
+    """Copies of an operator that are timed, and twice as many: enough to be seen, and where memory is all its time few
+    enough for the caches, in which a network has it, too."""
+    if op.macs:
+        return int(np.clip(COPIED_MACS / op.macs, 2, MOST_COPIES))
+    moved = op.out_channels * op.out_height * op.out_width + sum(op.in_channels) * op.height * op.width
+    return int(np.clip(COPIED_BYTES / (2 * FLOAT_BYTES * op.batch * moved), 1, MOST_COPIES))
 
 
 def _alone(ops: Sequence[OpSpec], anchor: Anchor) -> list[Measurement]:
     """Operators on their own: n and 2n copies, so that the overhead of a run cancels."""
-    counts = [int(np.clip(4e6 / max(op.macs, 1), 2, 12)) for op in ops]
+    counts = [_count(op) for op in ops]
     networks = []
     for op, count in zip(ops, counts, strict=True):
         networks += [_copies(op, count), _copies(op, 2 * count)]

@@ -132,8 +132,7 @@ class LatencyTable:
     def open(cls, path: Path, identity: Identity, provenance: Mapping[str, Any] | None = None) -> LatencyTable:
         """The table at `path`, made if it is not there. TableError if it is of another identity."""
         if not path.exists() or path.stat().st_size == 0 or not _has_header(path):
-            header = {"schema_version": SCHEMA_VERSION, "unit": "ms", "identity": asdict(identity)}
-            _write_header(path, header | {"provenance": dict(provenance or {})})
+            _write_header(path, _header_line(identity, provenance or {}))
         table = cls.read(path)
         table.require_identity(identity)
         return table
@@ -197,7 +196,8 @@ class LatencyTable:
         try:
             with _locked(self.path) as file:
                 _drop_torn_line(file)
-                append_synced(file, text.encode())
+                begins = file.tell() == 0  # someone moved the table away
+                append_synced(file, (_header_line(self.identity, self.provenance) if begins else b"") + text.encode())
         except OSError as error:
             raise FailedError(f"cannot write to {self.path}: {error.strerror}") from error
         self.rows.extend(rows)
@@ -238,24 +238,31 @@ def _has_header(path: Path) -> bool:
     return b"\n" in path.read_bytes()
 
 
-def _write_header(path: Path, header: Mapping[str, Any]) -> None:
+def _header_line(identity: Identity, provenance: Mapping[str, Any]) -> bytes:
+    header = {"schema_version": SCHEMA_VERSION, "unit": "ms", "identity": asdict(identity)}
+    return json.dumps(header | {"provenance": dict(provenance)}, separators=(",", ":")).encode() + b"\n"
+
+
+def _write_header(path: Path, line: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path) as file:
             if b"\n" in file.read():
                 return  # another process was first
             file.truncate(0)
-            append_synced(file, json.dumps(header, separators=(",", ":")).encode() + b"\n")
+            append_synced(file, line)
     except OSError as error:
         raise FailedError(f"cannot write {path}: {error.strerror}") from error
 
 
 def _drop_torn_line(file: Any) -> None:
+    """Leaves the file at its end."""
     file.seek(0)
     data = file.read()
     end = data.rfind(b"\n") + 1
     if end < len(data):
         file.truncate(end)
+        file.seek(end)
 
 
 @contextmanager

@@ -23,7 +23,8 @@ def op_ms(op: OpSpec) -> float:
 
 class FakeGpu:
     """states: what `state` gives, the last for ever; cold: how many runs it takes until clocks are up; memory: of runs,
-    in activations, above which it is out of memory; waits_ms: for launches, in a run."""
+    in activations, above which it is out of memory; waits_ms: for launches, in a run;
+    profiler: whether it sees kernels."""
 
     device = "cpu"
 
@@ -36,13 +37,14 @@ class FakeGpu:
         cold: int = 20,
         memory: float = float("inf"),
         waits_ms: float = 0.0,
+        profiler: bool = True,
     ) -> None:
         self.name, self.states, self._others, self.cold, self.memory = name, list(states), list(others), cold, memory
-        self.waits_ms = waits_ms
+        self.waits_ms, self.profiler = waits_ms, profiler
         self.asked: list[tuple[int, bool, bool]] = []
 
     def info(self) -> GpuInfo:
-        return GpuInfo(self.name, "GPU-0", "550.1", (6, 1), 30, 12000)
+        return GpuInfo(self.name, "GPU-0", "550.1", (6, 1) if "TITAN Xp" in self.name else (8, 0), 30, 12000)
 
     def state(self) -> GpuState:
         return self.states.pop(0) if len(self.states) > 1 else self.states[0]
@@ -71,7 +73,7 @@ class FakeGpu:
 
     def kernels(self, loaded: Loaded, count: int) -> dict[str, float]:
         loaded.run()
-        return {node.name: op_ms(node.op) for node in loaded.graph.nodes}
+        return {node.name: op_ms(node.op) if self.profiler else 0.0 for node in loaded.graph.nodes}
 
 
 def sleeps() -> tuple[list[float], Callable[[float], None]]:

@@ -22,7 +22,7 @@ case "$*" in
 *"$FAILS"*) echo sorry >&2; exit 1 ;;
 *"--device huge"* | *"--device tensorrt"* | *"measure --device some"*) exit 3 ;;
 *profile*) echo '{"error_pct": 2.0}' ;;
-*validate*) echo '{"median_abs_pct_error": 0.5}' ;;
+*validate*) echo '{"median_abs_pct_error": '"$MEDIAN"'}' ;;
 *" search "*) echo '{"policy": "search/policy.json"}' ;;
 esac
 """
@@ -47,12 +47,14 @@ def python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(path)
 
 
-def checked(python: str, *, fails: str = "nothing") -> tuple[subprocess.CompletedProcess[str], list[str]]:
+def checked(
+    python: str, *, fails: str = "nothing", median: str = "0.5"
+) -> tuple[subprocess.CompletedProcess[str], list[str]]:
     """What gpu_check says, and what it asked of the stand-in."""
     calls = Path("calls")
     calls.unlink(missing_ok=True)
     arguments = ("out", "--device", "some", "--python", python)
-    done = run("gpu_check", *arguments, CALLS=str(calls.absolute()), FAILS=fails)
+    done = run("gpu_check", *arguments, CALLS=str(calls.absolute()), FAILS=fails, MEDIAN=median)
     return done, calls.read_text().splitlines() if calls.exists() else []
 
 
@@ -69,6 +71,15 @@ def test_gpu_check_goes_on_with_what_did_not_hold(python: str) -> None:
     assert [call.split()[2] for call in asked] == ["search", "measure"]
     spent = sum(each["seconds"] for name, each in summary.items() if "seconds" in each and "minutes" not in name)
     assert summary["under-eight-minutes"]["seconds"] >= int(spent)
+
+
+@pytest.mark.slow
+def test_gpu_check_measures_again_what_was_not_good_enough(python: str) -> None:
+    done, _ = checked(python, median="9.0")
+    assert done.returncode == 1 and "FAIL median-at-most-5" in done.stdout
+    done, calls = checked(python)
+    assert done.returncode == 0, done.stdout
+    assert [call.split()[2] for call in calls if "amc_hw.cli" in call] == ["profile", "validate"]
 
 
 def test_gpu_check_mixes_no_devices_and_reads_no_rubbish(python: str) -> None:

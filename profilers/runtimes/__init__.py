@@ -43,6 +43,11 @@ class Runtime(Protocol):
         """Milliseconds per node of the lowered network while the whole network runs; None where it cannot tell."""
 
 
+def lowered(name: str, graph: OpGraph) -> OpGraph:
+    """The network as a runtime of that name executes it, on this machine or not."""
+    return load_runtime(name).lower(graph) if name in RUNTIMES else graph
+
+
 def load_runtime(name: str) -> Runtime:
     if name not in RUNTIMES:
         raise UserError(f"unknown runtime {name!r}; known: {', '.join(RUNTIMES)}")

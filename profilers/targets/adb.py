@@ -15,17 +15,19 @@ import shlex
 import time
 import urllib.error
 import urllib.request
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from profilers.adb import AdbDevice, open_device
+from profilers.adb import COMMAND_S, AdbDevice, open_device
 from profilers.device import DeviceConfig
 from profilers.errors import DeviceError, UserError
 from profilers.ops import OpGraph
+from profilers.processor import CPUINFO, MODEL, processor_name
 from profilers.runtimes import load_runtime
 from profilers.table import Identity
 from profilers.targets import Network, Probe, identity_of
@@ -36,6 +38,7 @@ from profilers.timing import TimingPlan
 LOCK_S = 3600  #: that a job may hold the lock, at most
 PUSH_S = 300  #: that models may take to arrive
 LOCK_POLL_S = 0.5
+STALE_TRIES = 30  #: at a lock that nobody holds: others may be quicker, but not always
 SEVERE = 3  #: Android's thermal status from which clocks are cut hard
 COOL_S = (10.0, 30.0, 60.0, 120.0)
 KEPT_MODELS = 24
@@ -94,10 +97,11 @@ class AdbTarget:
         parts = [self._property(name) for name in ("ro.product.manufacturer", "ro.product.model", "ro.soc.model")]
         if any(parts):
             return " ".join(dict.fromkeys(part for part in parts if part))
-        _, text = self.device.try_run("cat /proc/cpuinfo")
-        named = re.search(r"^(?:model name|Model|Hardware)\s*:\s*(.+)$", text, re.MULTILINE)
-        _, machine = self.device.try_run("uname -m")
-        return " ".join(named[1].split()) if named else machine.strip() or "unknown"
+        cpuinfo, model, machine = (
+            text if code == 0 else ""
+            for code, text in map(self.device.try_run, (f"cat {CPUINFO}", f"cat {MODEL} 2>/dev/null", "uname -m"))
+        )
+        return processor_name(cpuinfo, model=model, machine=machine)
 
     @cached_property
     def _runner(self) -> Runner:
@@ -121,13 +125,22 @@ class AdbTarget:
         cores = [int(number) for number in re.findall(r"cpu([0-9]+)/cpufreq", names)]
         if not clocks or len(clocks) != len(cores) or self.device.try_run("taskset --help")[0] not in (0, 1):
             return None
-        return f"{sum(1 << core for core, clock in zip(cores, clocks, strict=True) if clock == max(clocks)):x}"
+        big = [core for core, clock in zip(cores, clocks, strict=True) if clock == max(clocks)]
+        if self.config.threads > len(big):
+            warnings.warn(
+                f"{self.device.name} has {len(big)} big cores for {self.config.threads} threads: set 'affinity' to a "
+                f"mask of more cores in the configuration of {self.config.name}, or take fewer threads",
+                stacklevel=2,
+            )
+        return f"{sum(1 << core for core in big):x}"
 
     def identity(self) -> Identity:
         affinity = f"cores {self._mask}" if self._mask else "any"
-        return identity_of(self.config, soc=self._soc, runtime_version=self._runner.version(), affinity=affinity)
+        return identity_of(self.config, soc=self._soc, runtime_version=self._version, affinity=affinity)
 
     def provenance(self) -> dict[str, Any]:
+        with self._alone(COMMAND_S) if self._may_fix else nullcontext():  # to ask for that mode ends it
+            fixed = self._fixed
         _, kernel = self.device.try_run("uname -sr")
         code, record = self.device.try_run(f"cat {shlex.quote(self._record)}")
         return {
@@ -136,7 +149,7 @@ class AdbTarget:
             "program": json.loads(record) if code == 0 and self._runner.program else None,
             "android": self._android or None,
             "kernel": kernel.strip(),
-            "fixed_performance": self._fixed,
+            "fixed_performance": fixed,
             "governor_set": self.config.root,
             **self.conditions(),
         }
@@ -187,6 +200,18 @@ class AdbTarget:
 
     # Timing
 
+    @cached_property
+    def _version(self) -> str:
+        """Of the runtime, when this process first asked: rows of one run are of no other."""
+        return self._runner.version()
+
+    def _same_version(self) -> None:
+        """DeviceError where there is no runtime any more, or another."""
+        if (version := self._runner.version()) != self._version:
+            raise DeviceError(
+                f"{self.device.name} has {version} now, and had {self._version} when this began: run this again"
+            )
+
     def lower(self, graph: OpGraph) -> OpGraph:
         return self.runtime.lower(graph)
 
@@ -196,8 +221,8 @@ class AdbTarget:
     def time_networks(self, networks: Sequence[Network], plan: TimingPlan, *, seed: int) -> list[list[float]]:
         models = [self._model(network) for network in networks]
         runner = self._runner
-        runner.version()  # where there is none, nothing is pushed
         with self._alone(sum(COOL_S) + PUSH_S) as hold:
+            self._same_version()  # where there is none, nothing is pushed
             self._cool()
             names = self._pushed(models)
             hold(runner.seconds(plan, len(models)))
@@ -212,12 +237,15 @@ class AdbTarget:
         folder = f"{self.work}/models"
         self.device.run(f"mkdir -p {shlex.quote(folder)}")
         names = [f"{hashlib.sha256(model).hexdigest()[:24]}{self.runtime.SUFFIX}" for model in models]
-        there = set(self.device.run(f"ls {shlex.quote(folder)}").split())
-        old = sorted(there - set(names))
-        if old and len(there | set(names)) > KEPT_MODELS:
+        listed = self.device.run(
+            f'cd {shlex.quote(folder)} && for file in *; do [ ! -f "$file" ] || echo "$file $(wc -c < "$file")"; done'
+        )
+        there = {name: size.strip() for name, _, size in (line.partition(" ") for line in listed.splitlines())}
+        old = sorted(set(there) - set(names))
+        if old and len(set(there) | set(names)) > KEPT_MODELS:
             self.device.run(f"cd {shlex.quote(folder)} && rm -f {' '.join(map(shlex.quote, old))}")
         for name, model in dict(zip(names, models, strict=True)).items():
-            if name not in there:
+            if there.get(name) != str(len(model)):  # a device that loses power may cut what has arrived
                 self.device.push(model, f"{folder}/{name}")
         return [f"{folder}/{name}" for name in names]
 
@@ -247,20 +275,27 @@ class AdbTarget:
             return f"{owner}:$((now + {math.ceil(min(seconds, LOCK_S))}))"
 
         self.device.run(f"mkdir -p {shlex.quote(self.work)} {shlex.quote(str(Path(self._lock).parent))}")
-        waited = time.monotonic()
+        waited, tries = time.monotonic(), 0
         take = (  # a link is made with all that it says, or not at all
-            f"{now}if ln -s {held_for(seconds)} {lock} 2>/dev/null; then echo taken; "
+            f"{now}if said=$(ln -s {held_for(seconds)} {lock} 2>&1); then echo taken; "
             f"else held=$(readlink {lock}); end=${{held#*:}}; "
             f'if [ "${{held%%:*}}" = {owner} ]; then echo taken; '
             f'elif [ -n "$end" ] && [ $((end - now)) -gt 0 ] && [ $((end - now)) -le {LOCK_S} ]; then echo held; '
-            f'else [ "$(readlink {lock})" = "$held" ] && rm -f {lock}; echo stale; fi; fi'
+            f'else [ -L {lock} ] && [ "$(readlink {lock})" = "$held" ] && rm -f {lock}; echo "stale $said"; fi; fi'
         )
-        while (answer := self.device.run(take).strip()) != "taken":
-            if answer == "held" and time.monotonic() - waited >= self.config.lock_wait_s:
+        while not (answer := self.device.run(take).strip()).startswith("taken"):
+            tries += 1
+            if answer.startswith("held") and time.monotonic() - waited >= self.config.lock_wait_s:
                 raise DeviceError(
                     f"{self.device.name} is being measured by someone else: wait, or remove {self._lock} there"
                 )
-            time.sleep(0.1 if answer == "stale" else LOCK_POLL_S)
+            if answer.startswith("stale") and tries >= STALE_TRIES:
+                said = answer.removeprefix("stale").strip().splitlines()[-1:] or ["no reason given"]
+                raise DeviceError(
+                    f"{self.device.name}: cannot lock it ({said[0]}): set 'workdir' or 'lock' in the configuration of "
+                    f"{self.config.name}, or remove {self._lock} there"
+                )
+            time.sleep(0.1 if answer.startswith("stale") else LOCK_POLL_S)
 
         def hold(seconds: float) -> None:
             mine = shlex.quote(f"{self._lock}.{owner}")
@@ -311,10 +346,14 @@ class AdbTarget:
                 f'while read file governor; do echo "$governor" > "$file"; done < {GOVERNORS}; rm -f {GOVERNORS}'
             )
 
+    @property
+    def _may_fix(self) -> bool:
+        return bool(self.config.fixed_performance and self._android)
+
     @cached_property
     def _fixed(self) -> bool:
         """Whether the clocks can be kept by the operating system: Android 11 and newer, some phones only."""
-        return bool(self.config.fixed_performance and self._android) and self.device.try_run(f"{FIXED} false")[0] == 0
+        return self._may_fix and self.device.try_run(f"{FIXED} false")[0] == 0
 
     @cached_property
     def _shell_of_root(self) -> str:
@@ -356,22 +395,23 @@ class AdbTarget:
             raise UserError(
                 f"{source} has the SHA-256 {digest}, not {self.config.sha256}: nothing was put on the device"
             )
-        self.device.run(f"mkdir -p {shlex.quote(self.work)}")
-        self.device.push(data, runner.path, executable=True)
         record = {"source": source, "sha256": digest, "date": datetime.now(UTC).isoformat(timespec="seconds")}
-        self.device.push(json.dumps(record).encode(), self._record)
+        with self._alone(PUSH_S):  # nobody's program changes while it runs
+            self.device.push(data, runner.path, executable=True)
+            self.device.push(json.dumps(record).encode(), self._record)
         return self.probes()
 
     def clean(self) -> None:
         """Remove all that was put on the device, and set back what was changed."""
-        self._free_clocks()
         runner = self._runner
         ours = [*FILES, f"{self.config.runner}.json", getattr(runner, "name", "device_runner.py")]
         files = " ".join(shlex.quote(f"{name}{end}") for name in ours for end in ("", ".part"))
         folder = shlex.quote(self.work)
-        self.device.run(
-            f"cd {folder} 2>/dev/null || exit 0; rm -rf models; rm -f {files}; cd /; rmdir {folder} 2>/dev/null; true"
-        )
+        with self._alone(PUSH_S):
+            self._free_clocks()
+            self.device.run(
+                f"cd {folder} || exit; rm -rf models; rm -f {files}; cd /; rmdir {folder} 2>/dev/null; true"
+            )
 
 
 def _downloaded(address: str) -> bytes:

@@ -83,7 +83,7 @@ class Runner(ABC):
             f"cd {self.work} || exit {NO_FOLDER}; "
             'if read old < pid && grep -q job "/proc/$old/cmdline"; then kill -9 "-$old" || kill -9 "$old"; fi '
             f"2>/dev/null; rm -f {removes}; {self._wrapped}{limit}{command} > log.txt 2>&1 & echo $! > pid; "
-            "wait $!; code=$?; rm -f pid; exit $code",
+            'wait $!; code=$?; kill -9 "-$!" 2>/dev/null; rm -f pid; exit $code',  # `timeout` may end its child alone
             timeout_s=seconds + 20,
         )
         if code == TIMED_OUT and limit:

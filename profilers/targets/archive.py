@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from profilers.device import DeviceConfig
 from profilers.errors import DeviceError, UserError
 from profilers.ops import OpGraph
+from profilers.runtimes import lowered
 from profilers.table import Identity
 from profilers.targets import Network, Probe, identity_of
 from profilers.timing import TimingPlan
@@ -47,7 +48,7 @@ class ArchiveTarget:
         raise DeviceError(self._absent)
 
     def lower(self, graph: OpGraph) -> OpGraph:
-        return graph
+        return lowered(self.config.runtime, graph)
 
     def time_networks(self, networks: Sequence[Network], plan: TimingPlan, *, seed: int) -> list[list[float]]:
         self._refuse()

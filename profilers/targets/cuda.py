@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +27,8 @@ from profilers.device import DeviceConfig
 from profilers.errors import DeviceError, UserError
 from profilers.gpu import Gpu, GpuState, Loaded, TorchGpu, harmful
 from profilers.ops import OpGraph
+from profilers.processor import this_processor
+from profilers.runtimes import lowered
 from profilers.table import Identity
 from profilers.targets import Network, Probe, identity_of
 from profilers.targets.process import run_module
@@ -35,6 +37,7 @@ from profilers.timing import TimingPlan
 #: Name in a device's configuration -> module, with `version`, `settings` and `loaded`.
 RUNTIMES = {"torch_cuda": "profilers.runtimes.torch_cuda", "onnxruntime": "profilers.runtimes.ort_cuda"}
 DTYPES = ("float32", "tf32", "float16", "bfloat16")
+CAPABILITY = {"tf32": (8, 0), "bfloat16": (8, 0)}  #: of a GPU that has a type: from Ampere on
 LAYOUTS, CLOCKS = ("channels_first", "channels_last"), ("events", "host")
 WARM_S, MOST_WARM_S, WARM_SPREAD = 0.1, 5.0, 0.02  #: at least; at most; of the last WARM_BURSTS
 WARM_RUNS, WARM_BURSTS = 10, 3  #: of a burst while warming up; that have to be alike
@@ -75,6 +78,11 @@ class CudaTarget:
             raise DeviceError(
                 f"the GPU here is a {name}, device {self.config.name} is a {self.config.soc}: --device cuda takes any"
             )
+        have, need = gpu.info().capability, CAPABILITY.get(self.config.dtype, (0, 0))
+        if have < need:
+            raise DeviceError(
+                f"a {name} has no {self.config.dtype}: compute capability {_dotted(need)} has, it is {_dotted(have)}"
+            )
         return gpu
 
     @cached_property
@@ -88,8 +96,11 @@ class CudaTarget:
     def _choices(self) -> str:
         """What the version of a runtime leaves open, and times depend on."""
         l2 = "L2 flushed" if self.config.flush_l2 else "L2 warm"
-        clock = "GPU events" if self.config.clock == "events" else "host clock, launches included"
-        return f"driver {self.gpu.info().driver}, {self.config.layout}, {clock}, {l2}"
+        events = self.config.clock == "events"
+        clock = "GPU events" if events else "host clock, launches included"
+        launches = self.config.execution != "graph" or not events  # which the GPU may wait for
+        by = f", launched by {this_processor()}" if launches else ""
+        return f"driver {self.gpu.info().driver}, {self.config.layout}, {clock}, {l2}{by}"
 
     def identity(self) -> Identity:
         version = self._runtime.version(self.config)
@@ -99,7 +110,7 @@ class CudaTarget:
     def provenance(self) -> dict[str, Any]:
         info = self.gpu.info()
         return {
-            "capability": ".".join(map(str, info.capability)),
+            "capability": _dotted(info.capability),
             "multiprocessors": info.multiprocessors,
             "memory_mb": info.memory_mb,
             "others": self._others,
@@ -129,7 +140,9 @@ class CudaTarget:
     def _clocks(self) -> tuple[bool, str]:
         state = self.gpu.state()
         slowed = f", slowed: {', '.join(state.slowed)}" if state.slowed else ""
-        return not harmful([state]), f"{state.sm_mhz} MHz, {state.temperature_c} degrees, {state.power_w:.0f} W{slowed}"
+        told = ((state.sm_mhz, "MHz"), (state.temperature_c, "degrees"), (state.power_w, "W"))
+        text = ", ".join(f"{value:.0f} {unit}" for value, unit in told if value is not None)
+        return not harmful([state]), (text or "not told") + slowed
 
     def _alone(self) -> None:
         self._runtime.version(self.config)  # what is not there, or none, before anything runs
@@ -145,7 +158,7 @@ class CudaTarget:
     # Timing
 
     def lower(self, graph: OpGraph) -> OpGraph:
-        return graph
+        return lowered(self.config.runtime, graph)
 
     def time_networks(self, networks: Sequence[Network], plan: TimingPlan, *, seed: int) -> list[list[float]]:
         self._alone()
@@ -230,6 +243,11 @@ class CudaTarget:
             loaded = self._load(Network(graph), labelled=True)
             ms = float(np.median(self._time(loaded, PROFILED_RUNS)))
             found = self.gpu.kernels(loaded, PROFILED_RUNS)
+        if unseen := [node.name for node in graph.nodes if node.op.macs and not found.get(node.name)]:
+            raise DeviceError(
+                f"PyTorch's profiler sees no kernels of {unseen[0]}, and {len(unseen) - 1} others: does another "
+                "program profile this GPU, or is CUPTI not allowed here? 'profile --way alone' does without"
+            )
         if self.config.execution == "eager" and sum(found.values()) < BUSY * ms:
             warnings.warn(WAITING, stacklevel=2)
         return found
@@ -252,13 +270,16 @@ class CudaTarget:
         return samples
 
 
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
+
+
 def _main(job: str, result: str) -> None:
     """Time what a file says, write samples to another."""
     import torch
 
     found = torch.load(job, weights_only=False)
-    known = {field.name for field in fields(DeviceConfig)}
-    config = DeviceConfig(**{key: value for key, value in found["config"].items() if key in known} | {"shared": True})
+    config = DeviceConfig(**(found["config"] | {"shared": True}))
     pairs = zip(found["graphs"], found["weights"], strict=True)
     networks = [Network(OpGraph.from_json(graph), weights) for graph, weights in pairs]
     samples = CudaTarget(config).time_networks(networks, TimingPlan(**found["plan"]), seed=found["seed"])

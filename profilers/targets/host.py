@@ -16,6 +16,7 @@ from typing import Any
 from profilers.device import DeviceConfig
 from profilers.errors import DeviceError, UserError
 from profilers.ops import OpGraph
+from profilers.processor import this_processor
 from profilers.runtimes import load_runtime
 from profilers.table import Identity
 from profilers.targets import Network, Probe, identity_of
@@ -35,7 +36,7 @@ class HostTarget:
         self._model = Models(self.runtime, config.dtype)
 
     def identity(self) -> Identity:
-        return identity_of(self.config, soc=_processor(), runtime_version=self.runtime.version())
+        return identity_of(self.config, soc=this_processor(), runtime_version=self.runtime.version())
 
     def provenance(self) -> dict[str, Any]:
         governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
@@ -51,7 +52,7 @@ class HostTarget:
         return {}
 
     def probes(self) -> list[Probe]:
-        probes = [Probe("processor", True, f"{_processor()}, {os.cpu_count()} cores")]
+        probes = [Probe("processor", True, f"{this_processor()}, {os.cpu_count()} cores")]
         try:
             probes.append(Probe("runtime", True, f"{self.config.runtime} {self.runtime.version()}"))
         except DeviceError as error:
@@ -89,15 +90,6 @@ class HostTarget:
             }
             samples: list[list[float]] = json.loads(run_module("profilers.targets.host", stdin=json.dumps(job)))
         return samples
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith(("model name", "Model", "Hardware")):
-                return " ".join(line.split(":", 1)[1].split())
-    return platform.processor() or platform.machine()
 
 
 def _main() -> None:

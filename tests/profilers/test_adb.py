@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -24,7 +25,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from profilers.adb import RETRIES, AdbDevice, LinkLost, ServerLink, open_device
+from profilers.adb import RETRIES, AdbDevice, LinkLost, ServerLink, attached, open_device
 from profilers.device import DeviceConfig, load_device
 from profilers.errors import DeviceError, UserError
 from profilers.ops import OpGraph, OpNode, OpSpec
@@ -238,6 +239,18 @@ def test_models_that_are_there_are_not_pushed_again(config: DeviceConfig) -> Non
     assert link.counts["send"] == before + 1  # the job alone
 
 
+@needs_litert
+def test_a_model_that_was_cut_on_the_device_is_pushed_again(config: DeviceConfig) -> None:
+    target = AdbTarget(config, device(Folder()))
+    target.time_networks(NETWORKS, PLAN, seed=0)
+    models = sorted(Path(config.workdir, "models").iterdir())
+    whole = [path.read_bytes() for path in models]
+    models[0].write_bytes(b"")
+    models[1].write_bytes(whole[1][:100])
+    assert target.time_networks(NETWORKS, PLAN, seed=0)
+    assert [path.read_bytes() for path in models] == whole
+
+
 BENCHMARK_MODEL = """#!/bin/sh
 for flag in "$@"; do case $flag in --graph=*) graph=${flag#--graph=} ;; esac; done
 [ -f "$graph" ] || { echo "ERROR: Benchmarking failed."; exit 1; }
@@ -424,6 +437,21 @@ def test_a_program_is_downloaded_checked_and_recorded(config: DeviceConfig, tmp_
             AdbTarget(replace(config, download=address), device(Folder())).setup(None)
 
 
+@needs_litert
+def test_a_program_that_changes_under_a_run_ends_it(config: DeviceConfig, tmp_path: Path) -> None:
+    binary, config = tmp_path / "benchmark_model", replace(config, runner="benchmark_model")
+    binary.write_text(BENCHMARK_MODEL)
+    target = AdbTarget(config, device(Folder()))
+    target.setup(binary)
+    assert target.time_networks(NETWORKS, PLAN, seed=0)
+    binary.write_text(BENCHMARK_MODEL + "# a night later\n")
+    other = AdbTarget(config, device(Folder()))
+    other.setup(binary)
+    with pytest.raises(DeviceError, match="phone has benchmark_model [0-9a-f]{12} now, and had benchmark_model"):
+        target.time_networks(NETWORKS, PLAN, seed=0)
+    assert other.time_networks(NETWORKS, PLAN, seed=0) and target.identity() != other.identity()
+
+
 # Jobs that do not end, or are left behind
 
 
@@ -442,6 +470,38 @@ def test_a_runner_that_hangs_is_ended_on_the_device(
     with pytest.raises(DeviceError, match="the runner ended with 124: it hangs: no end within 1 s"):
         target.time_networks(NETWORKS, PLAN, seed=0)
     assert not Path("/proc", (tmp_path / "pid").read_text().strip()).exists()
+
+
+TOYBOX = """import signal, subprocess, sys
+child = subprocess.Popen(sys.argv[2:])
+try:
+    sys.exit(child.wait(float(sys.argv[1])))
+except subprocess.TimeoutExpired:
+    child.send_signal(signal.SIGTERM)  # to it alone, as toybox does
+    child.wait()
+    sys.exit(124)
+"""
+
+
+@needs_litert
+def test_a_program_below_a_job_that_hangs_is_ended_too(
+    config: DeviceConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("profilers.targets.adb_runners.ProgramRunner.seconds", lambda *_: 1.0)
+    phone, binary = Phone(tmp_path / "phone"), tmp_path / "benchmark_model"
+    (tmp_path / "toybox.py").write_text(TOYBOX)
+    phone.program("timeout", f'exec {sys.executable} {shlex.quote(str(tmp_path / "toybox.py"))} "$@"')
+    binary.write_text(f"#!/bin/sh\necho $$ > {shlex.quote(str(tmp_path / 'pid'))}\nwhile :; do sleep 0.1; done\n")
+    target = AdbTarget(replace(config, runner="benchmark_model"), device(phone))
+    target.setup(binary)
+    with pytest.raises(DeviceError, match="benchmark_model ended with 124: it hangs: no end within 1 s"):
+        target.time_networks(NETWORKS, PLAN, seed=0)
+    program = Path("/proc", (tmp_path / "pid").read_text().strip())
+    for _ in range(50):  # what was killed goes in its own time
+        if not program.exists():
+            break
+        time.sleep(0.1)
+    assert not program.exists()
 
 
 class Cut(Folder):
@@ -555,6 +615,15 @@ def test_a_phone_tells_its_clocks_and_is_held_to_them(config: DeviceConfig, tmp_
     assert provenance["fixed_performance"] is True and provenance["governor_set"] is True
 
 
+def test_big_cores_too_few_for_the_threads_are_said(config: DeviceConfig, tmp_path: Path) -> None:
+    phone = Phone(tmp_path / "phone")
+    with pytest.warns(UserWarning, match="phone has 2 big cores for 4 threads: set 'affinity' to a mask of more"):
+        assert AdbTarget(replace(config, affinity="big", threads=4), device(phone))._mask == "c"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert AdbTarget(replace(config, affinity="big", threads=2), device(phone))._mask == "c"
+
+
 @needs_litert
 def test_governors_that_a_killed_job_left_are_set_back(config: DeviceConfig, tmp_path: Path) -> None:
     phone = Phone(tmp_path / "phone")
@@ -635,6 +704,37 @@ def test_a_lock_that_someone_holds_is_waited_for_and_then_respected(
         assert not lock.is_symlink()
 
 
+def test_a_phone_that_someone_measures_on_is_left_as_it_is(config: DeviceConfig, tmp_path: Path) -> None:
+    phone, binary = Phone(tmp_path / "phone"), tmp_path / "benchmark_model"
+    binary.write_text(BENCHMARK_MODEL)
+    config = replace(config, runner="benchmark_model", lock_wait_s=0)
+    first, second = (AdbTarget(config, device(phone)) for _ in range(2))
+    first.setup(binary)
+    with first._alone(30), first._steady_clocks():
+        before = sorted(path.name for path in Path(config.workdir).iterdir())
+        for touch in (second.provenance, second.clean, lambda: second.setup(binary)):
+            with pytest.raises(DeviceError, match="being measured by someone else"):
+                touch()
+        assert phone.said.read_text().split()[-1] == "true"
+        assert sorted(path.name for path in Path(config.workdir).iterdir()) == before
+    assert second.provenance()["fixed_performance"] is True
+
+
+@pytest.mark.parametrize("broken", ["a file lies there", "nobody may write there"])
+def test_a_device_that_cannot_be_locked_is_an_error(
+    config: DeviceConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    monkeypatch.setattr("profilers.targets.adb.time.sleep", lambda seconds: None)
+    lock = tmp_path / "lock" if broken == "a file lies there" else Path("/sys/amc-hw.lock")
+    (tmp_path / "lock").write_text("somebody's")
+    with (
+        pytest.raises(DeviceError, match=r"phone: cannot lock it \(ln: .*\): set 'workdir' or 'lock'"),
+        AdbTarget(replace(config, lock=str(lock)), device(Folder()))._alone(30),
+    ):
+        pass
+    assert (tmp_path / "lock").read_text() == "somebody's"
+
+
 def test_a_lock_is_held_anew_once_the_job_begins(config: DeviceConfig) -> None:
     lock, target = Path(config.workdir, "lock"), AdbTarget(config, device(Folder()))
 
@@ -678,6 +778,31 @@ def test_a_lock_is_never_held_by_two(config: DeviceConfig) -> None:
 
 
 # Which device
+
+
+def test_a_server_that_is_only_starting_is_no_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adb = tmp_path / "adb"
+    adb.write_text(
+        "#!/bin/sh\necho '* daemon not running; starting now at tcp:5037'\necho '* daemon started successfully'\n"
+        "echo 'List of devices attached'\nprintf 'A1\\tdevice\\n\\n'\n"
+    )
+    adb.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert attached() == ["A1"]
+
+
+def test_a_server_that_is_not_trusted_says_so_in_the_first_of_its_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adb = tmp_path / "adb"
+    adb.write_text(
+        "#!/bin/sh\n{ echo 'error: device unauthorized.'; echo \"This adb server's \\$ADB_VENDOR_KEYS is not set\"\n"
+        "echo 'Otherwise check for a confirmation dialog on your device.'; } >&2; exit 1\n"
+    )
+    adb.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    with pytest.raises(DeviceError, match="does not trust this computer yet"):
+        ServerLink("A1")
 
 
 def test_a_device_is_named_or_the_only_one(monkeypatch: pytest.MonkeyPatch) -> None:

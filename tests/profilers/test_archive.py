@@ -8,7 +8,7 @@ import pytest
 
 from profilers.device import DeviceConfig, load_device, shipped
 from profilers.errors import DeviceError, UserError
-from profilers.ops import OpGraph, OpNode, OpSpec
+from profilers.ops import OpGraph, OpNode, OpSpec, fuse_adds
 from profilers.table import Identity, LatencyTable
 from profilers.targets import Network, Probe, Target, open_target
 from profilers.targets.archive import ArchiveTarget
@@ -69,8 +69,14 @@ def test_nothing_can_be_timed(attic: Target) -> None:
     assert attic.probes() == [Probe("device", False, ABSENT)]
 
 
-def test_operators_are_those_of_the_network(attic: Target) -> None:
-    assert attic.lower(GRAPH) == GRAPH
+@pytest.mark.parametrize("runtime", ["tflite", "litert", "torch_cuda", "onnxruntime"])
+def test_operators_are_those_of_the_runtime(runtime: str) -> None:
+    conv = OpSpec("conv", (3,), 8, 8, 3)
+    nodes = OpNode("conv", conv, (OpGraph.INPUT,)), OpNode("sum", OpSpec("add", (3, 3), 8, 8, 3), ("conv", "input"))
+    residual = OpGraph(nodes, (3, 8, 8), ("sum",))
+    for graph in (GRAPH, residual):
+        lowered = open_target(config(runtime=runtime)).lower(graph)
+        assert lowered == (fuse_adds(graph) if runtime == "onnxruntime" else graph)
 
 
 def test_the_shipped_pixel_1_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

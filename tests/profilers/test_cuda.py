@@ -21,10 +21,11 @@ from profilers.builders import torch as torch_builder
 from profilers.builders.weights import random_weights
 from profilers.device import DeviceConfig, load_device
 from profilers.errors import DeviceError, UserError
-from profilers.gpu import BUSY_PCT, LOOK_S, Gpu, TorchGpu, lasting, runs_on
+from profilers.gpu import BUSY_PCT, LOOK_S, Gpu, GpuState, TorchGpu, lasting, runs_on
 from profilers.multiple import channel_multiple
 from profilers.ops import OpGraph, OpNode, OpSpec
 from profilers.predictor import Predictor
+from profilers.processor import this_processor
 from profilers.profile import Anchor, ProfileJob, missing_steps
 from profilers.runtimes import ort_cuda, torch_cuda
 from profilers.table import LatencyTable
@@ -82,7 +83,7 @@ def test_clocks_have_risen_before_anything_counts() -> None:
 
 @pytest.mark.parametrize(("clock", "flush"), [("events", False), ("host", False), ("events", True)])
 def test_choices_reach_the_gpu_and_the_identity(clock: str, flush: bool) -> None:
-    gpu = FakeGpu()
+    gpu = FakeGpu("NVIDIA A100")
     target = CudaTarget(replace(CONFIG, clock=clock, flush_l2=flush), gpu)
     target.time_networks([Network(network())], PLAN, seed=0)
     assert {asked[1:] for asked in gpu.asked} == {(flush, clock == "host")}
@@ -96,6 +97,10 @@ def test_choices_reach_the_gpu_and_the_identity(clock: str, flush: bool) -> None
         == 3
     )
     assert "GPU-0" not in str(identities)
+    launched = {
+        each.runtime_version for each in identities if f"launched by {this_processor()}" in each.runtime_version
+    }
+    assert len(launched) == 4  # a graph replayed is the GPU's alone
 
 
 def test_a_bursts_runs_follow_from_how_long_one_takes() -> None:
@@ -183,6 +188,48 @@ def test_a_network_that_does_not_fit_is_a_line() -> None:
     assert caught.value.exit_code == 3 and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("dtype", ["tf32", "bfloat16"])
+def test_a_type_that_the_card_does_not_have_is_refused(dtype: str) -> None:
+    config = replace(CONFIG, dtype=dtype)
+    with pytest.raises(DeviceError, match=f"a NVIDIA TITAN Xp has no {dtype}: compute capability 8.0 has, it is 6.1"):
+        CudaTarget(config, FakeGpu()).identity()
+    assert CudaTarget(config, FakeGpu("NVIDIA A100")).identity().dtype == dtype
+
+
+def test_what_a_card_does_not_tell_is_left_out() -> None:
+    silent = FakeGpu(states=(replace(COOL, power_w=None, memory_mhz=None),))
+    target = CudaTarget(CONFIG, silent)
+    assert target.time_networks([Network(network())], PLAN, seed=0)
+    assert target.conditions()["power_w"] is None
+    assert {probe.name: probe for probe in target.probes()}["clocks"].text == "1800 MHz, 50 degrees"
+
+
+def test_sensors_that_a_card_lacks_are_no_reason_to_refuse_it() -> None:
+    class NotSupported(Exception):
+        pass
+
+    def unsupported(*_: object) -> int:
+        raise NotSupported
+
+    gpu = object.__new__(TorchGpu)
+    gpu._handle = None
+    gpu._nvml = SimpleNamespace(
+        NVMLError=NotSupported,
+        NVMLError_NotSupported=NotSupported,
+        NVML_CLOCK_SM=1,
+        NVML_CLOCK_MEM=2,
+        nvmlDeviceGetCurrentClocksThrottleReasons=lambda handle: 0x24,
+        nvmlDeviceGetClockInfo=lambda handle, kind: {1: 1500}.get(kind) or unsupported(),
+        nvmlDeviceGetTemperature=lambda handle, kind: 60,
+        NVML_TEMPERATURE_GPU=0,
+        nvmlDeviceGetPowerUsage=unsupported,
+    )
+    assert gpu.state() == GpuState(1500, None, 60, None, ("thermal slowdown", "power"))
+    gpu._nvml.nvmlDeviceGetCurrentClocksThrottleReasons = unsupported  # without those times cannot be trusted
+    with pytest.raises(DeviceError, match="NVML does not say how the GPU is doing"):
+        gpu.state()
+
+
 def test_another_gpu_than_the_configurations_is_refused() -> None:
     assert CudaTarget(load_device("titan-xp"), FakeGpu()).identity().batch == 50
     with pytest.raises(DeviceError, match="the GPU here is a NVIDIA TITAN Xp, device h100 is a H100: --device cuda"):
@@ -211,7 +258,7 @@ def test_choices_that_are_none_are_named(change: dict[str, Any], words: str) -> 
 @pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
 def test_a_provider_that_is_not_installed_is_told(provider: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ort_cuda.onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
-    target = CudaTarget(replace(CONFIG, runtime="onnxruntime", provider=provider, dtype="tf32"), FakeGpu())
+    target = CudaTarget(replace(CONFIG, runtime="onnxruntime", provider=provider, dtype="tf32"), FakeGpu("NVIDIA A100"))
     with pytest.raises(DeviceError, match=f"(?i)has no {provider}.*it has CPUExecutionProvider.*onnxruntime-gpu"):
         target.identity()
     assert [probe.ok for probe in target.probes()] == [True, False]
@@ -319,6 +366,13 @@ def test_operators_are_read_in_context_where_kernels_are_of_one_operator(gpu: Gp
     assert all(ms > 0 for ms in found.values())
     for change in ({"execution": "compile"}, {"runtime": "onnxruntime"}):
         assert CudaTarget(replace(CONFIG, **change), gpu).profile_ops(network(), time_s=0.1) is None
+
+
+@pytest.mark.parametrize("execution", ["eager", "graph"])
+def test_a_profiler_that_sees_no_kernels_gives_no_times(execution: str) -> None:
+    target = CudaTarget(replace(CONFIG, execution=execution), FakeGpu(profiler=False))
+    with pytest.raises(DeviceError, match="sees no kernels of stem, and 3 others: .* 'profile --way alone'"):
+        target.profile_ops(network(), time_s=0.1)
 
 
 @pytest.mark.parametrize(("waits_ms", "execution", "told"), [(0.0, "eager", 0), (1.0, "eager", 1), (1.0, "graph", 0)])

@@ -285,12 +285,11 @@ def test_a_log_without_operators_gives_the_network_alone(desk: Desk) -> None:
     assert (whole.details["aside_ms"], whole.details["delegate"], whole.details["partial"]) == (0, None, False)
 
 
+CPU = "Created TensorFlow Lite XNNPACK delegate for CPU."
 XNNPACK = (Op("Convolution (NHWC, F32) GEMM", 340, calls=13), Op("Convolution (NHWC, F32) DWConv", 40, calls=13))
 
 
-@pytest.mark.parametrize(
-    ("line", "delegate"), [("", None), ("INFO: Created TensorFlow Lite XNNPACK delegate for CPU.\n", "XNNPACK")]
-)
+@pytest.mark.parametrize(("line", "delegate"), [("", None), (f"INFO: {CPU}\n", "XNNPACK")])
 def test_kernels_added_up_by_type_give_the_network_alone(desk: Desk, line: str, delegate: str | None) -> None:
     (whole,) = desk.add(new_log(XNNPACK, more=line))
     assert (whole.type, whole.median_ms) == ("network", 13 * 0.38)
@@ -302,6 +301,20 @@ def test_a_partly_run_delegate_is_recorded_and_gives_no_operators(desk: Desk, fo
     (whole,) = desk.add(form(more=f"INFO: {GPU}\n"))
     assert (whole.type, whole.samples_ms) == ("network", (TOTAL_MS,))
     assert (whole.details["delegate"], whole.details["partial"]) == ("GPU", True)
+
+
+def test_what_another_delegate_ran_is_refused(desk: Desk) -> None:
+    desk.add(new_log())
+    assert desk.refusal(new_log(XNNPACK, more=f"INFO: {CPU}\n")) == (
+        "a.txt was run by XNNPACK, a.txt by no delegate: name a device of its own for it"
+    )
+    desk.add(without_operators())  # which does not say
+
+
+def test_logs_of_one_delegate_go_together_and_no_other_does(desk: Desk) -> None:
+    desk.add(new_log(XNNPACK, more=f"INFO: {CPU}\n"))
+    desk.add(new_log(XNNPACK, more=f"INFO: {CPU}\nINFO: once more\n"))
+    assert "was run by no delegate, a.txt by XNNPACK" in desk.refusal(new_log())
 
 
 def test_a_partly_run_delegate_is_not_compared_with_the_table(desk: Desk) -> None:

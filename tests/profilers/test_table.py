@@ -70,6 +70,17 @@ def test_a_bad_line_in_the_middle_is_named(tmp_path: Path, line: str) -> None:
         LatencyTable.read(path)
 
 
+def test_a_table_that_is_moved_away_meanwhile_begins_anew_with_its_header(tmp_path: Path) -> None:
+    path = table(tmp_path)
+    opened = LatencyTable.open(path, IDENTITY)
+    path.rename(tmp_path / "away.jsonl")
+    opened.append([ROW])
+    opened.append([ROW, ROW])
+    found = LatencyTable.read(path)
+    assert (found.identity, found.rows) == (IDENTITY, [ROW] * 3)
+    assert LatencyTable.read(tmp_path / "away.jsonl").rows == [ROW] * 2
+
+
 def test_a_reference_is_that_of_one_network_on_one_device(tmp_path: Path) -> None:
     def row(anchor: str, ms: float, **more: str) -> Measurement:
         return replace(ROW, details={"anchor": anchor, "anchor_ms": ms, **more})
