@@ -173,7 +173,7 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
 def _first_consumer(graph: LayerGraph, group: ChannelGroup) -> Layer:
     """The first convolution or linear layer that reads the group; a channel map only where there is none."""
     readers = [layer for layer in graph.layers if layer.module in group.modules("consumer")]
-    return min(readers, key=lambda layer: layer.op.kind not in ("conv", "linear"))
+    return min(readers, key=lambda layer: layer.op.kind == "channel_map")
 
 
 def _shape_features(layer: Layer) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ import math
 import os
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -37,6 +38,7 @@ Progress = Callable[[int, int, str], None]
 PRECISIONS = ("no", "fp16", "bf16")
 IN_MEMORY = 2_000_000_000  #: bytes of decoded training images that are kept
 STATE = "state.pt"
+SEEDS = 1 << 63  #: of a generator
 PLAN_STEPS = 5  #: that are made to tell what all of them will take
 
 
@@ -84,12 +86,13 @@ class _Order(Sampler[int]):
         return self.count
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
+        generator = torch.Generator().manual_seed((self.seed * 100_003 + self.epoch) % SEEDS)
         return iter(torch.randperm(self.count, generator=generator).tolist())
 
 
 def finetune(policy: Path, config: FinetuneConfig, *, progress: Progress) -> dict[str, Any]:
-    """Train the pruned network of `policy` on its data set's training split; a new policy in a folder of its own.
+    """Train the pruned network of `policy` on its data set's training split; a new policy in a folder of its own, with
+    the weights of the epoch that is best on held-out images, those before any of them included.
 
     UserError where the policy's task has no labels, FailedError where the loss is no longer finite.
     """
@@ -123,7 +126,10 @@ def finetune(policy: Path, config: FinetuneConfig, *, progress: Progress) -> dic
             "accuracy_after": after,
             "baseline_accuracy": baseline[0] if baseline else None,
             "accuracy_split": "test",
+            "held_out_before": run.before,
+            "held_out_after": run.best[0],
             "epochs": config.epochs,
+            "epoch_kept": run.best[1],
             "processes": accelerator.num_processes,
             "seconds": time.monotonic() - start,
         }
@@ -226,6 +232,8 @@ class _Run:
         if not len(self.loader):
             raise UserError(f"--batch {config.batch} on {accelerator.num_processes} processes is larger than the split")
         self.steps = config.epochs * len(self.loader)
+        self.before = math.nan  # held-out accuracy, of the main process alone
+        self.best: tuple[float, int, dict[str, Tensor]] = (math.nan, 0, {})  # that, after how many epochs, weights
         self.unpruned = _unpruned(pruned, config.checkpoint)
         self.teacher = self.unpruned if config.distill else None
         if self.teacher is not None:
@@ -239,10 +247,36 @@ class _Run:
         return self.config.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(self.steps - warm, 1)))
 
     def train(self) -> nn.Module:
+        if self.accelerator.is_main_process:
+            self.before = self._held_out()
+            self.best = self.before, 0, self._weights()
+            self.progress(0, self.steps, f"before: held-out accuracy {self.before:.4f}")
         first = self._resume()
         for epoch in range(first, self.config.epochs):
             self._epoch(epoch)
-        return self.accelerator.unwrap_model(self.module).cpu().eval()
+        module: nn.Module = self.accelerator.unwrap_model(self.module).cpu().eval()
+        accuracy, kept, weights = self.best
+        if self.accelerator.is_main_process:
+            module.load_state_dict(weights)
+            if kept == 0:
+                warnings.warn(
+                    f"no epoch was better than the policy was before (held-out accuracy {accuracy:.4f}): its weights "
+                    f"stay as they were; try a lower --lr than {self.config.lr:g}, or more --epochs",
+                    stacklevel=2,
+                )
+            elif kept < self.config.epochs:
+                self.progress(0, self.steps, f"epoch {kept} was the best: its weights are kept")
+        return module
+
+    def _held_out(self) -> float:
+        module = self.accelerator.unwrap_model(self.module)
+        found = self.task.score(module.cpu().eval())
+        module.to(self.accelerator.device)
+        return found
+
+    def _weights(self) -> dict[str, Tensor]:
+        state = self.accelerator.unwrap_model(self.module).state_dict()
+        return {name: value.detach().cpu().clone() for name, value in state.items()}
 
     def _resume(self) -> int:
         path = self.out / STATE
@@ -252,6 +286,7 @@ class _Run:
             state = torch.load(path, map_location="cpu", weights_only=True)
             self.accelerator.unwrap_model(self.module).load_state_dict(state["module"])
             self.optimizer.load_state_dict(state["optimizer"])
+            self.best = state["best"]
         except Exception as error:
             raise UserError(f"{path} is damaged ({type(error).__name__}): remove it to begin again") from None
         return int(state["epoch"]) + 1
@@ -261,7 +296,8 @@ class _Run:
             return
         buffer = io.BytesIO()
         module = self.accelerator.unwrap_model(self.module)
-        torch.save({"epoch": epoch, "module": module.state_dict(), "optimizer": self.optimizer.state_dict()}, buffer)
+        optimizer = self.optimizer.state_dict()
+        torch.save({"epoch": epoch, "module": module.state_dict(), "optimizer": optimizer, "best": self.best}, buffer)
         write_whole(self.out / STATE, buffer.getvalue())
 
     def _epoch(self, epoch: int) -> None:
@@ -275,9 +311,9 @@ class _Run:
                 raise FailedError(f"the loss is no longer finite in epoch {epoch + 1}: lower --lr {config.lr:g}")
             self.progress(step, self.steps, f"epoch {epoch + 1} of {config.epochs}, loss {total / count:.3f}")
         if self.accelerator.is_main_process:
-            module = self.accelerator.unwrap_model(self.module)
-            held_out = self.task.score(module.cpu().eval())
-            module.to(self.accelerator.device)
+            held_out = self._held_out()
+            if held_out >= self.best[0]:  # of equals the later
+                self.best = held_out, epoch + 1, self._weights()
             text = f"epoch {epoch + 1} of {config.epochs}: loss {total / count:.4f}, held-out accuracy {held_out:.4f}"
             self.progress(0, self.steps, text)
             seconds = time.monotonic() - start
@@ -296,7 +332,7 @@ class _Run:
     def _step(self, step: int, images: Tensor, labels: Tensor) -> float:
         """One step of the optimizer; its loss."""
         rank = self.accelerator.process_index
-        generator = torch.Generator().manual_seed((self.config.seed * 1009 + step) * 1009 + rank)
+        generator = torch.Generator().manual_seed(((self.config.seed * 1009 + step) * 1009 + rank) % SEEDS)
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate(step)
         loss = self._loss(self._varied(images, generator), labels)

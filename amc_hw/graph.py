@@ -17,7 +17,7 @@ from scipy.sparse import coo_array, csgraph
 from torch import Tensor, nn
 
 from amc_hw.errors import UserError
-from amc_hw.symbolic import eval_mode
+from amc_hw.symbolic import eval_mode, own_tensors, shared_tensors
 from amc_hw.tracing import TracedOp, TracedOps, trace_ops
 from profilers.ops import PRODUCER_KINDS, OpGraph, OpNode, OpSpec
 
@@ -201,7 +201,7 @@ def build_graph(
     examples = [torch.zeros(1, *input_shape)] if examples is None else examples
     with eval_mode(module):
         traced = trace_ops(module, *examples)
-    couplings = _Couplings(traced)
+    couplings = _Couplings(replace(traced, fixed=traced.fixed | _sharing(module, traced)))
     names = list(dict.fromkeys(name for op in traced.ops for name in (op.module, op.batch_norm) if name))
     for pattern in keep:
         if not any(_named_by(name, pattern) for name in names):
@@ -224,6 +224,17 @@ def build_graph(
     )
     more = tuple((name, shape) for name, shape in traced.input_shapes.items() if name != OpGraph.INPUT)
     return LayerGraph(layers, groups, frozen, input_shape, traced.outputs, more)
+
+
+def _sharing(module: nn.Module, traced: TracedOps) -> dict[str, str]:
+    """What layers that share weights read and give, with the reason why it stays as wide as it is."""
+    shared, found = shared_tensors(module), dict[str, str]()
+    modules = dict(module.named_modules())
+    for op in traced.ops:
+        for name in (op.module, op.batch_norm):
+            if name in modules and any(id(tensor) in shared for tensor in own_tensors(modules[name]).values()):
+                found |= dict.fromkeys((*op.inputs, op.name), f"{name} shares its weights with another layer")
+    return found
 
 
 def _named_by(module: str, pattern: str) -> bool:

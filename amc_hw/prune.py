@@ -7,7 +7,6 @@ that *read* them: every consumer of a group is refitted afterwards (`amc_hw.refi
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from amc_hw.errors import UserError
 from amc_hw.graph import LayerGraph
 from amc_hw.models.channel_map import ChannelMap
+from amc_hw.symbolic import own_tensors, shared_tensors
 
 Kept = Mapping[str, np.ndarray]  # group name -> channels that stay; a group that is not named keeps all of them
 
@@ -104,7 +104,7 @@ def slice_channels(module: nn.Module, graph: LayerGraph, kept: Kept) -> nn.Modul
     sliced, and their attributes (`in_channels`, `num_features`, ...) say so. Sizes written into the network's own
     forward() are not. Raises UserError where a weight is shared between layers, or not a plain parameter.
     """
-    owners = Counter(id(tensor) for part in module.modules() for tensor in _tensors(part).values())
+    shared = shared_tensors(module)
     smaller: dict[int, Any] = {}  # what deepcopy takes in place of a copy, by id
     attributes: dict[str, dict[str, int]] = {}
     for name, axes in kept_axes(graph, kept).items():
@@ -113,10 +113,10 @@ def slice_channels(module: nn.Module, graph: LayerGraph, kept: Kept) -> nn.Modul
             smaller[id(part)] = _sliced_map(part, axes)
             continue
         attributes[name] = _sliced_attributes(part, name, axes)
-        for key, tensor in _tensors(part).items():
+        for key, tensor in own_tensors(part).items():
             if tensor.dim() == 0:  # batch-norm counts its batches in a scalar
                 continue
-            if owners[id(tensor)] > 1:
+            if id(tensor) in shared:
                 raise UserError(f"{name}.{key} is shared with another layer: such a network cannot be pruned")
             sliced = tensor.detach()
             turned = key == "weight" and isinstance(part, nn.ConvTranspose2d)
@@ -134,11 +134,6 @@ def slice_channels(module: nn.Module, graph: LayerGraph, kept: Kept) -> nn.Modul
         for attribute, value in values.items():
             setattr(part, attribute, value)
     return copied
-
-
-def _tensors(part: nn.Module) -> dict[str, Tensor]:
-    """A module's own parameters and buffers."""
-    return {name: value for name, value in (*part._parameters.items(), *part._buffers.items()) if value is not None}
 
 
 def _sliced_attributes(part: nn.Module, name: str, axes: KeptAxes) -> dict[str, int]:

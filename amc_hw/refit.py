@@ -20,7 +20,7 @@ from amc_hw.graph import LayerGraph
 from amc_hw.models.channel_map import ChannelMap
 from amc_hw.padding import padded, padding_of
 from amc_hw.prune import Kept, KeptAxes, kept_axes, plain_weight
-from amc_hw.symbolic import batch_norm_affine, eval_mode, trace_fx
+from amc_hw.symbolic import batch_norm_affine, eval_mode, own_tensors, shared_tensors, trace_fx
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,17 +136,20 @@ def refit_faithful(
     the same positions after the batch-norm, the shortcut's error included, so that the sum matches (He et al., ICCV
     2017, section 3.2). Where a rectifier follows, an output only has to lie on the right side of its bend (Zhang et
     al., TPAMI 2016, section 2.2): solved by a few rounds in which such targets follow the prediction.
-    A layer that is called at several places keeps its weights: a refit for one would spoil the others.
+    A layer that is called at several places, or shares its weights, keeps them: a refit for one would spoil the others.
     """
     axes = kept_axes(graph, kept)
     touched = {name.rsplit(".", depth)[0] for name in axes for depth in range(name.count(".") + 1)}
     generator = torch.Generator().manual_seed(seed)
+    shared = shared_tensors(sliced)
     with eval_mode(module), eval_mode(sliced):
         run = _Lockstep(module, sliced, images)
         for node in run.nodes:
             run.unpruned(node)
             once = node.op == "call_module" and run.calls[node.target] == 1
             layer = sliced.get_submodule(str(node.target)) if once else None
+            if layer is not None and any(id(tensor) in shared for tensor in own_tensors(layer).values()):
+                layer = None
             if layer is not None and _refittable(layer) and run.differs(node.all_input_nodes[0]):
                 out = axes.get(str(node.target), KeptAxes()).out
                 channels = None if out is None else torch.from_numpy(out)
@@ -342,8 +345,8 @@ def _absorb(norm: nn.Module, inputs: Tensor) -> None:
     takes nothing of the refit back."""
     scale, offset = batch_norm_affine(norm)
     assert isinstance(norm, nn.BatchNorm2d) and norm.running_var is not None and norm.running_mean is not None
-    if not norm.affine:
-        return  # without weights of its own it cannot keep its function
+    if not norm.affine or len(inputs) < 2:
+        return  # without weights of its own it cannot keep its function; one row has no variance
     norm.running_mean.copy_(inputs.mean(0))
     norm.running_var.copy_(inputs.var(0))
     norm.weight.copy_(scale * (norm.running_var + norm.eps).sqrt())
@@ -462,8 +465,8 @@ def count_of(inputs: Inputs) -> int:
 
 @torch.no_grad()
 def reestimate_batch_norm(module: nn.Module, images: Inputs, *, batch: int = 128) -> None:
-    """Batch-norm statistics as the plain average over `images`; everything else stays in eval mode. A single image
-    of a batch is left out: where a map is one pixel it has no variance."""
+    """Batch-norm statistics as the plain average over batches of nearly equal size, of `batch` images at most;
+    everything else stays in eval mode. A single image leaves them: where a map is one pixel it has no variance."""
     norms = [part for part in module.modules() if isinstance(part, nn.BatchNorm2d) and part.track_running_stats]
     if not norms or count_of(images) < 2:
         return
@@ -473,8 +476,9 @@ def reestimate_batch_norm(module: nn.Module, images: Inputs, *, batch: int = 128
             norm.reset_running_stats()
             norm.momentum = None
             norm.train()
-        for chunk in batches(images, batch):
-            if len(chunk[0]) > 1:
-                module(*chunk)
+        parts = (images,) if isinstance(images, Tensor) else images
+        even = math.ceil(count_of(images) / batch)
+        for chunk in zip(*(part.tensor_split(even) for part in parts), strict=True):
+            module(*chunk)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

@@ -6,17 +6,18 @@ milliseconds are three instances of that one class: a FLOPs policy and a latency
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
 import numpy as np
 
 from amc_hw.errors import BudgetError, UserError
-from amc_hw.graph import Channels, Layer, LayerGraph
-from amc_hw.min_sum import MAX_TABLE_ENTRIES, Factor, MinSum
+from amc_hw.graph import Layer, LayerGraph
+from amc_hw.min_sum import MAX_TABLE_ENTRIES, MinSum, Sum
 from profilers.ops import TWO_AXIS_KINDS, OpGraph, OpSpec
 
 Grids = tuple[tuple[int, ...], ...]
@@ -38,6 +39,56 @@ class Term:
         if not self.groups or list(self.groups) != sorted(set(self.groups)) or self.values.ndim != len(self.groups):
             raise ValueError(f"a term needs ascending groups and one axis for each: {self.groups}, {self.values.shape}")
 
+    def at(self, positions: Sequence[int]) -> float:
+        """The cost at positions in the grids, one per group of the model."""
+        return float(self.values[tuple(positions[group] for group in self.groups)])
+
+    def table(self, allowed: Sequence[Sequence[int]]) -> np.ndarray:
+        """The values at those positions in the grids alone, one axis per group of `groups`."""
+        return self.values[np.ix_(*(allowed[group] for group in self.groups))]
+
+    def factor(self, allowed: Sequence[Sequence[int]]) -> tuple[Sequence[int | Sum], np.ndarray]:
+        """The same for `MinSum`."""
+        return self.groups, self.table(allowed)
+
+
+@dataclass(frozen=True, eq=False)
+class SumTerm:
+    """A cost that depends on sums of widths, such as the channels of a concatenation: of these there are far fewer
+    than combinations of widths. axes: of `values`; the amounts of a `Sum` are those of its groups' grids."""
+
+    axes: tuple[Sum, ...]
+    values: np.ndarray
+
+    @cached_property
+    def groups(self) -> tuple[int, ...]:
+        """Those that it depends on, ascending."""
+        return tuple(sorted({group for axis in self.axes for group, _ in axis.parts}))
+
+    def at(self, positions: Sequence[int]) -> float:
+        sums = (sum(int(amounts[positions[group]]) for group, amounts in axis.parts) for axis in self.axes)
+        return float(
+            self.values[tuple(np.searchsorted(axis.levels, one) for axis, one in zip(self.axes, sums, strict=True))]
+        )
+
+    def table(self, allowed: Sequence[Sequence[int]]) -> np.ndarray:
+        index = []
+        for axis in self.axes:
+            total = np.zeros((1,) * len(self.groups), dtype=np.int64)
+            for group, amounts in axis.parts:
+                along = [-1 if each == group else 1 for each in self.groups]
+                total = total + amounts[list(allowed[group])].reshape(along)
+            index.append(np.searchsorted(axis.levels, total))
+        shape = tuple(len(allowed[group]) for group in self.groups)
+        return np.broadcast_to(self.values[tuple(np.broadcast_arrays(*index))], shape)
+
+    def factor(self, allowed: Sequence[Sequence[int]]) -> tuple[Sequence[int | Sum], np.ndarray]:
+        axes = [
+            Sum(tuple((group, amounts[list(allowed[group])]) for group, amounts in axis.parts), axis.levels)
+            for axis in self.axes
+        ]
+        return axes, self.values
+
 
 @dataclass(frozen=True, eq=False)
 class CostModel:
@@ -49,7 +100,7 @@ class CostModel:
     """
 
     grids: Grids
-    terms: tuple[Term, ...]
+    terms: tuple[Term | SumTerm, ...]
     constant: float
     unit: str
     noise: float = 0.0
@@ -79,8 +130,7 @@ class CostModel:
 
     def cost_at(self, positions: Sequence[int], touching: int | None = None) -> float:
         """The cost at positions in the grids; with `touching`, only of the terms that touch that group."""
-        chosen = [term for term in self.terms if touching is None or touching in term.groups]
-        total = sum(float(term.values[tuple(positions[g] for g in term.groups)]) for term in chosen)
+        total = sum(term.at(positions) for term in self.terms if touching is None or touching in term.groups)
         return total + self.constant if touching is None else total
 
     @cached_property
@@ -132,36 +182,25 @@ def latency_model(
     graph: LayerGraph, grids: Sequence[Sequence[int]], predictor: Predictor, *, batch: int = 1
 ) -> CostModel:
     """Predicted milliseconds of one inference of `batch` images, from a latency table; the noise is the predictor's
-    known error.
-
-    Raises UserError for an operator that depends on so many groups that its table would not fit.
-    """
+    known error."""
     checked = _checked_grids(graph, grids)
     index: dict[OpSpec, int] = {}  # every distinct operator once, in order of appearance
     seen: dict[tuple[OpSpec, bytes], np.ndarray] = {}
-    places: list[tuple[tuple[int, ...], tuple[int, ...], np.ndarray]] = []  # groups, shape, indices into op_ms
+    places: list[tuple[tuple[Sum, ...], np.ndarray]] = []  # axes, indices into op_ms
     layers = {layer.name: layer for layer in graph.layers}
+    sums = _Sums(checked)
     for node in predictor.lower(graph.op_graph(batch=batch)).nodes:
-        layer = replace(layers[node.name], op=node.op)
-        shape = _term_shape(layer, checked)
-        counts = [_counts(part, layer.groups, checked).reshape(-1) for part in (*layer.sources, layer.out)]
-        rows = np.stack([np.broadcast_to(count, math.prod(shape)) for count in counts], axis=1)
-        key = (node.op, rows.tobytes())
+        axes, counts = sums.of(layers[node.name])
+        key = (node.op, b"|".join(each.tobytes() for each in counts))
         if key not in seen:
-            _, first, inverse = np.unique(rows, axis=0, return_index=True, return_inverse=True)
-            widths = list(graph.full_widths)
-            numbers = []
-            for flat in first:
-                for group, position in zip(layer.groups, np.unravel_index(flat, shape), strict=True):
-                    widths[group] = checked[group][position]
-                numbers.append(index.setdefault(layer.at(widths), len(index)))
-            seen[key] = np.array(numbers)[inverse.reshape(-1)]
-        places.append((layer.groups, shape, seen[key]))
+            ops = (node.op.with_axes(at) for at in itertools.product(*(each.tolist() for each in counts)))
+            seen[key] = np.array([index.setdefault(op, len(index)) for op in ops])
+        places.append((axes, seen[key].reshape([len(axis.levels) for axis in axes])))
     each_ms = np.asarray(predictor.op_ms(list(index)), dtype=float)
     if each_ms.shape != (len(index),) or not np.isfinite(each_ms).all():
         raise ValueError("a predictor must return one finite number of milliseconds per operator")
-    parts = [(groups, each_ms[numbers].reshape(shape)) for groups, shape, numbers in places]
     noise = 0.0 if predictor.error_pct is None else predictor.error_pct / 100
+    parts = [(axes, each_ms[numbers]) for axes, numbers in places]
     return _model(checked, parts, predictor.constant_ms, "ms", noise)
 
 
@@ -175,32 +214,81 @@ def _counted(
     """A model of a quantity of layers that is linear in the outputs and affine in the inputs, as MACs and parameters
     are."""
     checked = _checked_grids(graph, grids)
-    parts: list[Factor] = []
+    sums = _Sums(checked)
+    parts: list[tuple[tuple[Sum, ...], np.ndarray]] = []
     for layer in layers:
         if not quantity(layer.op):
             continue
-        if not layer.groups:
-            parts.append(((), np.array(float(quantity(layer.op)))))
-            continue
-        shape = _term_shape(layer, checked)
-        out = _counts(layer.out, layer.groups, checked)
-        if layer.op.kind in TWO_AXIS_KINDS:
+        axes, counts = sums.of(layer)
+        if not axes:
+            values = np.array(quantity(layer.op))
+        elif layer.op.kind in TWO_AXIS_KINDS:
             first, second = (quantity(layer.op.with_axes((inputs, 1))) for inputs in (1, 2))
-            inputs = _counts(layer.sources[0], layer.groups, checked)
-            values = out * (first + (inputs - 1) * (second - first))
+            values = np.outer(first + (counts[0] - 1) * (second - first), counts[1])
         else:
-            values = out * quantity(layer.op.with_axes((1,)))
-        parts.append((layer.groups, np.broadcast_to(values, shape).astype(float)))
+            values = counts[0] * quantity(layer.op.with_axes((1,)))
+        parts.append((axes, values.astype(float).reshape([len(axis.levels) for axis in axes])))
     return _model(checked, parts, 0.0, unit, 0.0)
 
 
-def _model(grids: Grids, parts: Iterable[Factor], constant: float, unit: str, noise: float) -> CostModel:
-    """Terms over the same groups become one; those over none join the constant."""
-    merged: dict[tuple[int, ...], np.ndarray] = {}
-    for groups, values in parts:
-        merged[groups] = merged[groups] + values if groups in merged else values
-    constant += float(merged.pop((), np.zeros(())))
-    return CostModel(grids, tuple(Term(*item) for item in sorted(merged.items())), constant, unit, noise)
+class _Sums:
+    """The channels of tensors as axes of tables."""
+
+    def __init__(self, grids: Grids) -> None:
+        self._grids = grids
+        self._known: dict[tuple[tuple[int, int], ...], Sum] = {}
+
+    def of(self, layer: Layer) -> tuple[tuple[Sum, ...], list[np.ndarray]]:
+        """For every width that the layer's operator has (`OpSpec.axes`) the counts that it takes, and the axes of those
+        that groups move; UserError where a table over them would be too large."""
+        if layer.op.kind in TWO_AXIS_KINDS:
+            widths = [layer.sources[0], layer.out]
+        else:
+            widths = [layer.out if layer.op.kind == "concat" else layer.sources[0]]
+        axes, counts = [], []
+        for part in widths:
+            if part.terms:
+                axes.append(self._sum(part.terms))
+                counts.append(part.constant + axes[-1].levels)
+            else:
+                counts.append(np.array([part.constant]))
+        if (size := math.prod(map(len, counts))) > MAX_TERM_ENTRIES:
+            raise UserError(
+                f"operator {layer.name} has {size} combinations of widths (at most {MAX_TERM_ENTRIES}): use a larger "
+                "--channel-multiple"
+            )
+        return tuple(axes), counts
+
+    def _sum(self, terms: tuple[tuple[int, int], ...]) -> Sum:
+        if terms not in self._known:
+            parts = [(group, repeat * np.array(self._grids[group])) for group, repeat in sorted(terms)]
+            levels = np.zeros(1, dtype=int)
+            for _, amounts in parts:
+                levels = np.unique(levels[:, None] + amounts)
+            self._known[terms] = Sum(tuple(parts), levels)
+        return self._known[terms]
+
+
+def _model(
+    grids: Grids, parts: Iterable[tuple[tuple[Sum, ...], np.ndarray]], constant: float, unit: str, noise: float
+) -> CostModel:
+    """Terms over the same groups or sums become one; those over none join the constant."""
+    plain: dict[tuple[int, ...], np.ndarray] = {}
+    sums: dict[tuple[Sum, ...], np.ndarray] = {}
+    for axes, values in parts:
+        if any(len(axis.parts) > 1 for axis in axes):
+            sums[axes] = sums[axes] + values if axes in sums else values
+            continue
+        each = [axis.parts[0][0] for axis in axes]
+        groups = tuple(sorted(set(each)))
+        values = np.einsum(values, [groups.index(group) for group in each], range(len(groups)))
+        plain[groups] = plain[groups] + values if groups in plain else values
+    constant += float(plain.pop((), np.zeros(())))
+    terms: list[Term | SumTerm] = [
+        *(Term(*item) for item in sorted(plain.items())),
+        *(SumTerm(*item) for item in sums.items()),
+    ]
+    return CostModel(grids, tuple(terms), constant, unit, noise)
 
 
 def _checked_grids(graph: LayerGraph, grids: Sequence[Sequence[int]]) -> Grids:
@@ -211,26 +299,6 @@ def _checked_grids(graph: LayerGraph, grids: Sequence[Sequence[int]]) -> Grids:
         if not grid or list(grid) != sorted(set(grid)) or grid[0] < 1 or grid[-1] != group.width:
             raise ValueError(f"the grid of {group.name} must ascend to its full width {group.width}: {grid}")
     return checked
-
-
-def _term_shape(layer: Layer, grids: Grids) -> tuple[int, ...]:
-    shape = tuple(len(grids[group]) for group in layer.groups)
-    if math.prod(shape) > MAX_TERM_ENTRIES:
-        raise UserError(
-            f"operator {layer.name} depends on {len(shape)} channel groups: {math.prod(shape)} combinations of widths "
-            f"(at most {MAX_TERM_ENTRIES}); use a larger --channel-multiple or freeze some of its inputs"
-        )
-    return shape
-
-
-def _counts(part: Channels, groups: tuple[int, ...], grids: Grids) -> np.ndarray:
-    """Channels of a tensor at every combination of the groups' widths, broadcastable to one axis per group."""
-    total = np.full((1,) * len(groups), part.constant, dtype=np.int64)
-    for group, repeat in part.terms:
-        axis = [1] * len(groups)
-        axis[groups.index(group)] = -1
-        total = total + repeat * np.array(grids[group], dtype=np.int64).reshape(axis)
-    return np.broadcast_to(total, tuple(len(grids[group]) for group in groups))
 
 
 @dataclass(frozen=True)
@@ -276,7 +344,8 @@ class Completer:
 
     def __init__(self, model: CostModel, *, max_entries: int = MAX_TABLE_ENTRIES) -> None:
         self.model = model
-        self._sum = MinSum([(t.groups, t.values) for t in model.terms], [len(g) for g in model.grids], max_entries)
+        every = [range(len(grid)) for grid in model.grids]
+        self._sum = MinSum([term.factor(every) for term in model.terms], [len(each) for each in every], max_entries)
         self._last: tuple[tuple[int, ...], np.ndarray] | None = None
 
     @property
@@ -295,15 +364,9 @@ class Completer:
             self._last = (at, self._sum.offers(at) + self.model.constant)
         return self._last[1]
 
-    def best(self, decided: Sequence[int] | Mapping[int, int] = ()) -> tuple[float, tuple[int, ...]]:
-        """(cost, widths) of the cheapest completion known.
-
-        decided: widths of the first groups, or a mapping of group index -> width for any of them.
-        """
-        if isinstance(decided, Mapping):
-            at = self._sum.complete_any({g: self.model.position(g, width) for g, width in decided.items()})
-        else:
-            at = self._sum.complete(self.model.positions(decided))
+    def best(self, decided: Sequence[int] = ()) -> tuple[float, tuple[int, ...]]:
+        """(cost, widths) of the cheapest completion known; decided: widths of the first groups."""
+        at = self._sum.complete(self.model.positions(decided))
         return self.model.cost_at(at), tuple(grid[i] for grid, i in zip(self.model.grids, at, strict=True))
 
 

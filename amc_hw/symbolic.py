@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -59,6 +60,17 @@ def _drop_constants(graph: fx.Graph, constants: Mapping[str, Any]) -> None:
     for node in reversed(list(graph.nodes)):
         if node in doomed:
             graph.erase_node(node)
+
+
+def own_tensors(part: nn.Module) -> dict[str, torch.Tensor]:
+    """A module's own parameters and buffers."""
+    return {name: value for name, value in (*part._parameters.items(), *part._buffers.items()) if value is not None}
+
+
+def shared_tensors(module: nn.Module) -> set[int]:
+    """Ids of the tensors that several of the network's modules hold; a batch-norm's count is in none."""
+    owners = Counter(id(value) for part in module.modules() for value in own_tensors(part).values() if value.dim())
+    return {tensor for tensor, count in owners.items() if count > 1}
 
 
 @contextmanager

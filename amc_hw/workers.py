@@ -34,11 +34,13 @@ Widths = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a worker needs for an `Evaluator` like the parent's. state: of the network that a search begins with; base:
-    the policy that this was pruned by before; task, options: keywords of `load_task` and `Evaluator`."""
+    """What a worker needs for an `Evaluator` like the parent's. normalisation: mean and deviation. state: of the
+    network that a search begins with; base: the policy that this was pruned by before; task, options: keywords of
+    `load_task` and `Evaluator`."""
 
     spec: str
     input_shape: tuple[int, ...]
+    normalisation: tuple[tuple[float, ...], tuple[float, ...]]
     keep: tuple[str, ...]
     base: Policy | None
     state: dict[str, torch.Tensor]
@@ -48,7 +50,8 @@ class Recipe:
     @classmethod
     def of(cls, subject: Subject, task: dict[str, Any], **options: Any) -> Recipe:
         model = subject.model
-        return cls(model.found, model.input_shape, subject.keep, subject.base, model.module.state_dict(), task, options)
+        network = model.found, model.input_shape, (model.mean, model.std)
+        return cls(*network, subject.keep, subject.base, model.module.state_dict(), task, options)
 
     def evaluator(self) -> Evaluator:
         keep = self.keep if self.base is None else self.base.keep
@@ -56,6 +59,7 @@ class Recipe:
         if self.base is not None:
             model = replace(model, module=slice_channels(model.module, graph, self.base.kept_arrays()))
             graph = build_graph(model.module, model.input_shape, examples=model.example_inputs, keep=self.keep)
+        model = replace(model, mean=self.normalisation[0], std=self.normalisation[1])
         model.module.load_state_dict(self.state)
         model.module.eval()
         task = load_task(model, **self.task)

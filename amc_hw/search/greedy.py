@@ -12,6 +12,7 @@ from typing import Any
 from amc_hw.env import PruningEnv
 from amc_hw.resources import ROUNDING, CostModel
 from amc_hw.search.method import Method, judged
+from amc_hw.search.sensitivity import spread
 
 
 class GreedySearch(Method):
@@ -37,7 +38,7 @@ class GreedySearch(Method):
             at = model.full_widths
         while (cost := model.cost(at)) > limit * (1 + ROUNDING) and left > 0:
             goal = cost - (cost - limit) / max(1, left // (len(model.grids) + 1))
-            offers = offered(model, at, goal)[: max(left - 1, 1)]
+            offers = spread(offered(model, at, goal), max(left - 1, 1))
             if not offers:
                 return
             found = []

@@ -19,7 +19,7 @@ from scipy import optimize, sparse
 from amc_hw.env import PruningEnv
 from amc_hw.min_sum import MinSum
 from amc_hw.resources import ROUNDING, Completer, CostModel
-from amc_hw.search.sensitivity import SHARE, Curves, CurveSearch, measure_curves
+from amc_hw.search.sensitivity import SHARE, Curves, CurveSearch, measure_curves, spread
 
 MAX_VARIABLES = 60_000  #: of the integer program; larger ones are solved by Lagrange multipliers alone
 NODES = 2000  #: of its branches, at most: a limit of time would let the machine's load choose the policy
@@ -82,7 +82,7 @@ class KnapsackSearch(CurveSearch):
             step = max(1, round(0.15 * len(grid)))
             places = sorted({max(place - step, 0), place, min(place + step, len(grid) - 1)})
             wanted += [(group, grid[other]) for other in places if other != place]
-        new = [each for each in wanted if curves.widths(*each) not in self.known][: max(left - 1, 0)]
+        new = spread([each for each in wanted if curves.widths(*each) not in self.known], left - 1)
         env.ahead([curves.widths(*each) for each in new])
         for each in wanted:
             if each in new:
@@ -143,13 +143,13 @@ def _lagrange(
     """The best of what prices per unit of cost give, each exactly minimised; None where nothing is within the limit."""
     sizes = [len(each) for each in allowed]
     unary = [((group,), loss[allowed[group]]) for group, loss in enumerate(losses)]
-    terms = [(term.groups, term.values[np.ix_(*(allowed[group] for group in term.groups))]) for term in model.terms]
+    terms = [term.factor(allowed) for term in model.terms]
     scale = max(float(loss.max() - loss.min()) for loss in losses) or 1.0
     low, high = 0.0, 1e3 * scale / max(limit, 1e-12)
     best: Solution | None = None
     for _ in range(40):
         price = (low + high) / 2
-        factors = unary + [(groups, price * values) for groups, values in terms]
+        factors = unary + [(axes, price * values) for axes, values in terms]
         places = MinSum(factors, sizes).complete(())
         at = tuple(each[place] for each, place in zip(allowed, places, strict=True))
         if model.cost_at(at) <= limit * (1 + ROUNDING):
@@ -186,7 +186,7 @@ def _integer_program(
         equation(np.arange(starts[group], starts[group] + len(each)), np.ones(len(each)), 1.0)
     total = int(starts[-1])
     for term in model.terms:
-        table = term.values[np.ix_(*(allowed[group] for group in term.groups))]
+        table = term.table(allowed)
         if table.ndim == 1:
             cost[0][starts[term.groups[0]] : starts[term.groups[0]] + len(table)] += table
             continue

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from amc_hw.search.method import Method, judged
 
 SHARE = 0.6  #: of the evaluations, spent on curves
 MOST_POINTS = 6  #: per curve
+Item = TypeVar("Item")
 Judge = Callable[[Sequence[int]], dict[str, Any]]  #: as `PruningEnv.judge`
 
 
@@ -76,6 +77,13 @@ def points(grid: Sequence[int], count: int) -> list[int]:
     return [rest[place] for place in places]
 
 
+def spread(every: Sequence[Item], most: int) -> list[Item]:
+    """At most so many, evenly from the first to the last: of groups that not all can be asked, not the first alone."""
+    if len(every) <= most:
+        return list(every)
+    return [every[place] for place in np.linspace(0, len(every) - 1, max(most, 0)).round().astype(int)]
+
+
 def measure_curves(
     costs: CostModel, judge: Judge, budget: int, *, ahead: Callable[[Sequence[tuple[int, ...]]], None]
 ) -> Generator[dict[str, Any], None, Curves]:
@@ -85,8 +93,7 @@ def measure_curves(
     curves = Curves(costs, costs.full_widths, whole["lost"])
     each = min(MOST_POINTS, max(1, (budget - 1) // len(costs.grids)))
     wanted = [(group, width) for group, grid in enumerate(costs.grids) for width in points(grid, each)]
-    if len(wanted) > budget - 1:  # not one for every group: spread over the network
-        wanted = [wanted[place] for place in np.linspace(0, len(wanted) - 1, max(budget - 1, 0)).round().astype(int)]
+    wanted = spread(wanted, budget - 1)
     ahead([curves.widths(group, width) for group, width in wanted])
     for group, width in wanted:
         found = judge(curves.widths(group, width))

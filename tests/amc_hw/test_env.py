@@ -6,12 +6,13 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from gymnasium.utils.env_checker import check_env
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from amc_hw.env import PruningEnv
+from amc_hw.env import PruningEnv, _first_consumer
 from amc_hw.errors import BudgetError
 from amc_hw.graph import build_graph, width_grid
 from amc_hw.models.load import load_model
@@ -83,6 +84,23 @@ def test_rewards():
         assert final(reward="distortion", evaluate=lambda widths, d=distortion: Judged(0.75, d)) == worth
     with pytest.raises(ValueError, match="known: err, flops, params, latency, distortion"):
         make(reward="speed")
+
+
+def test_shapes_are_those_of_the_first_consumer_whatever_its_kind():
+    class Up(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.up = nn.Conv2d(3, 16, 3, padding=1), nn.ConvTranspose2d(16, 24, 2, stride=2)
+            self.side, self.head = nn.Conv2d(16, 24, 5, padding=2), nn.Linear(48, 4)
+
+        def forward(self, x):
+            x = self.stem(x).relu()
+            wide, narrow = self.up(x).relu().mean((2, 3)), self.side(x).relu().mean((2, 3))
+            return self.head(torch.cat([wide, narrow], 1))
+
+    graph = build_graph(Up().eval(), (3, 8, 8))
+    assert [group.name for group in graph.groups] == ["stem", "up", "side"]
+    assert _first_consumer(graph, graph.groups[0]).name == "up"
 
 
 def test_infeasible_budget_is_refused_before_the_search():

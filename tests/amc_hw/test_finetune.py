@@ -80,6 +80,51 @@ def test_accuracy_rises_and_the_widths_stay(policy: Path) -> None:
     assert [row["epoch"] for row in rows[1:]] == list(range(6)) and rows[-1]["loss"] < rows[1]["loss"]
 
 
+@pytest.mark.slow
+def test_a_policy_is_never_made_worse_in_silence(policy: Path) -> None:
+    good = finetune(policy, FinetuneConfig(epochs=3, batch=64), progress=quiet)
+    assert good["epoch_kept"] > 0 and good["held_out_after"] > good["held_out_before"]
+    said: list[str] = []
+    with pytest.warns(UserWarning, match="no epoch was better than the policy was before .* try a lower --lr than 3"):
+        worse = finetune(
+            Path(good["policy"]), FinetuneConfig(epochs=1, batch=64, lr=3.0), progress=lambda *_: said.append(_[2])
+        )
+    assert worse["epoch_kept"] == 0 and worse["held_out_after"] == worse["held_out_before"]
+    assert worse["accuracy_after"] == worse["accuracy_before"] == good["accuracy_after"]
+    assert said[0] == f"before: held-out accuracy {good['held_out_after']:.4f}"
+    one, other = (load_pruned(each["policy"]).state_dict() for each in (good, worse))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.slow
+def test_the_best_epoch_is_kept_through_an_interruption(policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = {"whole": [0.1, 0.5, 0.9, 0.2], "parts": [0.1, 0.5, 0.9, 0.1, 0.2]}  # of parts once more at the restart
+    found = {}
+    for name, told in scores.items():
+        given = iter(told)
+        monkeypatch.setattr("amc_hw.finetune.Classification.score", lambda self, module, given=given: next(given))
+        config = FinetuneConfig(epochs=3, batch=256, out=policy.parent.with_name(name))
+        if name == "parts":
+            with pytest.raises(InterruptedError):
+                finetune(policy, config, progress=interrupted_after(2 * steps_of_an_epoch()))
+        found[name] = finetune(policy, config, progress=quiet)
+    assert [each["epoch_kept"] for each in found.values()] == [2, 2]
+    one, other = (load_pruned(each["policy"]).state_dict() for each in found.values())
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def interrupted_after(steps: int) -> Callable[[int, int, str], None]:
+    def progress(done: int, total: int, text: str) -> None:
+        if done >= steps:
+            raise InterruptedError
+
+    return progress
+
+
+def test_seeds_of_any_size_are_taken(policy: Path) -> None:
+    assert plan_finetune(policy, FinetuneConfig(epochs=1, batch=256, seed=2**63 - 1))["steps"] > 0
+
+
 def test_what_has_no_labels_is_told_before_what_is_not_installed(policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "accelerate", None)
     with pytest.raises(UserError, match="pip install 'amc-hw.finetune.'"):

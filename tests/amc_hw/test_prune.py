@@ -413,8 +413,8 @@ def test_widths_that_do_not_fit_the_graph_are_refused() -> None:
 
 def test_a_weight_of_two_layers_cannot_be_sliced() -> None:
     net = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), nn.Conv2d(3, 2, 1)).eval()
-    net[1].weight = net[0].weight
     graph = build_graph(net, (3, 2, 2))
+    net[1].weight = net[0].weight
     with pytest.raises(UserError, match=r"0.weight is shared with another layer"):
         slice_channels(net, graph, {"0": np.array([0])})
 

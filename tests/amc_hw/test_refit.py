@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -505,6 +506,35 @@ def test_the_unpruned_network_and_its_mode_are_left_alone(refitted: Refit, deep_
     assert not any(parameter.grad is not None for parameter in net.parameters())
 
 
+class Tied(nn.Module):
+    """Two layers with one weight, after one that can be pruned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+        self.mid, self.head = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1)
+        self.b.weight = self.a.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.b(self.a(self.mid(self.stem(x).relu()).relu()).relu()).relu())
+
+
+def test_layers_that_share_a_weight_stay_as_wide_and_as_they_are() -> None:
+    images = smooth_images(40, 8)
+    net = randomise(Tied(), images)
+    graph = build_graph(net, (3, 8, 8))
+    assert [group.name for group in graph.groups] == ["stem"]
+    reasons = {each.name: each.reason for each in graph.frozen}
+    assert {reasons[name] for name in ("mid", "a", "b")} <= {
+        f"{name} shares its weights with another layer" for name in ("a", "b")
+    }
+    small = faithful(net, graph, {"stem": np.arange(5)}, images)
+    assert small.a.weight is small.b.weight
+    assert torch.equal(small.a.weight, net.a.weight) and not torch.equal(small.mid.weight[:, :5], net.mid.weight[:, :5])
+    assert torch.equal(small.b.bias, net.b.bias)
+    assert torch.equal(small.head.weight, net.head.weight) is False  # it makes up for what they do not
+
+
 # Batch-norm statistics
 
 
@@ -518,6 +548,25 @@ def test_statistics_are_the_average_over_the_images() -> None:
     parts = torch.stack([part.transpose(0, 1).flatten(1).var(1) for part in x.split(4)])
     torch.testing.assert_close(net[1].running_var, parts.mean(0))
     assert net[1].momentum == 0.25 and not any(part.training for part in net.modules())
+
+
+def test_statistics_of_few_images_more_than_a_batch_weigh_all_of_them_alike() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
+    images = seeded((130, 3, 2, 2))
+    images[-2:] += 10.0
+    with torch.no_grad():
+        x = net[0](images)
+    reestimate_batch_norm(net, images)
+    torch.testing.assert_close(net[1].running_mean, x.mean((0, 2, 3)))
+
+
+def test_one_image_of_one_pixel_leaves_no_statistics() -> None:
+    images = smooth_images(1, 4)
+    net = nn.Sequential(
+        nn.Conv2d(3, 6, 4), nn.ReLU(), nn.Conv2d(6, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1)
+    ).eval()
+    small = faithful(net, build_graph(net, (3, 4, 4)), {"0": np.arange(3)}, images)
+    assert torch.isfinite(small(images)).all() and torch.isfinite(small[3].running_var).all()
 
 
 def test_reestimating_after_the_faithful_refit_changes_the_outputs_hardly() -> None:
@@ -615,8 +664,8 @@ def test_statistics_where_a_map_is_one_pixel_and_a_batch_one_image(count: int) -
     images = torch.randn(count, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     reestimate_batch_norm(net, images)
     assert isinstance(net[1], nn.BatchNorm2d) and net[1].running_mean is not None
-    rest = count - (count % 128 == 1)
-    wanted = images[:rest].mean((0, 2, 3)) if count > 1 else torch.zeros(3)
+    even = torch.stack([part.mean((0, 2, 3)) for part in images.tensor_split(math.ceil(count / 128))])
+    wanted = even.mean(0) if count > 1 else torch.zeros(3)
     torch.testing.assert_close(net[1].running_mean, wanted, atol=1e-5, rtol=0)
     assert torch.isfinite(net(images)).all()
 

@@ -8,17 +8,21 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from amc_hw.errors import BudgetError, UserError
 from amc_hw.graph import LayerGraph, build_graph, width_grid
+from amc_hw.min_sum import MinSum, Sum
 from amc_hw.models.load import load_model
 from amc_hw.resources import (
     Budget,
     Completer,
     CostModel,
+    Grids,
+    SumTerm,
     Term,
     budget_from,
     choose_width,
@@ -112,9 +116,9 @@ def test_unknown_prediction_is_refused():
         latency_model(tiny_graph(), GRIDS, Unknown())
 
 
-def test_operator_over_too_many_groups_is_named(monkeypatch):
+def test_an_operator_of_too_many_widths_is_named(monkeypatch):
     monkeypatch.setattr("amc_hw.resources.MAX_TERM_ENTRIES", 8)
-    with pytest.raises(UserError, match="operator 2 depends on 2 channel groups: 9 combinations"):
+    with pytest.raises(UserError, match="operator 2 has 9 combinations of widths .at most 8.: use a larger"):
         macs_model(tiny_graph(), GRIDS)
 
 
@@ -172,9 +176,23 @@ def random_models(draw) -> CostModel:
         "single and triple": [(0,), *([(0, 1, 2)] if count > 2 else [])],
     }
     scopes = kinds[draw(st.sampled_from(sorted(kinds)))]
-    terms = tuple(Term(scope, rng.normal(3, 2, [sizes[g] for g in scope])) for scope in scopes)
     grids = tuple(tuple(8 * (i + 1) for i in range(size)) for size in sizes)
+    terms: tuple[Term | SumTerm, ...] = tuple(
+        Term(scope, rng.normal(3, 2, [sizes[g] for g in scope])) for scope in scopes
+    )
+    terms += tuple(random_sum(grids, rng) for _ in range(draw(st.integers(0, 4))))
     return CostModel(grids, terms, float(rng.normal()), "ms", draw(st.sampled_from([0.0, 0.05])))
+
+
+def random_sum(grids: Grids, rng: np.random.Generator) -> SumTerm:
+    """A cost of one or two sums of some of the groups, each as often as a flattening repeats it."""
+    axes = []
+    for _ in range(int(rng.integers(1, 3))):
+        groups = sorted(rng.choice(len(grids), int(rng.integers(1, len(grids) + 1)), replace=False).tolist())
+        parts = tuple((group, int(rng.integers(1, 4)) * np.array(grids[group])) for group in groups)
+        sums = {int(sum(each)) for each in itertools.product(*(amounts for _, amounts in parts))}
+        axes.append(Sum(parts, np.array(sorted(sums))))
+    return SumTerm(tuple(axes), rng.normal(3, 2, [len(axis.levels) for axis in axes]))
 
 
 def brute_force(model: CostModel, decided: tuple[int, ...]) -> float:
@@ -215,15 +233,84 @@ def test_step_by_step_where_the_hub_is_decided_last():
     assert completer.best((8,))[0] == pytest.approx(brute_force(model, (8,)))
 
 
-def test_any_groups_may_be_decided():
-    rng = np.random.default_rng(1)
-    grids = ((8, 16, 24),) * 3
-    model = CostModel(grids, tuple(Term((i, i + 1), rng.normal(size=(3, 3))) for i in range(2)), 1.0, "ms")
-    expected = min(model.cost((a, 16, c)) for a in grids[0] for c in grids[2])
-    for completer in (Completer(model), Completer(model, max_entries=2)):
-        cost, widths = completer.best({1: 16})
-        assert widths[1] == 16 and cost == model.cost(widths)
-        assert cost == pytest.approx(expected)  # descent is exact, too: the middle separates the ends
+@settings(max_examples=100)
+@given(model=random_models(), seed=st.integers(0, 2**32 - 1))
+def test_a_term_is_its_table_and_its_table_of_some_positions_alone(model, seed):
+    rng = np.random.default_rng(seed)
+    allowed = [sorted(rng.choice(len(grid), rng.integers(1, len(grid) + 1), replace=False)) for grid in model.grids]
+    for term in model.terms:
+        table = term.table(allowed)
+        for places in itertools.product(*(range(len(allowed[group])) for group in term.groups)):
+            at = [0] * len(model.grids)
+            for group, place in zip(term.groups, places, strict=True):
+                at[group] = int(allowed[group][place])
+            assert term.at(at) == table[places]
+    some = MinSum([term.factor(allowed) for term in model.terms], [len(each) for each in allowed])
+    least = min(model.cost_at(at) for at in itertools.product(*allowed)) - model.constant
+    assert some.exact and min(some.offers(())) == pytest.approx(least)
+
+
+class Dense(nn.Module):
+    """Every layer reads all that were before it, through a bottleneck."""
+
+    def __init__(self, layers: int, growth: int = 32) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 64, 3, padding=1)
+        widths = [64 + growth * index for index in range(layers)]
+        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in widths)
+        self.narrow = nn.ModuleList(nn.Conv2d(width, 128, 1) for width in widths)
+        self.wide = nn.ModuleList(nn.Conv2d(128, growth, 3, padding=1) for _ in widths)
+        self.head = nn.Linear((widths[-1] + growth) * 4, 10)
+
+    def forward(self, x):
+        found = [self.stem(x)]
+        for norm, narrow, wide in zip(self.norms, self.narrow, self.wide, strict=True):
+            found.append(wide(narrow(norm(torch.cat(found, 1)).relu()).relu()))
+        return self.head(nn.functional.adaptive_avg_pool2d(torch.cat(found, 1), 2).flatten(1))
+
+
+def test_layers_that_read_many_others_are_counted_over_sums():
+    graph = build_graph(Dense(10).eval(), (3, 8, 8))
+    grids = [width_grid(group.width) for group in graph.groups]
+    assert math.prod(len(grids[group]) for group in graph.layer("head").groups) > 10**8
+    macs, params, latency = (
+        macs_model(graph, grids),
+        params_model(graph, grids),
+        latency_model(graph, grids, FakePredictor()),
+    )
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        widths = [int(rng.choice(grid)) for grid in grids]
+        assert macs.cost(widths) == graph.macs(widths) and params.cost(widths) == graph.params(widths)
+        assert latency.cost(widths) == pytest.approx(FakePredictor().network_ms(graph.op_graph(widths)), rel=1e-12)
+    for model in (macs, params, latency):
+        assert model.group_costs().sum() == pytest.approx(model.full_cost - model.constant)
+        completer, budget = Completer(model), budget_from(model, ratio=0.5)
+        assert completer.exact
+        decided: list[int] = []
+        for _ in grids:
+            decided.append(choose_width(completer, decided, float(rng.uniform(0.2, 1.0)), budget))
+        assert model.cost(decided) <= budget.limit * (1 + 1e-9)
+
+
+def test_a_layer_that_reads_and_writes_one_group_counts_it_once():
+    class Stream(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.a, self.b = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 1), nn.Conv2d(32, 16, 1)
+            self.head = nn.Conv2d(16, 4, 1)
+
+        def forward(self, x):
+            x = self.stem(x)
+            x = x + self.a(x)
+            return self.head(x + self.b(torch.cat([x, x.relu()], 1)))
+
+    graph = build_graph(Stream().eval(), (3, 4, 4))
+    assert graph.full_widths == (16,)
+    model = macs_model(graph, [(4, 8, 16)])
+    for width in (4, 8, 16):
+        assert model.cost((width,)) == graph.macs((width,))
+    assert Completer(model).best() == (graph.macs((4,)), (4,))
 
 
 @settings(max_examples=150)

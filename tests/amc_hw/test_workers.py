@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,16 @@ def test_workers_give_the_scores_of_the_evaluator(here: Path) -> None:
         for name, value in wanted.items():
             np.testing.assert_allclose(found[name], value.numpy(), rtol=1e-4, atol=1e-5)
     assert not multiprocessing.active_children()
+
+
+def test_workers_normalise_as_the_search_does(here: Path) -> None:
+    """A policy that is pruned further brings its own normalisation, whatever the model's file says by now."""
+    subject = api.open_subject(device="fake", model="nets.py:tiny")
+    subject = replace(subject, model=replace(subject.model, mean=(0.9, 0.1, 0.3), std=(0.2, 0.7, 0.4)))
+    evaluator = Evaluator(subject.model, subject.graph, load_task(subject.model, data="npz:images.npz", seed=0), seed=0)
+    widths = tuple(grid[0] for grid in subject.grids)
+    with Workers(1, _recipe(subject)) as workers:
+        assert workers(widths) == evaluator.judge(widths)
 
 
 SEVERAL = """

@@ -22,7 +22,7 @@ from amc_hw.resources import Completer, CostModel, Term, budget_from
 from amc_hw.runs import Journal
 from amc_hw.search.knapsack import solve
 from amc_hw.search.loop import METHODS, Outcome, Problem, demonstrations, run_search
-from amc_hw.search.sensitivity import Curves, points
+from amc_hw.search.sensitivity import Curves, points, spread
 from amc_hw.task import Judged
 
 GRIDS = ((4, 6, 8, 10, 12, 14, 16),) * 2 + (tuple(range(6, 33, 2)),)
@@ -305,3 +305,36 @@ def test_the_winner_is_who_found_it(tmp_path: Path, name: str, who: str) -> None
 
     fallback = who != "demonstration"  # the first ones are uniform, but for what is free
     assert outcome(tmp_path, name, finish, evaluate=evaluate, fallback=fallback).found_by == who
+
+
+@given(count=st.integers(0, 40), most=st.integers(-1, 50))
+def test_what_is_asked_is_spread_from_the_first_to_the_last(count: int, most: int) -> None:
+    found = spread(range(count), most)
+    assert len(found) == max(min(count, most), 0) and found == sorted(set(found))
+    if len(found) > 1:
+        assert (found[0], found[-1]) == (0, count - 1)
+
+
+@pytest.mark.parametrize("name", ["greedy", "knapsack"])
+def test_a_later_round_of_few_evaluations_looks_at_the_whole_network(name: str) -> None:
+    """The last groups lose nothing: they have to be found although not every group can be asked."""
+    grids = (tuple(range(4, 33, 4)),) * 14
+    model = CostModel(grids, tuple(Term((group,), np.array(grids[0]) / 32) for group in range(14)), 0.0, "ms")
+
+    def judged(widths: Sequence[int]) -> Judged:
+        lost = sum((1 - width / 32) ** 2 for width in widths[:10]) / 10
+        return Judged(0.9 - lost, lost)
+
+    layers = [nn.Conv2d(3 if index == 0 else 32, 32, 1) for index in range(14)]
+    network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 4)).eval()
+    method, touched = METHODS[name](0.1, 40, 0), set[int]()
+    for number, ratio in enumerate((0.9, 0.75)):
+        env = PruningEnv(
+            build_graph(network, (3, 4, 4)), model=model, budget=budget_from(model, ratio=ratio), evaluate=judged
+        )
+        before = None
+        for one in method.round(env, number):
+            if number == 1 and before is not None:
+                touched |= {group for group in range(14) if one["widths"][group] != before[group]}
+            before = one["widths"]
+    assert max(touched) >= 12 and min(touched) <= 1
