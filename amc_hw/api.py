@@ -382,6 +382,7 @@ def predict(subject: Subject, widths: Sequence[int] | None) -> dict[str, Any]:
         "baseline_predicted_ms": baseline,
         "predicted_speedup": baseline / predicted,
         "error_pct": predictor.error_pct,
+        **subject.runs_on,
         "macs": network.macs,
     }
 
@@ -461,7 +462,6 @@ def measure(
     weights = None if module is None else folded_weights(module, subject.graph)
     network, full = Network(subject.network_at(widths), weights), Network(subject.network_at(None))
     baseline, pruned = timed_anew(subject, Steady(), [full, network], rounds=rounds, seed=seed)
-    identity = subject.target.identity()
     return {
         "baseline_ms": float(np.median(baseline)),
         "pruned_ms": float(np.median(pruned)),
@@ -469,10 +469,7 @@ def measure(
         "speedup_ci95": list(ratio_ci95(pruned, baseline)),
         "p90_ms": float(np.quantile(pruned, 0.9)),
         "runs": len(pruned),
-        "device": identity.soc,
-        "runtime": f"{identity.runtime} {identity.runtime_version}",
-        "threads": identity.threads,
-        "dtype": identity.dtype,
+        **subject.runs_on,
         "macs": network.graph.macs,
         "baseline_macs": full.graph.macs,
     }

@@ -13,7 +13,7 @@ import click
 from amc_hw import api
 from amc_hw.console import PATH, SUBJECT, TASK, Group, Progress, options, run, show
 from amc_hw.errors import UserError
-from amc_hw.settings import FILE, read_settings, record_settings, write_settings
+from amc_hw.settings import FILE, extend_settings, read_settings, record_settings, write_settings
 
 MUCH_LEFT = 0.9  #: of a budget is used, or less: worth a word
 
@@ -109,7 +109,11 @@ def init(context: click.Context, as_json: bool, **values: Any) -> None:
         values["device"] = click.prompt("device", type=click.Choice(offered), default=values["device"])
     api.load_device(values["device"])
     values["checkpoint"] = str(values["checkpoint"]) if values["checkpoint"] else None
-    write_settings({key: value for key, value in values.items() if value is not None})
+    typed = {key: value for key, value in values.items() if _typed(context, key)}
+    if FILE.exists() and typed:  # as `profile` leaves it, perhaps
+        extend_settings(typed)
+    else:
+        write_settings({key: value for key, value in values.items() if value is not None})
     show({"file": str(FILE)}, as_json, lambda r: [f"wrote {r['file']}; next: amc-hw profile"])
 
 
@@ -486,8 +490,13 @@ def predict(context: click.Context, as_json: bool, **arguments: Any) -> None:
     show(
         result,
         as_json,
-        lambda r: [f"{r['predicted_ms']:.4f} ms predicted ({error}): {r['predicted_speedup']:.2f}x"],
+        lambda r: [f"{r['predicted_ms']:.4f} ms predicted ({error}): {r['predicted_speedup']:.2f}x on {_where(r)}"],
     )
+
+
+def _where(r: dict[str, Any]) -> str:
+    batch = f", batch {r['batch']}" if r["batch"] > 1 else ""
+    return f"{r['device']}, {r['runtime']}, {r['threads']} thread(s){batch}"
 
 
 @cli.command()
@@ -509,7 +518,7 @@ def measure(context: click.Context, as_json: bool, seed: int, max_ms: float | No
         as_json,
         lambda r: [
             f"{r['baseline_ms']:.4f} ms -> {r['pruned_ms']:.4f} ms: {r['speedup']:.2f}x (95%: {low:.2f} to {high:.2f})"
-            f" on {r['device']}, {r['runtime']}, {r['threads']} thread(s)"
+            f" on {_where(r)}"
         ],
     )
     if max_ms is not None and result["pruned_ms"] > max_ms:
@@ -598,6 +607,7 @@ def _search_lines(r: dict[str, Any], start: Path | None, config: api.SearchConfi
     return [
         f"{metric:<11} {r['baseline_accuracy']:.4f} -> {r['accuracy']:.4f} ({r['accuracy_split']})",
         *latency,
+        *([f"on          {_where(r)}"] if "device" in r else []),  # results of old have none
         f"MMACs       {r['baseline_macs'] / 1e6:.2f} -> {r['macs'] / 1e6:.2f}",
         *_budget_lines(r, config),
         *([] if start is None else [f"beside      {start}, not its unpruned network"]),
@@ -738,7 +748,8 @@ def export(context: click.Context, as_json: bool, data: str | None, **arguments:
 
 
 def _export_lines(r: dict[str, Any]) -> list[str]:
-    line = f"{r['file']}: {r['bytes']} bytes, outputs within {r['max_abs_diff']:.2g} of PyTorch's"
+    several = f" ({', '.join(r['outputs'])})" if len(r.get("outputs", ())) > 1 else ""
+    line = f"{r['file']}: {r['bytes']} bytes, outputs{several} within {r['max_abs_diff']:.2g} of PyTorch's"
     if "accuracy" in r:
         line += f"; accuracy {r['float_accuracy']:.4f} -> {r['accuracy']:.4f} ({r['accuracy_split']})"
     return [line]

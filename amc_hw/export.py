@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,12 @@ def export_network(
     module.eval()
     batch = network.nodes[0].op.batch
     chunks = _whole_batches(inputs, batch)
-    data, run = (_as_program if file_format == "torch" else _as_model)(module, graph, network, chunks[0], file_format)
+    weights = folded_weights(module, graph)
+    network, weights = _with_names(network, weights, module(*chunks[0]))
+    if file_format == "torch":
+        data, run = _as_program(module, chunks[0])
+    else:
+        data, run = _as_model(network, weights, file_format)
     expected = [_outputs(module(*chunk)) for chunk in chunks]
     largest, difference = 1.0, np.float64(0.0)
     for chunk, wanted in zip(chunks, expected, strict=True):
@@ -102,7 +108,8 @@ def export_network(
             difference = np.maximum(difference, np.abs(found.reshape(right.shape) - right).max())  # keeps a NaN
     if not difference <= TOLERANCE * largest:  # NaN fails this, too
         raise FailedError(f"the {file_format} file's outputs are off by {difference:.3g} (largest {largest:.3g})")
-    return _written(out, data, float(difference))
+    named = {} if file_format == "torch" else {"outputs": list(network.outputs)}
+    return _written(out, data, float(difference)) | named
 
 
 class Running(nn.Module):
@@ -136,14 +143,15 @@ def export_int8(
     module.eval()
     runtime, batch = load_runtime(RUNTIME_OF[file_format]), network.nodes[0].op.batch
     chunks = _whole_batches(inputs, batch)
-    model = runtime.build(network, folded_weights(module, graph))
+    network, weights = _with_names(network, folded_weights(module, graph), module(*chunks[0]))
+    model = runtime.build(network, weights)
     data = runtime.quantized(model, [[part.numpy() for part in chunk] for chunk in chunks])
     running = Running(runtime, data, batch, module(*chunks[0]))
     pairs = zip(_outputs(running(*chunks[0])), _outputs(module(*chunks[0])), strict=True)
     difference = max(float(np.abs(found.reshape(right.shape) - right).max()) for found, right in pairs)
     if not math.isfinite(difference):
         raise FailedError(f"the int8 {file_format} file's outputs are not finite")
-    return _written(out, data, difference), running
+    return _written(out, data, difference) | {"outputs": list(network.outputs)}, running
 
 
 def _whole_batches(inputs: Inputs, batch: int) -> list[tuple[Tensor, ...]]:
@@ -164,20 +172,47 @@ def _written(out: Path, data: bytes, difference: float) -> dict[str, Any]:
 
 _Chunk = tuple[Tensor, ...]
 _Run = Callable[[_Chunk], Sequence[np.ndarray]]
+_Arrays = dict[str, dict[str, np.ndarray]]
 
 
-def _as_model(
-    module: nn.Module, graph: LayerGraph, network: OpGraph, _example: _Chunk, file_format: str
-) -> tuple[bytes, _Run]:
+def _with_names(network: OpGraph, weights: _Arrays, outputs: Any) -> tuple[OpGraph, _Arrays]:
+    """The network with its outputs named as the keys of the dictionaries that they are returned in (`a.b` inside of
+    others, `a.0` in a tuple of one), after their operators where there are none."""
+    pairs = zip(network.outputs, _keys(outputs), strict=True)
+    new = {old: f"{key}/output" if key in network.inputs else key for old, key in pairs if key is not None}
+    if len(set(new.values())) < len(new):
+        return network, weights
+    for name in [node.name for node in network.nodes]:
+        if name not in new and name in new.values():  # an operator that is called as an output of others
+            new[name] = f"{name}/operator"
+    nodes = [
+        replace(node, name=new.get(node.name, node.name), inputs=tuple(new.get(each, each) for each in node.inputs))
+        for node in network.nodes
+    ]
+    renamed = replace(network, nodes=tuple(nodes), outputs=tuple(new.get(each, each) for each in network.outputs))
+    return renamed, {new.get(name, name): arrays for name, arrays in weights.items()}
+
+
+def _keys(outputs: Any, path: tuple[str, ...] = (), *, named: bool = False) -> Iterator[str | None]:
+    """Of every tensor, in order."""
+    if isinstance(outputs, Tensor):
+        yield ".".join(path) if named else None
+    elif isinstance(outputs, dict):
+        for key, part in outputs.items():
+            yield from _keys(part, (*path, str(key)), named=True)
+    else:
+        for index, part in enumerate(outputs):
+            yield from _keys(part, (*path, str(index)), named=named)
+
+
+def _as_model(network: OpGraph, weights: _Arrays, file_format: str) -> tuple[bytes, _Run]:
     runtime = load_runtime(RUNTIME_OF[file_format])
-    data = runtime.build(network, folded_weights(module, graph))
+    data = runtime.build(network, weights)
     run = runtime.session(data)
     return data, lambda chunk: run(*(value.numpy() for value in chunk))
 
 
-def _as_program(
-    module: nn.Module, _graph: LayerGraph, _network: OpGraph, example: _Chunk, _file_format: str
-) -> tuple[bytes, _Run]:
+def _as_program(module: nn.Module, example: _Chunk) -> tuple[bytes, _Run]:
     buffer = io.BytesIO()
     torch.export.save(torch.export.export(module, example), buffer)
     program = torch.export.load(io.BytesIO(buffer.getvalue())).module()

@@ -370,6 +370,7 @@ class _Search:
             ahead=self.ahead if config.workers > 1 else None,
             finish_ahead=self.finish_ahead if config.workers > 1 else None,
             together=config.workers,
+            metric=what,
         )
         with self._working() as self.workers:
             outcome = run_search(
@@ -518,6 +519,7 @@ class _Search:
             "speedup_ci95": None if samples is None else list(ratio_ci95(*samples)),
             "predicted_speedup": unpruned_ms / predicted_ms,
             "latency_source": "predicted" if samples is None else "measured",
+            **self.subject.runs_on,
             "macs": network.macs,
             "baseline_macs": self.baseline.graph.macs,
             "params": self.graph.params(outcome.widths),

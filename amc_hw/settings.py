@@ -50,6 +50,15 @@ def write_settings(values: Mapping[str, Any], path: Path = FILE) -> None:
     _write(path, ["# Defaults of the amc-hw commands run in this folder; a flag wins over them.", *_lines(values)])
 
 
+def extend_settings(values: Mapping[str, Any], path: Path = FILE) -> None:
+    """Add `values` to a file; UserError where it says otherwise of one of them."""
+    known = read_settings(path)
+    for key, value in values.items():
+        if known.get(key, value) != value:
+            raise UserError(f"{path} says {key} = {known[key]!r} already: edit it, or remove it first")
+    record_settings(values, path)
+
+
 def record_settings(values: Mapping[str, Any], path: Path = FILE) -> list[str]:
     """Add the `values` that the file does not name; what it says stays as it is. The keys that were added."""
     if not path.exists():

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -45,6 +46,18 @@ class Subject:
     keep: tuple[str, ...] = ()
     base: Policy | None = None
     targets: tuple[Target, ...] = ()
+
+    @property
+    def runs_on(self) -> dict[str, Any]:
+        """What latencies are of, for a result: device, runtime, threads, dtype, and images of one inference."""
+        identity = self.target.identity()
+        return {
+            "device": identity.soc,
+            "runtime": f"{identity.runtime} {identity.runtime_version}",
+            "threads": identity.threads,
+            "dtype": identity.dtype,
+            "batch": identity.batch,
+        }
 
     def job(self, *, seed: int = 0, way: str = "auto") -> ProfileJob:
         """What its table should hold: widths on and off the channel multiple. way: of `profilers.profile.WAYS`."""

@@ -116,11 +116,20 @@ def _read_what_is_written(graph_module: fx.GraphModule) -> None:
     for node in order:
         if not node.all_input_nodes or not _in_place(graph_module, node):
             continue
-        source = node.all_input_nodes[0]
-        if _shape(source) is None:  # a size
+        source: fx.Node | None = node.all_input_nodes[0]
+        if _shape(node.all_input_nodes[0]) is None:  # a size
             continue
-        for reader in [user for user in source.users if order[user] > order[node]]:
-            reader.replace_input_with(source, node)
+        while source is not None:
+            for reader in [user for user in source.users if order[user] > order[node]]:
+                reader.replace_input_with(source, node)
+            source = source.all_input_nodes[0] if _is_its_input(graph_module, source) else None
+
+
+def _is_its_input(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node gives its input itself, so that to write the one is to write the other."""
+    if node.op == "call_module":
+        return isinstance(graph_module.get_submodule(str(node.target)), IDENTITY_MODULES)
+    return node.target in (F.dropout, F.dropout2d, "detach")
 
 
 def _in_place(graph_module: fx.GraphModule, node: fx.Node) -> bool:

@@ -364,8 +364,8 @@ class Predictor:
         result = np.empty(len(ops))
         for cost, members, axes in self._by_family(ops):
             if cost is None:
-                how = self._remedy("'amc-hw profile' of this --model")
-                raise TableError(f"{self.path} has no measurement for {ops[members[0]]}: {how}")
+                op, how = ops[members[0]], self._remedy("'amc-hw profile' of this --model")
+                raise TableError(f"{self.path} has no measurement for {op}{self._near(op.family())}: {how}")
             outside = cost.outside(axes)
             if outside.any() and not self.extrapolate:
                 op = ops[members[int(outside.argmax())]]
@@ -375,6 +375,12 @@ class Predictor:
                 )
             result[members] = cost(axes)
         return result
+
+    def _near(self, family: OpSpec) -> str:
+        """What the table has in place of a family that it lacks, where only the activation differs."""
+        others = [each for each in self.families if replace(each, activation=family.activation) == family]
+        activations = [each.activation for each in others]
+        return f" (it has that with activation {', '.join(sorted(activations))})" if activations else ""
 
     def _remedy(self, how: str) -> str:
         return "the device is not here to measure it" if self.away else f"measure it with {how}"

@@ -93,7 +93,7 @@ class Problem:
     where the budget is not one of measured latency. fallback: uniform policies take part in the end. ahead: told of
     policies that `evaluate` will be asked for, where several are scored at once, finish_ahead of those that `finish`
     will be asked for; together: how many a method that
-    learns proposes before it learns.
+    learns proposes before it learns. metric: what a score is called.
     """
 
     graph: LayerGraph
@@ -112,6 +112,7 @@ class Problem:
     ahead: Callable[[Sequence[tuple[int, ...]]], None] | None = None
     finish_ahead: Callable[[Sequence[tuple[int, ...]]], None] | None = None
     together: int = 1
+    metric: str = "accuracy"
 
     def env(
         self,
@@ -263,7 +264,7 @@ class _Rounds:
             one = Episode(tuple(info["widths"]), info["accuracy"], info["worth"], info["cost"], bool(info.get("shown")))
             self.found.setdefault(one.widths, one)
             inside = [each.accuracy for each in self.found.values() if _within(each, limit)]
-            best = f"best accuracy {max(inside):.4f}" if inside else "no policy within the budget yet"
+            best = f"best {self.problem.metric} {max(inside):.4f}" if inside else "no policy within the budget yet"
             self.progress(self.episodes, total, best)
         return limit
 

@@ -152,10 +152,17 @@ def added_in_place(net, x):
     return net.c(x + other)
 
 
-@pytest.mark.parametrize("forward", [written_in_place, read_after, added_in_place])
+def written_through_a_dropout(net, x):
+    y = net.a(x)
+    z = F.relu(F.dropout(net.drop(y), training=net.training), inplace=True)
+    return net.c(net.b(z) + y)
+
+
+@pytest.mark.parametrize("forward", [written_in_place, read_after, added_in_place, written_through_a_dropout])
 def test_what_is_written_in_place_is_read_as_written(tmp_path: Path, forward) -> None:
     parts = dict(a=nn.Conv2d(3, 6, 1), a2=nn.Conv2d(3, 6, 1), b=nn.Conv2d(6, 6, 1), c=nn.Conv2d(6, 2, 1))
-    net, image = Net(forward, relu=nn.ReLU(inplace=True), **parts), torch.randn(2, 3, 5, 5)
+    net = Net(forward, relu=nn.ReLU(inplace=True), drop=nn.Dropout(), **parts)
+    image = torch.randn(2, 3, 5, 5)
     graph = same_when_sliced(net, image)
     export_network(net, graph, graph.op_graph(), image, file_format="onnx", out=tmp_path / "a.onnx")
 

@@ -112,7 +112,7 @@ def test_file_computes_what_the_pruned_network_does(pruned, tmp_path: Path, file
     out = tmp_path / "new" / f"net.{file_format}"
     network = graph.op_graph(widths, batch=batch)
     found = export_network(net, graph, network, images(6), file_format=file_format, out=out)
-    assert set(found) == {"file", "bytes", "max_abs_diff"}
+    assert set(found) == {"file", "bytes", "max_abs_diff"} | ({"outputs"} if file_format != "torch" else set())
     assert found["file"] == str(out) and found["bytes"] == out.stat().st_size
     assert 0 <= found["max_abs_diff"] < 1e-4
     other = images(batch, seed=7)  # not those it was checked with
@@ -355,3 +355,49 @@ def test_resnet20_exports_with_its_shortcuts(tmp_path: Path) -> None:
             wanted = net(images(1, size=32, seed=5)).numpy()
         found = run(out, file_format, images(1, size=32, seed=5))
         np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * max(1, np.abs(wanted).max()))
+
+
+class Heads(nn.Module):
+    """Outputs in a dictionary, of which one has the name of another's operator and one that of the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.box, self.logits = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1), nn.Conv2d(8, 6, 1)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        boxes, logits = self.box(x).mean((2, 3)), self.logits(x)
+        return {"logits": boxes, "box": logits, "input": (logits.relu().mean((2, 3)), {"tanh": logits.tanh()})}
+
+
+@pytest.mark.parametrize("file_format", ["onnx", "tflite"])
+def test_outputs_have_the_names_of_the_networks_own_dictionary(tmp_path: Path, file_format: str) -> None:
+    torch.manual_seed(0)
+    net = Heads().eval()
+    graph = build_graph(net, (3, 8, 8))
+    images = torch.randn(4, 3, 8, 8)
+    out = tmp_path / f"heads.{file_format}"
+    found = export_network(net, graph, graph.op_graph(), images, file_format=file_format, out=out)
+    assert found["outputs"] == ["logits", "box", "input.0", "input.1.tanh"]
+    with torch.no_grad():
+        boxes = net(images[:1])["logits"].numpy()
+    if file_format == "onnx":
+        session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
+        assert [output.name for output in session.get_outputs()] == found["outputs"]
+        named = session.run(["logits"], {"input": images[:1].numpy()})[0]
+    else:
+        interpreter = pytest.importorskip("ai_edge_litert.interpreter").Interpreter(str(out))
+        signature = interpreter.get_signature_list()["serving_default"]
+        assert set(signature["outputs"]) == set(found["outputs"])
+        run = interpreter.get_signature_runner("serving_default")
+        named = run(**{signature["inputs"][0]: images[:1].permute(0, 2, 3, 1).numpy()})["logits"]
+    np.testing.assert_allclose(named.reshape(boxes.shape), boxes, rtol=1e-3, atol=1e-4)
+
+
+def test_outputs_without_names_keep_those_of_their_operators(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+    graph = build_graph(net, (3, 8, 8))
+    found = export_network(
+        net, graph, graph.op_graph(), torch.randn(1, 3, 8, 8), file_format="onnx", out=tmp_path / "a.onnx"
+    )
+    assert found["outputs"] == ["2"]

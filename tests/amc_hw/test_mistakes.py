@@ -31,6 +31,7 @@ from amc_hw import cli as command_line
 from amc_hw.console import Progress
 from amc_hw.runs import alone_in
 from amc_hw.search.loop import AUTO, FREE
+from amc_hw.settings import read_settings, record_settings
 from profilers.targets.fake import FakeTarget
 from profilers.timing import MOST_LOADS
 
@@ -694,6 +695,19 @@ def test_init_twice(here: Path, amc_hw: Run) -> None:
     assert unknown.code == 2 and "'nowhere'" in unknown.mistake and not Path("amc-hw.toml").exists()
 
 
+def test_init_adds_to_what_is_there_and_changes_none_of_it(here: Path, amc_hw: Run) -> None:
+    record_settings({"device": "fake", "model": "nets.py:tiny"})  # as profile does
+    assert amc_hw("init", "--checkpoint", "w.pt", "--model", "nets.py:tiny", "--evaluate", "task.py:score").code == 0
+    wanted = {"device": "fake", "model": "nets.py:tiny", "checkpoint": "w.pt", "evaluate": "task.py:score"}
+    assert read_settings() == wanted
+    before = Path("amc-hw.toml").read_bytes()
+    done = amc_hw("init", "--model", "resnet20", "--data", "digits")
+    assert done.code == 2 and "amc-hw.toml says model = 'nets.py:tiny' already: edit it" in done.mistake
+    done = amc_hw("init")
+    assert done.code == 2 and "is there already: edit it, or remove it first" in done.mistake
+    assert Path("amc-hw.toml").read_bytes() == before
+
+
 def test_profile_records_what_the_next_commands_take(here: Path, amc_hw: Run) -> None:
     assert amc_hw("profile", *TINY).code == 0
     settings = Path("amc-hw.toml").read_text()
@@ -819,16 +833,17 @@ KEYS: dict[str, set[str]] = {
     "graph": {"groups", "frozen", "macs", "params"},
     "profile": {"table", "rows_total", "rows_new", "seconds"},
     "validate": {"samples", "median_abs_pct_error", "within_5pct", "within_10pct", "spearman"},
-    "predict": {"predicted_ms", "error_pct"},
+    "predict": {"predicted_ms", "error_pct", "device", "runtime", "threads", "dtype", "batch"},
     "search": {
         *("policy", "accuracy", "baseline_accuracy", "accuracy_split", "predicted_ms", "measured_ms", "baseline_ms"),
         *("speedup", "latency_source", "macs", "baseline_macs", "params", "episodes", "seconds"),
+        *("device", "runtime", "threads", "dtype", "batch"),
     },
     "measure": {
         *("baseline_ms", "pruned_ms", "speedup", "speedup_ci95", "p90_ms", "runs", "device", "runtime", "threads"),
-        "dtype",
+        *("dtype", "batch"),
     },
-    "export": {"file", "bytes", "max_abs_diff"},
+    "export": {"file", "bytes", "max_abs_diff", "outputs"},
     "report": {"file"},
     "check": {"accuracy", "groups", "frozen", "measurements_missing", "profile_minutes", "search_minutes"},
     "compare": {"rows"},  # tests/amc_hw/test_compare.py

@@ -166,6 +166,12 @@ def test_an_unknown_operator_is_an_error_that_names_it(op: OpSpec, expected: str
         assert str(refused.value).startswith(expected) and "measure it with 'amc-hw profile'" in str(refused.value)
 
 
+def test_an_operator_that_is_there_with_another_activation_is_told_so() -> None:
+    found = predictor([op_row(spatial(3, 8), 0.25), op_row(spatial(3, 8, "relu6"), 0.75)])
+    with pytest.raises(TableError, match=r"k3x3 s1 tanh \(it has that with activation none, relu6\): measure it with"):
+        found.op_ms([spatial(3, 8, "tanh")])
+
+
 def test_an_empty_table_knows_nothing_but_says_so() -> None:
     found = predictor([])
     with pytest.raises(TableError, match=r"no measurement for conv 3x8x8->8 k3x3 s1"):
