@@ -6,6 +6,7 @@ import copy
 import importlib.util
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from networks import Net, frozen_of, mask_channels
@@ -14,10 +15,11 @@ from torch.nn import functional as F
 
 from amc_hw.errors import UnsupportedOperatorError, UserError
 from amc_hw.export import export_network
-from amc_hw.graph import LayerGraph, build_graph
+from amc_hw.graph import LayerGraph, build_graph, width_grid
 from amc_hw.models import load_model
 from amc_hw.prune import keep_channels, slice_channels
-from amc_hw.resources import params_model
+from amc_hw.resources import Completer, budget_from, choose_width, macs_model, params_model
+from amc_hw.subject import load_graph
 from profilers.ops import OpGraph, OpSpec
 
 
@@ -389,6 +391,22 @@ def test_torchvision_networks_at_half_widths(name: str, tmp_path: Path) -> None:
         out = tmp_path / file_format
         done = export_network(small, graph, graph.op_graph(half), image, file_format=file_format, out=out)
         assert done["max_abs_diff"] <= 1e-4 * max(1.0, float(wanted.abs().max())) and out.stat().st_size > 1e5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "exact"), [("densenet121", True), ("googlenet", True), ("inception_v3", False)])
+def test_networks_that_concatenate_much_have_completions(name: str, exact: bool) -> None:
+    _, graph = load_graph(f"torchvision:{name}")
+    grids = [width_grid(group.width) for group in graph.groups]
+    model, rng = macs_model(graph, grids), np.random.default_rng(0)
+    for _ in range(3):
+        widths = [int(rng.choice(grid)) for grid in grids]
+        assert model.cost(widths) == graph.macs(widths)
+    completer, budget, decided = Completer(model), budget_from(model, ratio=0.5), list[int]()
+    assert completer.exact == exact
+    for _ in grids:
+        decided.append(choose_width(completer, decided, float(rng.uniform(0.2, 1.0)), budget))
+    assert model.cost(decided) <= budget.limit
 
 
 TIMM = ["mobilenetv3_large_100", "efficientnet_lite0", "mobilenetv2_100", "mnasnet_100", "fbnetc_100", "regnetx_002"]
