@@ -10,7 +10,7 @@ import gymnasium
 import numpy as np
 
 from amc_hw.graph import ChannelGroup, Layer, LayerGraph
-from amc_hw.resources import Budget, Completer, CostModel, choose_width, require_feasible, snap
+from amc_hw.resources import Budget, CostModel, choose_width, require_feasible, snap
 from amc_hw.task import Judged
 
 #: Reward name -> (unit of the cost it needs, function of error in 0..1 and cost). AMC, section 3.3.
@@ -68,7 +68,7 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         if unit is not None and self._reward_model.unit != unit:
             raise ValueError(f"reward {reward!r} needs a cost in {unit}, not in {self._reward_model.unit}")
         self.model, self.budget, self.evaluate, self.ahead = model, budget, evaluate, ahead
-        self.completer = Completer(model)
+        self.completer = model.completer
         if budget is not None:
             require_feasible(self.completer, budget)
         self.observation_space = gymnasium.spaces.Box(0.0, 1.0, (len(OBSERVATION),), np.float32)

@@ -26,7 +26,6 @@ from amc_hw.pretrain import DEFAULT_DATA
 from amc_hw.prune import slice_channels
 from amc_hw.resources import (
     Budget,
-    Completer,
     CostModel,
     Grids,
     budget_from,
@@ -306,7 +305,7 @@ class _Search:
         if not self._ended and (enough := self._met_already(budget)) is not None:
             return enough | {"seconds": time.monotonic() - start}
         if budget is not None:
-            require_feasible(Completer(costs), budget)
+            require_feasible(costs.completer, budget)
         task = self._task()
         self.out = self._folder()  # another search may have begun by now
         with alone_in(self.out):
@@ -400,7 +399,7 @@ class _Search:
     def check_budget(self) -> None:
         costs, budget = self._costs_and_budget()
         if budget is not None:
-            require_feasible(Completer(costs), budget)
+            require_feasible(costs.completer, budget)
 
     def plan(self) -> dict[str, Any]:
         self.check_budget()

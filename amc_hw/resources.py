@@ -134,6 +134,11 @@ class CostModel:
         return total + self.constant if touching is None else total
 
     @cached_property
+    def completer(self) -> Completer:
+        """Made once: what it finds out serves every search on the model."""
+        return Completer(self)
+
+    @cached_property
     def full_widths(self) -> tuple[int, ...]:
         return tuple(grid[-1] for grid in self.grids)
 

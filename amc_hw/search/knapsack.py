@@ -18,7 +18,7 @@ from scipy import optimize, sparse
 
 from amc_hw.env import PruningEnv
 from amc_hw.min_sum import MinSum
-from amc_hw.resources import ROUNDING, Completer, CostModel
+from amc_hw.resources import ROUNDING, CostModel
 from amc_hw.search.sensitivity import SHARE, Curves, CurveSearch, measure_curves, spread
 
 MAX_VARIABLES = 60_000  #: of the integer program; larger ones are solved by Lagrange multipliers alone
@@ -133,7 +133,7 @@ def solve(
     if not proven:
         found = min((each for each in (found, _lagrange(model, losses, limit, allowed)) if each), default=None)
     if found is None:
-        return Completer(model).best()[1]
+        return model.completer.best()[1]
     return tuple(grid[place] for grid, place in zip(model.grids, found[1], strict=True))
 
 

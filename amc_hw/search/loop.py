@@ -24,7 +24,7 @@ import numpy as np
 from amc_hw.env import REWARDS, PruningEnv
 from amc_hw.errors import BudgetError, UserError
 from amc_hw.graph import LayerGraph
-from amc_hw.resources import Budget, Completer, CostModel, Grids, snap
+from amc_hw.resources import Budget, CostModel, Grids, snap
 from amc_hw.runs import Journal
 from amc_hw.search.ddpg import AMCSearch, DDPGSearch
 from amc_hw.search.evolution import EvolutionSearch
@@ -246,7 +246,7 @@ class _Rounds:
         problem, budget = self.problem, self.problem.budget
         if budget is not None:
             # what is learned may not make the budget unreachable: the cheapest policy stays in
-            cheapest = Completer(problem.costs).best()[0]
+            cheapest = problem.costs.completer.best()[0]
             budget = replace(budget, limit=max(budget.limit / self.bias, cheapest))
         limit = None if budget is None else budget.limit
         memory = self.memory

@@ -195,15 +195,6 @@ def test_completions_on_its_table_equal_brute_force(
             np.testing.assert_allclose(completer.offers(decided), expected, rtol=1e-12)
 
 
-def test_any_groups_of_its_table_may_be_decided(pixel: api.Subject, table: LatencyTable) -> None:
-    model = latency_model(pixel.graph, sub_network(pixel, 8, off_the_multiple(pixel)), predictor_of(table.rows, table))
-    costs, completer = all_costs(model), Completer(model)
-    for decided in ({9: 507}, {8: 512, 11: 508}, {9: 511, 10: 507}):
-        left = {w: cost for w, cost in costs.items() if all(w[group] == width for group, width in decided.items())}
-        cost, widths = completer.best(decided)
-        assert cost == pytest.approx(min(left.values()), rel=1e-12) and left[widths] == cost
-
-
 def test_its_table_is_not_monotonic(pixel: api.Subject, table: LatencyTable) -> None:
     """Else the narrowest widths were always the cheapest, and brute force would show nothing."""
     depthwise = [row for row in table.of_type("op") if row.op is not None and row.op.kind == "depthwise_conv"]
