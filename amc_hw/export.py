@@ -94,11 +94,12 @@ def export_network(
     module.eval()
     batch = network.nodes[0].op.batch
     chunks = _whole_batches(inputs, batch)
-    weights = folded_weights(module, graph)
-    network, weights = _with_names(network, weights, module(*chunks[0]))
     if file_format == "torch":
+        named: dict[str, Any] = {}
         data, run = _as_program(module, chunks[0])
     else:
+        network, weights = _with_names(network, folded_weights(module, graph), module(*chunks[0]))
+        named = {"outputs": list(network.outputs)}
         data, run = _as_model(network, weights, file_format)
     expected = [_outputs(module(*chunk)) for chunk in chunks]
     largest, difference = 1.0, np.float64(0.0)
@@ -108,7 +109,6 @@ def export_network(
             difference = np.maximum(difference, np.abs(found.reshape(right.shape) - right).max())  # keeps a NaN
     if not difference <= TOLERANCE * largest:  # NaN fails this, too
         raise FailedError(f"the {file_format} file's outputs are off by {difference:.3g} (largest {largest:.3g})")
-    named = {} if file_format == "torch" else {"outputs": list(network.outputs)}
     return _written(out, data, float(difference)) | named
 
 

@@ -193,9 +193,9 @@ def latency_model(
     seen: dict[tuple[OpSpec, bytes], np.ndarray] = {}
     places: list[tuple[tuple[Sum, ...], np.ndarray]] = []  # axes, indices into op_ms
     layers = {layer.name: layer for layer in graph.layers}
-    sums = _Sums(checked)
+    widths = _Widths(checked)
     for node in predictor.lower(graph.op_graph(batch=batch)).nodes:
-        axes, counts = sums.of(layers[node.name])
+        axes, counts = widths.of(layers[node.name])
         key = (node.op, b"|".join(each.tobytes() for each in counts))
         if key not in seen:
             ops = (node.op.with_axes(at) for at in itertools.product(*(each.tolist() for each in counts)))
@@ -219,12 +219,12 @@ def _counted(
     """A model of a quantity of layers that is linear in the outputs and affine in the inputs, as MACs and parameters
     are."""
     checked = _checked_grids(graph, grids)
-    sums = _Sums(checked)
+    widths = _Widths(checked)
     parts: list[tuple[tuple[Sum, ...], np.ndarray]] = []
     for layer in layers:
         if not quantity(layer.op):
             continue
-        axes, counts = sums.of(layer)
+        axes, counts = widths.of(layer)
         if not axes:
             values = np.array(quantity(layer.op))
         elif layer.op.kind in TWO_AXIS_KINDS:
@@ -236,7 +236,7 @@ def _counted(
     return _model(checked, parts, 0.0, unit, 0.0)
 
 
-class _Sums:
+class _Widths:
     """The channels of tensors as axes of tables."""
 
     def __init__(self, grids: Grids) -> None:
