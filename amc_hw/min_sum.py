@@ -218,7 +218,8 @@ class MinSum:
         free = range(len(at), len(self._sizes))
         fixed = dict(enumerate(at))
         order = self._order([set(scope) - set(fixed) for scope, _ in self._factors], free)
-        assert order is not None  # as at construction, with one variable more
+        if order is None:  # one variable more than an offer eliminates
+            return min(self._descend((*at, *start[len(at) :]), free) for start in self._starts)[1]
         buckets, _ = self._eliminate(_conditioned(self._factors, fixed), order)
         found = dict(fixed)
         for variable, (scope, values) in reversed(buckets):
