@@ -275,7 +275,7 @@ class AdbTarget:
             return f"{owner}:$((now + {math.ceil(min(seconds, LOCK_S))}))"
 
         self.device.run(f"mkdir -p {shlex.quote(self.work)} {shlex.quote(str(Path(self._lock).parent))}")
-        waited, tries = time.monotonic(), 0
+        waited, stale = time.monotonic(), 0
         take = (  # a link is made with all that it says, or not at all
             f"{now}if said=$(ln -s {held_for(seconds)} {lock} 2>&1); then echo taken; "
             f"else held=$(readlink {lock}); end=${{held#*:}}; "
@@ -284,12 +284,12 @@ class AdbTarget:
             f'else [ -L {lock} ] && [ "$(readlink {lock})" = "$held" ] && rm -f {lock}; echo "stale $said"; fi; fi'
         )
         while not (answer := self.device.run(take).strip()).startswith("taken"):
-            tries += 1
+            stale += answer.startswith("stale")
             if answer.startswith("held") and time.monotonic() - waited >= self.config.lock_wait_s:
                 raise DeviceError(
                     f"{self.device.name} is being measured by someone else: wait, or remove {self._lock} there"
                 )
-            if answer.startswith("stale") and tries >= STALE_TRIES:
+            if stale >= STALE_TRIES:
                 said = answer.removeprefix("stale").strip().splitlines()[-1:] or ["no reason given"]
                 raise DeviceError(
                     f"{self.device.name}: cannot lock it ({said[0]}): set 'workdir' or 'lock' in the configuration of "

@@ -720,6 +720,17 @@ def test_a_phone_that_someone_measures_on_is_left_as_it_is(config: DeviceConfig,
     assert second.provenance()["fixed_performance"] is True
 
 
+def test_a_lock_that_expires_after_a_long_wait_is_taken(config: DeviceConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("profilers.targets.adb.LOCK_POLL_S", 0.01)
+    monkeypatch.setattr("profilers.targets.adb.STALE_TRIES", 3)
+    link, lock = Folder(), Path(config.workdir, "lock")
+    lock.parent.mkdir(parents=True)
+    lock.symlink_to(f"somebody:{int(float(Path('/proc/uptime').read_text().split()[0])) + 2}")
+    with AdbTarget(config, device(link))._alone(30):
+        assert not str(lock.readlink()).startswith("somebody")
+    assert link.counts["shell"] > 10  # it was asked for again and again
+
+
 @pytest.mark.parametrize("broken", ["a file lies there", "nobody may write there"])
 def test_a_device_that_cannot_be_locked_is_an_error(
     config: DeviceConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
