@@ -17,7 +17,7 @@ from scipy.sparse import coo_array, csgraph
 from torch import Tensor, nn
 
 from amc_hw.errors import UserError
-from amc_hw.symbolic import eval_mode, own_tensors, shared_tensors
+from amc_hw.symbolic import eval_mode, holds_any, shared_tensors
 from amc_hw.tracing import TracedOp, TracedOps, trace_ops
 from profilers.ops import PRODUCER_KINDS, OpGraph, OpNode, OpSpec
 
@@ -232,7 +232,7 @@ def _sharing(module: nn.Module, traced: TracedOps) -> dict[str, str]:
     modules = dict(module.named_modules())
     for op in traced.ops:
         for name in (op.module, op.batch_norm):
-            if name in modules and any(id(tensor) in shared for tensor in own_tensors(modules[name]).values()):
+            if name in modules and holds_any(modules[name], shared):
                 found |= dict.fromkeys((*op.inputs, op.name), f"{name} shares its weights with another layer")
     return found
 

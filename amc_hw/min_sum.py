@@ -94,8 +94,10 @@ class _Sums:
         """Orders variables, each before the partial sums that are known with it."""
         return self.last(variable), variable
 
-    def expanded_scope(self, scope: Sequence[int] | set[int], last: int) -> set[int]:
+    def expanded_scope(self, scope: set[int], last: int) -> set[int]:
         """The scope in terms of `last` and what is known before it."""
+        if not self.partial:
+            return scope
         found = set[int]()
         for variable in scope:
             follows = variable >= self.count and self.partial[variable].last == last
@@ -107,7 +109,7 @@ class _Sums:
         scope, values = factor
         if all(variable < self.count or self.partial[variable].last != last for variable in scope):
             return factor
-        wanted = sorted(self.expanded_scope(scope, last), key=self.rank)
+        wanted = sorted(self.expanded_scope(set(scope), last), key=self.rank)
 
         def laid(variable: int) -> np.ndarray:
             return np.arange(self.sizes[variable]).reshape([-1 if each == variable else 1 for each in wanted])
@@ -132,6 +134,8 @@ class _Sums:
     def along(self, factor: Factor, variable: int, at: Sequence[int]) -> np.ndarray:
         """The table's values for every value of a variable, the others being `at`. (sizes[variable],)"""
         scope, values = factor
+        if not self.partial:
+            return values[tuple(slice(None) if each == variable else at[each] for each in scope)]
         index: list[int | slice | np.ndarray] = []
         for each in scope:
             if each < self.count:

@@ -20,7 +20,7 @@ from amc_hw.graph import LayerGraph
 from amc_hw.models.channel_map import ChannelMap
 from amc_hw.padding import padded, padding_of
 from amc_hw.prune import Kept, KeptAxes, kept_axes, plain_weight
-from amc_hw.symbolic import batch_norm_affine, eval_mode, own_tensors, shared_tensors, trace_fx
+from amc_hw.symbolic import batch_norm_affine, eval_mode, holds_any, shared_tensors, trace_fx
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,9 +148,8 @@ def refit_faithful(
             run.unpruned(node)
             once = node.op == "call_module" and run.calls[node.target] == 1
             layer = sliced.get_submodule(str(node.target)) if once else None
-            if layer is not None and any(id(tensor) in shared for tensor in own_tensors(layer).values()):
-                layer = None
-            if layer is not None and _refittable(layer) and run.differs(node.all_input_nodes[0]):
+            refittable = layer is not None and _refittable(layer) and not holds_any(layer, shared)
+            if refittable and run.differs(node.all_input_nodes[0]):
                 out = axes.get(str(node.target), KeptAxes()).out
                 channels = None if out is None else torch.from_numpy(out)
                 _fit(run, node, channels, rows=rows_per_layer, generator=generator, ridge=ridge)

@@ -73,6 +73,11 @@ def shared_tensors(module: nn.Module) -> set[int]:
     return {tensor for tensor, count in owners.items() if count > 1}
 
 
+def holds_any(part: nn.Module, tensors: set[int]) -> bool:
+    """Whether a module holds one of the tensors of these ids itself."""
+    return any(id(value) in tensors for value in own_tensors(part).values())
+
+
 @contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
     flags = {part: part.training for part in module.modules()}

@@ -234,7 +234,7 @@ def _copies(op: OpSpec, count: int) -> OpGraph:
     """`count` copies of an operator side by side: of a product on one input; of any other each on inputs of its own,
     or a runtime would compute it once for all. An addition inside of its kernel is written after it, with one second
     operand for all: the runtime takes it in."""
-    names = [f"copy{index}" for index in range(count)]
+    names, image = [f"copy{index}" for index in range(count)], (op.in_channels[0], op.height, op.width)
     if op.fused_add:
         shape = (op.out_channels, op.out_height, op.out_width)
         sizes = (op.out_channels, op.out_channels), *shape[1:], op.out_channels
@@ -244,9 +244,7 @@ def _copies(op: OpSpec, count: int) -> OpGraph:
             (OpNode(f"{name}/product", plain, (OpGraph.INPUT,)), OpNode(name, add, (f"{name}/product", "sum")))
             for name in names
         ]
-        image = (op.in_channels[0], op.height, op.width)
         return OpGraph(tuple(node for pair in pairs for node in pair), image, tuple(names), (("sum", shape),))
-    image = (op.in_channels[0], op.height, op.width)
     if op.macs:
         return OpGraph(tuple(OpNode(name, op, (OpGraph.INPUT,)) for name in names), image, tuple(names))
     read = [[f"{name}.{place}" for place in range(len(op.in_channels))] for name in names]

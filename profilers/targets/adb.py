@@ -283,19 +283,20 @@ class AdbTarget:
             f'elif [ -n "$end" ] && [ $((end - now)) -gt 0 ] && [ $((end - now)) -le {LOCK_S} ]; then echo held; '
             f'else [ -L {lock} ] && [ "$(readlink {lock})" = "$held" ] && rm -f {lock}; echo "stale $said"; fi; fi'
         )
-        while not (answer := self.device.run(take).strip()).startswith("taken"):
-            stale += answer.startswith("stale")
-            if answer.startswith("held") and time.monotonic() - waited >= self.config.lock_wait_s:
+        while (answer := self.device.run(take).strip().partition(" "))[0] != "taken":
+            state, _, said = answer
+            stale += state == "stale"
+            if state == "held" and time.monotonic() - waited >= self.config.lock_wait_s:
                 raise DeviceError(
                     f"{self.device.name} is being measured by someone else: wait, or remove {self._lock} there"
                 )
             if stale >= STALE_TRIES:
-                said = answer.removeprefix("stale").strip().splitlines()[-1:] or ["no reason given"]
+                why = said.splitlines()[-1] if said else "no reason given"
                 raise DeviceError(
-                    f"{self.device.name}: cannot lock it ({said[0]}): set 'workdir' or 'lock' in the configuration of "
+                    f"{self.device.name}: cannot lock it ({why}): set 'workdir' or 'lock' in the configuration of "
                     f"{self.config.name}, or remove {self._lock} there"
                 )
-            time.sleep(0.1 if answer.startswith("stale") else LOCK_POLL_S)
+            time.sleep(0.1 if state == "stale" else LOCK_POLL_S)
 
         def hold(seconds: float) -> None:
             mine = shlex.quote(f"{self._lock}.{owner}")

@@ -156,22 +156,12 @@ def test_two_processes_train_one_network(policy: Path) -> None:
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(policy: Path, tmp_path: Path) -> None:
-    class Killed(Exception):
-        pass
-
-    def until(step: int) -> Callable[[int, int, str], None]:
-        def progress(done: int, total: int, text: str) -> None:
-            if done >= step:
-                raise Killed
-
-        return progress
-
     whole = finetune(policy, FinetuneConfig(epochs=3, batch=256, out=tmp_path / "whole"), progress=quiet)
     config = FinetuneConfig(epochs=3, batch=256, out=tmp_path / "parts")
     each = steps_of_an_epoch()
     for stop in (1, each + 2, 2 * each + 1):
-        with pytest.raises(Killed):
-            finetune(policy, config, progress=until(stop))
+        with pytest.raises(InterruptedError):
+            finetune(policy, config, progress=interrupted_after(stop))
     parts = finetune(policy, config, progress=quiet)
     one, other = (torch.load(Path(found["policy"]).with_name("pruned.pt")) for found in (whole, parts))
     assert all(torch.equal(value, other[name]) for name, value in one.items())

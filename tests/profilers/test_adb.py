@@ -791,27 +791,31 @@ def test_a_lock_is_never_held_by_two(config: DeviceConfig) -> None:
 # Which device
 
 
-def test_a_server_that_is_only_starting_is_no_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    adb = tmp_path / "adb"
-    adb.write_text(
+@pytest.fixture
+def adb_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Writes a program that stands in for `adb`."""
+
+    def write(text: str) -> None:
+        (tmp_path / "adb").write_text(text)
+        (tmp_path / "adb").chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+
+    return write
+
+
+def test_a_server_that_is_only_starting_is_no_device(adb_program: Callable[[str], None]) -> None:
+    adb_program(
         "#!/bin/sh\necho '* daemon not running; starting now at tcp:5037'\necho '* daemon started successfully'\n"
         "echo 'List of devices attached'\nprintf 'A1\\tdevice\\n\\n'\n"
     )
-    adb.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     assert attached() == ["A1"]
 
 
-def test_a_server_that_is_not_trusted_says_so_in_the_first_of_its_lines(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    adb = tmp_path / "adb"
-    adb.write_text(
+def test_a_server_that_is_not_trusted_says_so_in_the_first_of_its_lines(adb_program: Callable[[str], None]) -> None:
+    adb_program(
         "#!/bin/sh\n{ echo 'error: device unauthorized.'; echo \"This adb server's \\$ADB_VENDOR_KEYS is not set\"\n"
         "echo 'Otherwise check for a confirmation dialog on your device.'; } >&2; exit 1\n"
     )
-    adb.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     with pytest.raises(DeviceError, match="does not trust this computer yet"):
         ServerLink("A1")
 
@@ -849,16 +853,11 @@ def test_nobody_at_the_address_is_a_line(monkeypatch: pytest.MonkeyPatch) -> Non
         phone.run("true")
 
 
-def test_a_file_that_the_device_refuses_is_no_fault_of_the_cable(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    adb = tmp_path / "adb"
-    adb.write_text(
+def test_a_file_that_the_device_refuses_is_no_fault_of_the_cable(adb_program: Callable[[str], None]) -> None:
+    adb_program(
         '#!/bin/sh\n[ "$3" = get-state ] && echo device && exit\n'
         "echo \"adb: error: failed to copy 'x' to '/data/x': remote No space left on device\" >&2; exit 1\n"
     )
-    adb.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     with pytest.raises(DeviceError, match="the device refuses a file: .*No space left on device"):
         AdbDevice("phone", lambda: ServerLink("A1"), sleep=lambda seconds: None).push(b"x", "/data/x")
 
