@@ -19,7 +19,7 @@ import numpy as np
 from amc_hw import plots
 from amc_hw.errors import DeviceError, TableError, UserError
 from amc_hw.policy import load_policy
-from amc_hw.resources import CostModel, latency_model, macs_model, params_model
+from amc_hw.resources import CostModel, keeps, latency_model, macs_model, params_model
 from amc_hw.runs import JOURNAL
 from amc_hw.subject import Pruned, Subject, open_pruned, open_subject, read_predictor, read_table, tables
 from amc_hw.task import shown_gain
@@ -373,7 +373,7 @@ def _within(
     limit = given if name.endswith("_ms") else given * costs.full_cost
     if all(width in grid for width, grid in zip(result["widths"], costs.grids, strict=True)):
         limit = max(limit, costs.cost(tuple(result["widths"])))
-    return lambda widths: costs.cost(tuple(widths)) <= limit * (1 + 1e-6)
+    return lambda widths: keeps(costs.cost(tuple(widths)), limit)
 
 
 def _learning(

@@ -336,6 +336,11 @@ def check_ratio(ratio: float) -> None:
         raise UserError(f"budget ratio {ratio}: it must be above 0 and at most 1")
 
 
+def keeps(cost: float, limit: float) -> bool:
+    """Whether a cost keeps a limit: every policy that was offered under it does."""
+    return cost <= limit * (1 + ROUNDING)
+
+
 def _amount(cost: float, unit: str) -> str:
     return f"{cost:.4g} {unit}" if unit == "ms" else f"{cost:,.0f} {unit}"
 
@@ -379,7 +384,7 @@ def require_feasible(completer: Completer, budget: Budget) -> None:
     """BudgetError (exit 4) naming the smallest cost known to be reachable, unless the budget can be met."""
     model = completer.model
     cost, _ = completer.best()
-    if cost <= budget.limit * (1 + ROUNDING):
+    if cost <= _offered_limit(budget, completer, 0):
         return
     proven = completer.exact or budget.limit < completer.lower_bound
     ratio = math.ceil(cost / model.full_cost * 1e4) / 1e4
@@ -399,13 +404,18 @@ def feasible_widths(completer: Completer, decided: Sequence[int], budget: Budget
     grid = completer.model.grids[len(decided)]
     if budget is None:
         return list(grid)
-    # Later steps get a hair more, so that a width offered on the very edge is never taken back.
-    limit = budget.limit * (1 + ROUNDING * (1 + 1e-3 * len(decided)))
+    limit = _offered_limit(budget, completer, len(decided))
     widths = [width for width, cost in zip(grid, completer.offers(decided), strict=True) if cost <= limit]
     if not widths:
         require_feasible(completer, budget)
         raise BudgetError(f"the widths {list(decided)} leave no known way to meet the budget {budget.text}")
     return widths
+
+
+def _offered_limit(budget: Budget, completer: Completer, step: int) -> float:
+    """Later steps get a hair more, so that a width offered on the very edge is never taken back; none has more than
+    `keeps` allows."""
+    return budget.limit * (1 + ROUNDING * (1 + step / len(completer.model.grids)) / 2)
 
 
 def snap(fraction: float, full: int, feasible: Sequence[int]) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from amc_hw.env import PruningEnv
-from amc_hw.resources import ROUNDING, CostModel
+from amc_hw.resources import ROUNDING, CostModel, keeps
 from amc_hw.search.method import Method, judged
 from amc_hw.search.sensitivity import spread
 
@@ -36,7 +36,7 @@ class GreedySearch(Method):
         at = self.at or model.full_widths
         if model.cost(at) <= limit:  # a budget that has grown begins anew
             at = model.full_widths
-        while (cost := model.cost(at)) > limit * (1 + ROUNDING) and left > 0:
+        while not keeps(cost := model.cost(at), limit) and left > 0:
             goal = cost - (cost - limit) / max(1, left // (len(model.grids) + 1))
             offers = spread(offered(model, at, goal), max(left - 1, 1))
             if not offers:
@@ -48,7 +48,7 @@ class GreedySearch(Method):
             left -= len(found)
             for one in sorted(found, key=lambda one: (-one["worth"], one["cost"])):
                 at = tuple(map(min, at, one["widths"]))
-                if model.cost(at) <= goal * (1 + ROUNDING):
+                if keeps(model.cost(at), goal):
                     break
             if left > 0 and at not in offers:
                 left -= 1
@@ -81,4 +81,4 @@ def _narrower(model: CostModel, at: Sequence[int], group: int, cost: float) -> l
 
 
 def _widest(policies: Sequence[tuple[float, tuple[int, ...]]], limit: float) -> tuple[int, ...] | None:
-    return next((widths for cost, widths in policies if cost <= limit * (1 + ROUNDING)), None)
+    return next((widths for cost, widths in policies if keeps(cost, limit)), None)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from amc_hw.env import PruningEnv
-from amc_hw.resources import Grids, snap
+from amc_hw.resources import Grids, keeps, snap
 from amc_hw.search.method import Method
 from amc_hw.search.uniform import uniform_policies
 
@@ -42,7 +42,7 @@ class HandmadeSearch(Method):
     ) -> Iterator[dict[str, Any]]:
         limit = math.inf if env.budget is None else env.budget.limit
         policies = self.policies(env.model.grids)
-        inside = [widths for widths in policies if env.model.cost(widths) <= limit * (1 + 1e-9)]
+        inside = [widths for widths in policies if keeps(env.model.cost(widths), limit)]
         # a rule may not reach the budget: then what comes nearest is not within it
         yield env.judge(inside[0] if inside else min(policies, key=env.model.cost))
 

@@ -18,7 +18,7 @@ from scipy import optimize, sparse
 
 from amc_hw.env import PruningEnv
 from amc_hw.min_sum import MinSum
-from amc_hw.resources import ROUNDING, CostModel
+from amc_hw.resources import CostModel, keeps
 from amc_hw.search.sensitivity import SHARE, Curves, CurveSearch, measure_curves, spread
 
 MAX_VARIABLES = 60_000  #: of the integer program; larger ones are solved by Lagrange multipliers alone
@@ -50,7 +50,7 @@ class KnapsackSearch(CurveSearch):
             self.curves = yield from measure_curves(env.model, judge, round(SHARE * left), ahead=env.ahead)
             left -= self.curves.evaluated
         losses = [self.curves.losses(group) + self._prior(grid) for group, grid in enumerate(env.model.grids)]
-        if self.best is None or self.best["cost"] > limit * (1 + ROUNDING):
+        if self.best is None or not keeps(self.best["cost"], limit):
             self.best = self._judge(env, solve(env.model, losses, limit))
             left -= 1
             yield self.best
@@ -99,7 +99,7 @@ class KnapsackSearch(CurveSearch):
         widths = solve(model, losses, limit, reach=reach)
         if left > 0 and widths not in self.known:
             yield self._judge(env, widths)
-        inside = [one for one in self.known.values() if one["cost"] <= limit * (1 + ROUNDING)]
+        inside = [one for one in self.known.values() if keeps(one["cost"], limit)]
         self.best = min(inside, key=lambda one: (one["lost"], one["cost"]))
 
 
@@ -152,7 +152,7 @@ def _lagrange(
         factors = unary + [(axes, price * values) for axes, values in terms]
         places = MinSum(factors, sizes).complete(())
         at = tuple(each[place] for each, place in zip(allowed, places, strict=True))
-        if model.cost_at(at) <= limit * (1 + ROUNDING):
+        if keeps(model.cost_at(at), limit):
             total = sum(float(loss[place]) for loss, place in zip(losses, at, strict=True))
             best = min(best or (math.inf, at), (total, at), key=lambda one: one[0])
             high = price
@@ -219,6 +219,6 @@ def _integer_program(
         return None, False
     chosen = [int(np.argmax(found.x[starts[group] : starts[group] + len(each)])) for group, each in enumerate(allowed)]
     at = tuple(each[place] for each, place in zip(allowed, chosen, strict=True))
-    if model.cost_at(at) > limit * (1 + ROUNDING):
+    if not keeps(model.cost_at(at), limit):
         return None, False
     return (sum(float(loss[place]) for loss, place in zip(losses, at, strict=True)), at), found.status == 0

@@ -24,7 +24,7 @@ import numpy as np
 from amc_hw.env import REWARDS, PruningEnv
 from amc_hw.errors import BudgetError, UserError
 from amc_hw.graph import LayerGraph
-from amc_hw.resources import Budget, CostModel, Grids, snap
+from amc_hw.resources import Budget, CostModel, Grids, keeps, snap
 from amc_hw.runs import Journal
 from amc_hw.search.ddpg import AMCSearch, DDPGSearch
 from amc_hw.search.evolution import EvolutionSearch
@@ -222,7 +222,7 @@ class _Rounds:
         self._judge_uniform()
         for number in range(ROUNDS if by_latency else 1):
             limit = self._round(method, number)
-            inside = [one for one in _ranked(self.found.values()) if _within(one, limit)]
+            inside = [one for one in _ranked(self.found.values()) if keeps(one.cost, limit)]
             known = self.met | self.uniform | set(self.missed)
             best = [one.widths for one in inside if one.widths not in known][:CANDIDATES]
             spare = self._judge(best)
@@ -241,14 +241,14 @@ class _Rounds:
             "and name a new --out"
         )
 
-    def _round(self, method: Method, number: int) -> float | None:
+    def _round(self, method: Method, number: int) -> float:
         """Run the episodes of a round; the cost that they had to keep."""
         problem, budget = self.problem, self.problem.budget
         if budget is not None:
             # what is learned may not make the budget unreachable: the cheapest policy stays in
             cheapest = problem.costs.completer.best()[0]
             budget = replace(budget, limit=max(budget.limit / self.bias, cheapest))
-        limit = None if budget is None else budget.limit
+        limit = math.inf if budget is None else budget.limit
         memory = self.memory
 
         def ahead(policies: Sequence[tuple[int, ...]]) -> None:
@@ -263,7 +263,7 @@ class _Rounds:
             self.episodes += 1
             one = Episode(tuple(info["widths"]), info["accuracy"], info["worth"], info["cost"], bool(info.get("shown")))
             self.found.setdefault(one.widths, one)
-            inside = [each.accuracy for each in self.found.values() if _within(each, limit)]
+            inside = [each.accuracy for each in self.found.values() if keeps(each.cost, limit)]
             best = f"best {self.problem.metric} {max(inside):.4f}" if inside else "no policy within the budget yet"
             self.progress(self.episodes, total, best)
         return limit
@@ -381,11 +381,7 @@ def _uniform_within(problem: Problem, limit: float) -> list[list[tuple[int, ...]
     """Uniform policies that cost at most `limit`, widest first: of all groups, and of those only that no addition
     ties."""
     kinds = (uniform_policies(problem.costs.grids, full=full) for full in (set[int](), tied_groups(problem.graph)))
-    return [[widths for widths in kind if problem.costs.cost(widths) <= limit] for kind in kinds]
-
-
-def _within(one: Episode, limit: float | None) -> bool:
-    return limit is None or one.cost <= limit * (1 + 1e-6)
+    return [[widths for widths in kind if keeps(problem.costs.cost(widths), limit)] for kind in kinds]
 
 
 def _ranked(episodes: Iterable[Episode]) -> list[Episode]:

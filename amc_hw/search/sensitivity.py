@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from amc_hw.env import PruningEnv
-from amc_hw.resources import CostModel
+from amc_hw.resources import CostModel, keeps
 from amc_hw.search.method import Method, judged
 
 SHARE = 0.6  #: of the evaluations, spent on curves
@@ -135,5 +135,5 @@ class SensitivitySearch(CurveSearch):
         for threshold in thresholds:
             fits = [int(np.argmax(loss <= threshold + 1e-12)) for loss in losses]
             made.append(tuple(grid[fit] for grid, fit in zip(costs.grids, fits, strict=True)))
-        inside = [widths for widths in dict.fromkeys(made) if costs.cost(widths) <= limit * (1 + 1e-6)]
+        inside = [widths for widths in dict.fromkeys(made) if keeps(costs.cost(widths), limit)]
         return sorted(inside, key=lambda widths: -costs.cost(widths))
