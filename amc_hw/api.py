@@ -13,7 +13,7 @@ import numpy as np
 from torch import nn
 
 from amc_hw.compare import CompareConfig, compare, plan_compare
-from amc_hw.errors import DeviceError, FailedError, TableError, UserError
+from amc_hw.errors import DeviceError, TableError, UserError
 from amc_hw.evaluate import Evaluator, check_expected, warn_of_guessing
 from amc_hw.export import FORMATS, RUNTIME_OF, SUFFIXES, export_int8, export_network, folded_weights
 from amc_hw.find import BUDGETS, Progress, SearchConfig, check_workers, plan_search, search, search_time, timed_anew
@@ -26,28 +26,23 @@ from amc_hw.report import write_report
 from amc_hw.search.loop import METHODS
 from amc_hw.subject import (
     Subject,
-    begun,
     found_near,
     load_graph,
     open_pruned,
     open_subject,
     read_predictor,
     read_table,
-    table_of,
-    table_path,
-    tables,
 )
 from amc_hw.tables import export_csv, list_tables, merge_tables, plot_table, show_table
 from amc_hw.task import load_task
 from profilers import import_log as import_logs
-from profilers.device import DTYPES, DeviceConfig, device_names, load_device
+from profilers.device import DTYPES, device_names, load_device
 from profilers.farm import run_steps
-from profilers.files import write_whole
 from profilers.multiple import channel_multiple
 from profilers.predictor import Predictor
 from profilers.profile import WAYS, Anchor, Step, digest, missing_steps, refining_steps, time_network
 from profilers.sampling import random_widths
-from profilers.table import LatencyTable
+from profilers.store import TableStore, table_files
 from profilers.targets import Network, Probe, Target, open_target
 from profilers.targets.adb import AdbTarget
 from profilers.timing import Steady, ratio_ci95
@@ -118,7 +113,7 @@ def list_devices() -> dict[str, Any]:
                 "target": config.target,
                 "runtime": config.runtime,
                 "description": config.description,
-                "tables": [str(path) for path in tables(config.name)],
+                "tables": [str(path) for path in table_files(config.name)],
             }
         )
     return {"devices": devices}
@@ -128,16 +123,16 @@ def check_device(name: str, *, serials: Sequence[str] = ()) -> dict[str, Any]:
     """What is there and what is missing on a device, or on each of several; `ok` where nothing is."""
     members = load_device(name).at(serials).members()
     targets = [(member, open_target(member)) for member in members]
-    probes = [probe for member, target in targets for probe in (*target.probes(), *_of_its_table(member, target))]
+    probes = [probe for member, target in targets for probe in (*target.probes(), *_of_its_table(target))]
     return _probed(name, probes)
 
 
-def _of_its_table(config: DeviceConfig, target: Target) -> list[Probe]:
+def _of_its_table(target: Target) -> list[Probe]:
     """Whether there is a table of a device that is away: nothing else can be had of it."""
     if target.can_time:
         return []
     try:
-        table = table_of(config, target)
+        table = TableStore(target).read()
     except TableError as error:
         return [Probe("table", False, str(error))]
     return [Probe("table", True, f"{table.path}, {len(table.rows)} rows")]
@@ -257,10 +252,10 @@ def _operator_ms(graph: LayerGraph, device: str) -> dict[str, float] | None:
     config = load_device(device)
     try:
         target = open_target(config)
-        path = table_path(config, target.identity())
-        if not begun(path):
+        table = TableStore(target).find()
+        if table is None:
             return None
-        predictor = Predictor(LatencyTable.read(path), target.lower, extrapolate=config.extrapolate)
+        predictor = Predictor(table, target.lower, extrapolate=config.extrapolate)
         nodes = predictor.lower(graph.op_graph(batch=config.batch)).nodes
         found = predictor.op_ms([node.op for node in nodes])
     except (TableError, DeviceError):
@@ -268,32 +263,9 @@ def _operator_ms(graph: LayerGraph, device: str) -> dict[str, float] | None:
     return {node.name: float(ms) for node, ms in zip(nodes, found, strict=True)}
 
 
-def _open_table(subject: Subject) -> LatencyTable:
-    """The device's table to add to, in the user's own folder: a shipped one is copied there first."""
-    identity = subject.target.identity()
-    path = table_path(subject.device, identity)
-    own = Path("latency_tables") / path.name
-    if path.exists() and own.exists() and LatencyTable.read_identity(own) not in (identity, None):
-        own = own.with_name(f"{subject.device.name}@{identity.digest()}.jsonl")  # another one of its name is there
-    if path.exists() and not own.exists():
-        try:
-            own.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(own, path.read_bytes())
-        except OSError as error:
-            raise FailedError(f"cannot copy {path} to {own}: {error.strerror}") from error
-    return LatencyTable.open(own, identity, subject.target.provenance())
-
-
-def _table_as_is(subject: Subject) -> LatencyTable:
-    """The device's table where it lies, an empty one where there is none; nothing is written."""
-    identity = subject.target.identity()
-    path = table_path(subject.device, identity)
-    return LatencyTable.read(path) if begun(path) else LatencyTable(path, identity, {}, [])
-
-
 def plan_profile(subject: Subject, *, seed: int = 0, way: str = "auto") -> dict[str, Any]:
     """What `profile` would measure: steps and about how many minutes; nothing is written."""
-    table = _table_as_is(subject)
+    table = subject.store.find_or_empty()
     steps = missing_steps(subject.job(seed=seed, way=way), table, subject.target)
     start = time.monotonic()
     if steps:
@@ -320,7 +292,7 @@ def profile(
     job, target = subject.job(seed=seed, way=way), subject.target
     if not target.can_time:
         raise DeviceError(target.probes()[0].text)
-    table = _open_table(subject)
+    table = subject.store.open()
     before = len(table.rows)
     anchors = [Anchor(each, job.unpruned, table) for each in subject.targets]
 
@@ -351,9 +323,9 @@ def import_log(subject: Subject, widths: Sequence[int] | None, logs: Sequence[Pa
     A log that the table holds already adds nothing. UserError where one is damaged or of another network.
     """
     found = [import_logs.read(path) for path in logs]
-    known = _table_as_is(subject)
+    known = subject.store.find_or_empty()
     rows = import_logs.rows_from(found, subject.network_at(widths), known, read_predictor(subject, known))
-    table = _open_table(subject)
+    table = subject.store.open()
     table.append(rows)
     return {
         "table": str(table.path),

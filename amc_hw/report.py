@@ -21,12 +21,13 @@ from amc_hw.errors import DeviceError, TableError, UserError
 from amc_hw.policy import load_policy
 from amc_hw.resources import CostModel, keeps, latency_model, macs_model, params_model
 from amc_hw.runs import JOURNAL
-from amc_hw.subject import Pruned, Subject, open_pruned, open_subject, read_predictor, read_table, tables
+from amc_hw.subject import Pruned, Subject, open_pruned, open_subject, read_predictor, read_table
 from amc_hw.task import shown_gain
 from profilers.files import write_whole
 from profilers.ops import OpSpec
 from profilers.predictor import Predictor
 from profilers.profile import digest
+from profilers.store import table_files
 from profilers.table import LatencyTable
 
 SLOWEST = 4  #: operators whose staircase is drawn
@@ -169,7 +170,7 @@ def _table_of(subject: Subject, header: dict[str, Any]) -> LatencyTable:
     try:
         return read_table(subject)
     except DeviceError:
-        for table in map(LatencyTable.read, tables(subject.device.name)):
+        for table in map(LatencyTable.read, table_files(subject.device.name)):
             if all(header.get(part) == value for part, value in asdict(table.identity).items()):
                 return table
         raise

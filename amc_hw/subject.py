@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from amc_hw.data import DATASETS
-from amc_hw.errors import TableError, UserError
+from amc_hw.errors import UserError
 from amc_hw.graph import LayerGraph, build_graph, width_grid
 from amc_hw.models import LoadedModel, load_model
 from amc_hw.models.checkpoint import checkpoint_sha256, load_checkpoint
@@ -20,12 +20,13 @@ from amc_hw.policy import Policy, load_policy
 from amc_hw.prune import slice_channels
 from amc_hw.resources import Grids
 from amc_hw.specs import parse_spec
-from profilers.device import DeviceConfig, load_device, search_folders
+from profilers.device import DeviceConfig, load_device
 from profilers.multiple import channel_multiple as detect_multiple
 from profilers.ops import OpGraph
 from profilers.predictor import Predictor
 from profilers.profile import ProfileJob, digest
-from profilers.table import Identity, LatencyTable
+from profilers.store import TableStore
+from profilers.table import LatencyTable
 from profilers.targets import Target, open_targets
 
 USUAL_MULTIPLE = 8  #: where neither a flag nor the device's configuration nor its table says another
@@ -46,6 +47,10 @@ class Subject:
     keep: tuple[str, ...] = ()
     base: Policy | None = None
     targets: tuple[Target, ...] = ()
+
+    @property
+    def store(self) -> TableStore:
+        return TableStore(self.target)
 
     @property
     def runs_on(self) -> dict[str, Any]:
@@ -180,7 +185,10 @@ def open_subject(
         raise UserError(f"{model} has no prunable layer ({reasons})")
     targets = open_targets(config)
     target = targets[0]
-    multiple = channel_multiple or config.channel_multiple or _detected_multiple(config, target) or USUAL_MULTIPLE
+    multiple = channel_multiple or config.channel_multiple
+    if not multiple:
+        table = TableStore(target).find()
+        multiple = (table and detect_multiple(table)) or USUAL_MULTIPLE
     full = dict(zip((group.name for group in graph.groups), graph.full_widths, strict=True))
     if base is not None:  # the widths of the network that was unpruned at first, as far as they are left
         full |= {group.name: group.width for group in base.graph.groups if group.name in full}
@@ -194,54 +202,9 @@ def open_subject(
     )
 
 
-def _detected_multiple(config: DeviceConfig, target: Target) -> int | None:
-    path = table_path(config, target.identity())
-    return detect_multiple(LatencyTable.read(path)) if begun(path) else None
-
-
-def begun(path: Path) -> bool:
-    """Whether there is a table with its header; a file that was cut before its end holds nothing yet."""
-    return path.exists() and LatencyTable.read_identity(path) is not None
-
-
-def tables(device: str) -> list[Path]:
-    """The tables of a device, the user's own first: `NAME.jsonl`, and `NAME@....jsonl` for further identities."""
-    found = []
-    for folder in search_folders("latency_tables"):
-        found += [path for path in [folder / f"{device}.jsonl"] if path.exists()]
-        found += sorted(folder.glob(f"{device}@*.jsonl"))
-    return found
-
-
-def table_path(config: DeviceConfig, identity: Identity) -> Path:
-    """Where the table of this identity lies, or will be written."""
-    for path in tables(config.name):
-        if LatencyTable.read_identity(path) in (identity, None):
-            return path
-    plain = Path("latency_tables") / f"{config.name}.jsonl"
-    return plain.with_name(f"{config.name}@{identity.digest()}.jsonl") if plain.exists() else plain
-
-
 def read_table(subject: Subject) -> LatencyTable:
     """The device's table as it is; TableError where there is none, or only of other identities."""
-    return table_of(subject.device, subject.target, _profile_command(subject))
-
-
-def table_of(config: DeviceConfig, target: Target, profile: str = "amc-hw profile") -> LatencyTable:
-    """As `read_table`. profile: the command that measures it, where the device is here."""
-    identity = target.identity()
-    path = table_path(config, identity)
-    others = tables(config.name)
-    if not begun(path):
-        if others and (known := LatencyTable.read_identity(others[0])) is not None:
-            part, here, wanted = known.first_difference(identity)
-            beside = f"'{profile}' measures a table beside it" if target.can_time else f"correct {config.name}.toml"
-            raise TableError(f"{others[0]} was measured with {part} {here!r}, not {wanted!r}: {beside}")
-        how = f"measure one with '{profile}'" if target.can_time else "put there what was measured on the device"
-        raise TableError(f"no latency table {path}: {how}")
-    table = LatencyTable.read(path)
-    table.require_identity(identity)
-    return table
+    return subject.store.read(_profile_command(subject))
 
 
 def _profile_command(subject: Subject) -> str:

@@ -14,12 +14,12 @@ import numpy as np
 
 from amc_hw.errors import TableError, UserError
 from amc_hw.plots import save_staircase
-from amc_hw.subject import begun, tables
 from profilers.device import device_names, load_device, search_folders
 from profilers.files import write_whole
 from profilers.multiple import channel_multiple
 from profilers.ops import OpSpec
 from profilers.predictor import Predictor
+from profilers.store import FOLDER, begun, table_files
 from profilers.table import LatencyTable, merged
 from profilers.targets import open_target
 
@@ -29,7 +29,7 @@ def find_table(name: str) -> Path:
     if Path(name).suffix == ".jsonl" or "/" in name:
         return Path(name)
     found: dict[str, Path] = {}
-    for path in tables(load_device(name).name):
+    for path in table_files(load_device(name).name):
         other = found.setdefault(path.name, path)
         if LatencyTable.read_identity(path) != LatencyTable.read_identity(other):
             found[str(path)] = path  # else the user's own hides the shipped one that it began as a copy of
@@ -43,7 +43,7 @@ def find_table(name: str) -> Path:
 def list_tables() -> dict[str, Any]:
     """Every table in the user's own folder and among the shipped ones."""
     files: dict[Path, Path] = {}
-    for folder in search_folders("latency_tables"):
+    for folder in search_folders(FOLDER):
         for path in sorted(folder.glob("*.jsonl")):
             files.setdefault(path.resolve(), path)  # in a checkout the two folders are one
     found = [LatencyTable.read(path) for path in files.values() if begun(path)]
