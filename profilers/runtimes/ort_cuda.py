@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes.util
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib import metadata
 from typing import Any
 
 import numpy as np
 import onnxruntime
+import torch
 
 from profilers.builders.onnx import build
 from profilers.builders.weights import Weights
@@ -18,6 +21,7 @@ from profilers.ops import OpGraph
 from profilers.runtimes import torch_cuda
 
 PROVIDERS = {"cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+TENSORRT_PACKAGES = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
 
 
 def version(config: DeviceConfig) -> str:
@@ -35,7 +39,19 @@ def version(config: DeviceConfig) -> str:
             f"onnxruntime {onnxruntime.__version__} has no {wanted} (it has {', '.join(there)}): pip install "
             "onnxruntime-gpu in place of onnxruntime"
         )
-    return f"{onnxruntime.__version__} {config.provider}"
+    libraries = f"cuDNN {torch.backends.cudnn.version()}"  # PyTorch's own are in this process before it looks for any
+    if config.provider == "tensorrt":
+        libraries += f" TensorRT {_tensorrt()}"
+    return f"{onnxruntime.__version__} {config.provider} {libraries}"
+
+
+def _tensorrt() -> str:
+    """Its version, of the package or else of the library that the loader finds."""
+    for package in TENSORRT_PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            return metadata.version(package)
+    found = ctypes.util.find_library("nvinfer")
+    return "of unknown version" if found is None else str(ctypes.CDLL(found).getInferLibVersion())
 
 
 @contextmanager
@@ -52,8 +68,6 @@ def _half(model: bytes) -> bytes:
 
 
 def loaded(graph: OpGraph, weights: Weights, config: DeviceConfig, device: str, *, labelled: bool = False) -> Loaded:
-    import torch
-
     model = build(graph, weights)
     if config.dtype == "float16":
         model = _half(model)

@@ -264,6 +264,25 @@ def test_a_provider_that_is_not_installed_is_told(provider: str, monkeypatch: py
     assert [probe.ok for probe in target.probes()] == [True, False]
 
 
+def test_the_libraries_of_a_provider_are_part_of_the_identity(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ort_cuda.onnxruntime, "get_available_providers", lambda: list(ort_cuda.PROVIDERS.values()))
+    target = CudaTarget(
+        replace(CONFIG, runtime="onnxruntime", provider="tensorrt", dtype="tf32"), FakeGpu("NVIDIA A100")
+    )
+
+    def version() -> str:
+        return target.identity().runtime_version
+
+    assert f" cuDNN {torch.backends.cudnn.version()} " in version()
+    monkeypatch.setattr(ort_cuda.ctypes.util, "find_library", lambda name: None)
+    assert "TensorRT of unknown version" in version()
+    monkeypatch.setattr(ort_cuda.ctypes.util, "find_library", lambda name: f"lib{name}.so.10")
+    monkeypatch.setattr(ort_cuda.ctypes, "CDLL", lambda name: SimpleNamespace(getInferLibVersion=lambda: 101300))
+    assert "TensorRT 101300," in version()
+    monkeypatch.setattr(ort_cuda.metadata, "version", lambda name: {"tensorrt": "10.13.0"}[name])
+    assert "TensorRT 10.13.0," in version()
+
+
 def test_a_provider_that_falls_back_is_not_measured_as_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """ONNX Runtime says that it has a provider, cannot load its libraries, and takes another."""
     there = ["CUDAExecutionProvider", "CPUExecutionProvider"]
