@@ -34,11 +34,12 @@ from amc_hw.subject import (
     read_table,
 )
 from amc_hw.tables import export_csv, list_tables, merge_tables, plot_table, show_table
-from amc_hw.task import load_task
+from amc_hw.task import Task, load_task
 from profilers import import_log as import_logs
 from profilers.device import DTYPES, device_names, load_device
 from profilers.farm import run_steps
 from profilers.multiple import channel_multiple
+from profilers.ops import OpGraph
 from profilers.predictor import Predictor
 from profilers.profile import WAYS, Anchor, Step, digest, missing_steps, refining_steps, time_network
 from profilers.sampling import random_widths
@@ -69,6 +70,7 @@ __all__ = [
     "describe_graph",
     "export",
     "export_csv",
+    "export_unpruned",
     "finetune",
     "import_log",
     "list_devices",
@@ -455,10 +457,9 @@ def export(
     data: images to use in place of what the policy names. int8: quantized after training, calibrated
     on the task's inputs by the runtime's own tool; its held-out accuracy is reported beside the float network's.
     """
-    if SUFFIXES.get(out.suffix, file_format) != file_format:
-        raise UserError(f"{out} is named as a file of {SUFFIXES[out.suffix]}, not of --format {file_format}")
+    _check_named(out, file_format)
     pruned = open_pruned(Path(policy))
-    found, network = pruned.policy, pruned.graph.op_graph(pruned.widths, batch=batch)
+    found = pruned.policy
     if file_format in RUNTIME_OF and (found.dtype == "int8") != int8:
         warnings.warn(
             f"{policy} was searched for {found.dtype}: what was measured is not the latency of this "
@@ -470,13 +471,45 @@ def export(
     )
     calibrate = calibrate if data is None else None
     task = load_task(pruned.model, data=data or images, evaluate=evaluate, calibrate=calibrate)
+    network = pruned.graph.op_graph(pruned.widths, batch=batch)
+    return _export(pruned.module, pruned.graph, network, task, file_format=file_format, out=out, int8=int8)
+
+
+def export_unpruned(
+    model: str,
+    *,
+    checkpoint: Path | None,
+    file_format: str,
+    out: Path,
+    batch: int = 1,
+    data: str | None,
+    evaluate: str | None = None,
+    calibrate: str | None = None,
+    input_shape: Sequence[int] | None = None,
+    int8: bool = False,
+) -> dict[str, Any]:
+    """As `export`, of the network that a search begins with: what a pruned one is compared with elsewhere."""
+    _check_named(out, file_format)
+    loaded, graph = load_graph(model, input_shape=input_shape, checkpoint=checkpoint)
+    task = load_task(loaded, data=data, evaluate=evaluate, calibrate=calibrate)
+    network = graph.op_graph(batch=batch)
+    return _export(loaded.module, graph, network, task, file_format=file_format, out=out, int8=int8)
+
+
+def _check_named(out: Path, file_format: str) -> None:
+    if SUFFIXES.get(out.suffix, file_format) != file_format:
+        raise UserError(f"{out} is named as a file of {SUFFIXES[out.suffix]}, not of --format {file_format}")
+
+
+def _export(
+    module: nn.Module, graph: LayerGraph, network: OpGraph, task: Task, *, file_format: str, out: Path, int8: bool
+) -> dict[str, Any]:
     if not int8:
-        inputs = task.inputs(CHECK_IMAGES)
-        return export_network(pruned.module, pruned.graph, network, inputs, file_format=file_format, out=out)
+        return export_network(module, graph, network, task.inputs(CHECK_IMAGES), file_format=file_format, out=out)
     inputs = task.inputs(INT8_IMAGES)
-    found_int8, running = export_int8(pruned.module, pruned.graph, network, inputs, file_format=file_format, out=out)
-    scores = {"accuracy": task.score(running), "float_accuracy": task.score(pruned.module)}
-    return found_int8 | scores | {"accuracy_split": "evaluate" if task.split == "evaluate" else "held-out"}
+    found, running = export_int8(module, graph, network, inputs, file_format=file_format, out=out)
+    scores = {"accuracy": task.score(running), "float_accuracy": task.score(module)}
+    return found | scores | {"accuracy_split": "evaluate" if task.split == "evaluate" else "held-out"}
 
 
 def load_pruned(policy: str | Path) -> nn.Module:

@@ -728,23 +728,39 @@ def report(runs: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
 
 
 @cli.command()
-@click.option("--policy", type=PATH, required=True, help="A policy.json of a search.")
+@click.option("--policy", type=PATH, help="A policy.json of a search.")
+@click.option("--unpruned", is_flag=True, help="The network that searches begin with, of --model and --checkpoint.")
 @click.option("--format", "file_format", type=click.Choice(api.FORMATS), required=True, help="Format of the file.")
 @click.option("--out", type=PATH, required=True, help="The file to write.")
-@click.option("--data", help="Images to check with; default: those of the search.")
 @click.option("--batch", default=1, show_default=True, type=click.IntRange(1), help="Images that the file takes.")
 @click.option("--int8", is_flag=True, help="Quantized after training, calibrated on the data.")
-@options("json")
+@options("model", "input", "checkpoint", *TASK, "json")
 @click.pass_context
-def export(context: click.Context, as_json: bool, data: str | None, **arguments: Any) -> None:
-    """Write the pruned network, checked against PyTorch.
+def export(
+    context: click.Context, as_json: bool, policy: Path | None, unpruned: bool, data: str | None, **arguments: Any
+) -> None:
+    """Write the pruned network, checked against PyTorch on images of its search's data, or of --data.
 
     \b
     amc-hw export --policy runs/.../policy.json --format onnx --out small.onnx
     amc-hw export --policy runs/.../policy.json --format tflite --int8 --out small.tflite
+    amc-hw export --unpruned --format onnx --out whole.onnx
     """
-    data = data if _typed(context, "data") else None
-    show(api.export(**arguments, data=data), as_json, _export_lines)
+    if (policy is None) != unpruned:
+        raise UserError("give either --policy, for a pruned network, or --unpruned, with --model and --checkpoint")
+    if policy is None:
+        arguments |= {"data": data}
+        _no_data_of_ours(context, arguments)
+        weights = api.checkpoint_for(
+            arguments["model"], arguments["data"], arguments.pop("checkpoint"), progress=Progress()
+        )
+        result = api.export_unpruned(**arguments, checkpoint=weights)
+    else:
+        names = ("model", "input_shape", "checkpoint", "evaluate", "calibrate")
+        _leave_out(context, "--policy", *names)
+        kept = {name: value for name, value in arguments.items() if name not in names}
+        result = api.export(policy, **kept, data=data if _typed(context, "data") else None)
+    show(result, as_json, _export_lines)
 
 
 def _export_lines(r: dict[str, Any]) -> list[str]:

@@ -23,12 +23,15 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
+import onnxruntime
 import pytest
 import torch
 
 from amc_hw import api
 from amc_hw import cli as command_line
 from amc_hw.console import Progress
+from amc_hw.models import load_model
 from amc_hw.runs import alone_in
 from amc_hw.search.loop import AUTO, FREE
 from amc_hw.settings import read_settings, record_settings
@@ -627,6 +630,30 @@ def test_a_method_that_is_misspelt(here: Path, amc_hw: Run) -> None:
 def test_an_option_that_is_missing_is_one_line(ended: Path, amc_hw: Run) -> None:
     done = amc_hw("export", "--policy", "run/policy.json")
     assert done.code == 2 and len(done.err.splitlines()) == 1 and "torch, onnx, tflite" in done.err
+
+
+def test_the_network_that_a_search_begins_with_is_exported_too(here: Path, amc_hw: Run) -> None:
+    flags = ("export", "--unpruned", *TINY[2:], *DATA, "--format", "onnx")
+    done = amc_hw(*flags, "--out", "whole.onnx", "--json")
+    assert done.code == 0 and json.loads(done.out)["max_abs_diff"] < 1e-4
+    module = load_model("nets.py:tiny").module
+    values = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    session = onnxruntime.InferenceSession("whole.onnx")
+    (found,) = session.run(None, {session.get_inputs()[0].name: values.numpy()})
+    with torch.no_grad():
+        np.testing.assert_allclose(found, module(values).numpy(), atol=1e-5)
+    torch.save({name: value / 2 for name, value in module.state_dict().items()}, "half.pt")
+    halved = amc_hw(*flags, "--checkpoint", "half.pt", "--batch", "2", "--out", "half.onnx")
+    assert halved.code == 0 and Path("half.onnx").read_bytes() != Path("whole.onnx").read_bytes()
+    assert "--data is missing" in amc_hw("export", "--unpruned", *TINY[2:], *flags[-2:], "--out", "a.onnx").mistake
+    random = amc_hw("export", "--unpruned", "--model", "resnet20", *DATA, *flags[-2:], "--out", "a.onnx")
+    assert random.code == 2 and "--checkpoint is missing: the weights of resnet20 would be random" in random.mistake
+    for neither in ((), ("--policy", "run/policy.json", "--unpruned")):
+        done = amc_hw("export", *neither, "--format", "onnx", "--out", "a.onnx")
+        assert done.code == 2 and "either --policy" in done.mistake and "--unpruned" in done.mistake
+    both = amc_hw("export", "--policy", "run/policy.json", "--checkpoint", "half.pt", *flags[-2:], "--out", "a.onnx")
+    assert both.code == 2 and "leave --checkpoint out" in both.mistake
+    assert not Path("a.onnx").exists()
 
 
 def test_more_episodes_are_not_advised_where_the_method_ended_by_itself() -> None:
