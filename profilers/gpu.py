@@ -22,6 +22,7 @@ POWER = 0x4
 BUSY_PCT = 10  #: of the last second, from which a GPU is someone's
 LOOKS, LOOK_S = 3, 1.2  #: NVML's last second is at most that long
 L2_BYTES = 256 << 20  #: written to push everything else out: more than any GPU's L2 cache holds
+CAPABILITY = {"tf32": (8, 0), "bfloat16": (8, 0)}  #: of a GPU that has a type: from Ampere on
 SPIN_S, AWAKE_S = 0.3, 0.5  #: of matrix products, after which an idle GPU's clocks are up; that they stay up for, idle
 
 
@@ -98,9 +99,10 @@ class TorchGpu:
         except ImportError:
             raise DeviceError("clocks and throttling cannot be watched: pip install 'amc-hw[cuda]'") from None
         self._nvml = pynvml
-        self._index = self._found(gpu)
-        self.device = f"cuda:{self._index}"
-        properties = torch.cuda.get_device_properties(self._index)
+        with _opened():
+            self._index = self._found(gpu)
+            self.device = f"cuda:{self._index}"
+            properties = torch.cuda.get_device_properties(self._index)
         with self._told():
             pynvml.nvmlInit()
             self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}".encode())
@@ -116,8 +118,9 @@ class TorchGpu:
         self._refuse_old()
         self._flushed: Any = None
         self._worked = -math.inf  # when work ended, on the monotonic clock
-        # one of its own: ONNX Runtime takes the default one for none, and would run on another than the timed one
-        self._stream = torch.cuda.Stream(self.device)
+        with _opened():
+            # one of its own: ONNX Runtime takes the default one for none, and would run on another than the timed one
+            self._stream = torch.cuda.Stream(self.device)
 
     @contextmanager
     def _told(self) -> Iterator[None]:
@@ -139,9 +142,11 @@ class TorchGpu:
         major, minor = self._info.capability
         built = self._torch.cuda.get_arch_list()
         if built and not runs_on(built, major, minor):
+            newest = max(_version(arch) for arch in built)
+            other = "newer PyTorch" if (major, minor) > newest else "build for an older CUDA"
             raise DeviceError(
                 f"this PyTorch has no kernels for a {self._info.name} (compute capability {major}.{minor}; it has "
-                f"{', '.join(built)}): install a build of an older CUDA (docs/devices.md)"
+                f"{', '.join(built)}): install a {other} (docs/devices.md)"
             )
 
     def info(self) -> GpuInfo:
@@ -255,17 +260,40 @@ class TorchGpu:
 
 
 @contextmanager
+def _opened() -> Iterator[None]:
+    """PyTorch opens a GPU at the first use, and says in many lines why it cannot."""
+    try:
+        yield
+    except RuntimeError as error:
+        first, *_ = str(error).splitlines() or [type(error).__name__]
+        raise DeviceError(
+            f"the GPU cannot be opened ({first}): is its memory full, or is it another program's alone? Check "
+            "'nvidia-smi'"
+        ) from None
+
+
+@contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
     """Whether GPUs compute float32 in TF32, whose products have ten bits; and back again."""
     import torch
 
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32, cudnn.allow_tf32 = allowed, allowed
+    matmul: Any = torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn
+    value: bool | str = allowed
+    switches = [(matmul, "allow_tf32"), (cudnn, "allow_tf32")]
+    try:
+        before = [getattr(*switch) for switch in switches]
+    except RuntimeError:  # a program that has set one by its name since PyTorch 2.9 cannot read those of before
+        value = "tf32" if allowed else "ieee"
+        switches = [(each, "fp32_precision") for each in (matmul, cudnn.conv, cudnn.rnn)]
+        before = [getattr(*switch) for switch in switches]
+    for switch in switches:
+        setattr(*switch, value)
     try:
         yield
     finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
+        for switch, old in zip(switches, before, strict=True):
+            setattr(*switch, old)
 
 
 def lasting(busy_pct: Callable[[], int], *, sleep: Callable[[float], None] = time.sleep) -> int:
@@ -284,13 +312,18 @@ def runs_on(built: Sequence[str], major: int, minor: int) -> bool:
     """Whether kernels for some of these architectures (sm_90, compute_90) run on a GPU of that compute capability:
     binaries do on their own generation from their version on, intermediate code on everything newer."""
     for arch in built:
-        kind, _, number = arch.partition("_")
-        version = int(number.rstrip("af"))
-        if kind == "sm" and version // 10 == major and version % 10 <= minor:
+        version = _version(arch)
+        if arch.startswith("sm_") and version[0] == major and version[1] <= minor:
             return True
-        if kind == "compute" and version <= 10 * major + minor:
+        if arch.startswith("compute_") and version <= (major, minor):
             return True
     return False
+
+
+def _version(arch: str) -> tuple[int, int]:
+    """The compute capability of an architecture such as sm_90a."""
+    major, minor = divmod(int(arch.partition("_")[2].rstrip("af")), 10)
+    return major, minor
 
 
 def _device_us(event: Any) -> float:

@@ -12,6 +12,7 @@ from profilers.gpu import GpuInfo, GpuState, Loaded
 from profilers.ops import OpSpec
 
 WAVE = 32  #: output channels are worked on in blocks of it
+CAPABILITIES = {"NVIDIA TITAN Xp": (6, 1), "Tesla T4": (7, 5)}
 COOL = GpuState(1800, 2600, 50, 180.0)
 
 
@@ -44,7 +45,7 @@ class FakeGpu:
         self.asked: list[tuple[int, bool, bool]] = []
 
     def info(self) -> GpuInfo:
-        return GpuInfo(self.name, "GPU-0", "550.1", (6, 1) if "TITAN Xp" in self.name else (8, 0), 30, 12000)
+        return GpuInfo(self.name, "GPU-0", "550.1", CAPABILITIES.get(self.name, (8, 0)), 30, 12000)
 
     def state(self) -> GpuState:
         return self.states.pop(0) if len(self.states) > 1 else self.states[0]

@@ -17,7 +17,7 @@ from amc_hw import api
 ROOT = Path(__file__).parents[1]
 #: A Python that has a GPU: it answers every question of gpu_check, and fails where FAILS says so.
 STAND_IN = """#!/bin/sh
-echo "$*" >>"$CALLS"
+echo "$*" >>"$CALLS"; echo "$PYTHONPATH" >"$CALLS.path"
 case "$*" in
 *"$FAILS"*) echo sorry >&2; exit 1 ;;
 *"--device huge"* | *"--device tensorrt"* | *"measure --device some"*) exit 3 ;;
@@ -80,6 +80,12 @@ def test_gpu_check_measures_again_what_was_not_good_enough(python: str) -> None:
     done, calls = checked(python)
     assert done.returncode == 0, done.stdout
     assert [call.split()[2] for call in calls if "amc_hw.cli" in call] == ["profile", "validate"]
+
+
+def test_gpu_check_finds_packages_of_a_relative_path(python: str) -> None:
+    """Its commands run in its folder."""
+    run("gpu_check", "out", "--python", python, CALLS=os.path.abspath("calls"), FAILS="", PYTHONPATH=f"{ROOT}:site")
+    assert Path("calls.path").read_text().strip().split(":")[-1] == os.path.abspath("site")
 
 
 def test_gpu_check_mixes_no_devices_and_reads_no_rubbish(python: str) -> None:

@@ -38,6 +38,10 @@ class Network(nn.Module):
         self.graph, self.labelled = graph, labelled
         self.numbers: dict[str, float] = {}  # of nodes that have them, by buffer name
         self.vectors = {name for name, shape in graph.inputs.items() if len(shape) == 1}
+        last = {source: node.name for node in graph.nodes for source in node.inputs if source not in graph.outputs}
+        self.last_reads: dict[str, list[str]] = {}  # by node: what no later one reads
+        for source, node_name in last.items():
+            self.last_reads.setdefault(node_name, []).append(source)
         for node in graph.nodes:
             unknown = (node.op.kind == "max_pool" and node.op.dilation != (1, 1)) or (
                 node.op.kind == "avg_pool" and node.op.ceil
@@ -68,6 +72,10 @@ class Network(nn.Module):
                     values[node.name] = self._run(node, values)
             else:
                 values[node.name] = self._run(node, values)
+            for read in self.last_reads.get(
+                node.name, ()
+            ):  # its memory is free for the next, as in a network's own code
+                del values[read]
         return [values[name] for name in self.graph.outputs]
 
     def _run(self, node: OpNode, values: dict[str, Tensor]) -> Tensor:

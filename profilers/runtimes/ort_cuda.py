@@ -16,7 +16,7 @@ from profilers.builders.onnx import build
 from profilers.builders.weights import Weights
 from profilers.device import DeviceConfig
 from profilers.errors import DeviceError, UserError
-from profilers.gpu import Loaded
+from profilers.gpu import CAPABILITY, GpuInfo, Loaded
 from profilers.ops import OpGraph
 from profilers.runtimes import torch_cuda
 
@@ -31,8 +31,6 @@ def version(config: DeviceConfig) -> str:
         raise UserError(f"device {config.name}: execution and layout are PyTorch's: leave them out for onnxruntime")
     if config.dtype == "bfloat16":
         raise UserError(f"device {config.name}: onnxruntime is measured with float32, tf32 or float16, not bfloat16")
-    if config.provider == "tensorrt" and config.dtype == "float32":
-        raise UserError(f'device {config.name}: TensorRT computes float32 networks in TF32: set dtype = "tf32"')
     wanted, there = PROVIDERS[config.provider], onnxruntime.get_available_providers()
     if wanted not in there:
         raise DeviceError(
@@ -52,6 +50,14 @@ def _tensorrt() -> str:
             return metadata.version(package)
     found = ctypes.util.find_library("nvinfer")
     return "of unknown version" if found is None else str(ctypes.CDLL(found).getInferLibVersion())
+
+
+def check(config: DeviceConfig, info: GpuInfo) -> None:
+    """UserError where the GPU computes in another type than the one chosen."""
+    if config.provider == "tensorrt" and config.dtype == "float32" and info.capability >= CAPABILITY["tf32"]:
+        raise UserError(
+            f'device {config.name}: on a {info.name} TensorRT computes float32 networks in TF32: set dtype = "tf32"'
+        )
 
 
 @contextmanager

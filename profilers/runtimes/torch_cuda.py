@@ -11,13 +11,14 @@ import torch
 from profilers.builders.torch import Network
 from profilers.builders.weights import Weights
 from profilers.device import DeviceConfig
-from profilers.errors import UserError
-from profilers.gpu import Loaded, tf32
+from profilers.errors import DeviceError, UserError
+from profilers.gpu import GpuInfo, Loaded, tf32
 from profilers.ops import OpGraph
 
 EXECUTIONS = ("eager", "compile", "graph")
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MOST_COMPILED = 10_000
+TRITON = (7, 0)  #: compute capability of the first GPUs that it compiles for
 WARM_UPS = 3  #: before a graph is captured: libraries choose algorithms and take memory
 
 
@@ -25,6 +26,12 @@ def version(config: DeviceConfig) -> str:
     if config.execution not in EXECUTIONS:
         raise UserError(f"device {config.name}: unknown execution {config.execution!r}; known: {', '.join(EXECUTIONS)}")
     return f"{torch.__version__} CUDA {torch.version.cuda} cuDNN {torch.backends.cudnn.version()} {config.execution}"
+
+
+def check(config: DeviceConfig, info: GpuInfo) -> None:
+    """DeviceError where the GPU cannot do what is chosen."""
+    if config.execution == "compile" and info.capability < TRITON:
+        raise DeviceError(f"torch.compile has no kernels for a {info.name}: it takes compute capability 7.0 or more")
 
 
 @contextmanager
@@ -45,8 +52,9 @@ def _compiling() -> Iterator[None]:
     import torch._dynamo
 
     torch._dynamo.reset()
-    limits = dict.fromkeys(("recompile_limit", "accumulated_recompile_limit"), MOST_COMPILED)
-    with torch._dynamo.config.patch(limits | {"fail_on_recompile_limit_hit": True}):
+    limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"  # before 2.7
+    limits = dict.fromkeys((limit, f"accumulated_{limit}"), MOST_COMPILED)
+    with torch._dynamo.config.patch(limits | {f"fail_on_{limit.replace('size_', '')}_hit": True}):
         yield
 
 

@@ -25,7 +25,7 @@ import numpy as np
 from profilers.builders.weights import random_weights
 from profilers.device import DeviceConfig
 from profilers.errors import DeviceError, UserError
-from profilers.gpu import Gpu, GpuState, Loaded, TorchGpu, harmful
+from profilers.gpu import CAPABILITY, Gpu, GpuState, Loaded, TorchGpu, harmful
 from profilers.ops import OpGraph
 from profilers.processor import this_processor
 from profilers.runtimes import lowered
@@ -34,10 +34,9 @@ from profilers.targets import Network, Probe, identity_of
 from profilers.targets.process import run_module
 from profilers.timing import TimingPlan
 
-#: Name in a device's configuration -> module, with `version`, `settings` and `loaded`.
+#: Name in a device's configuration -> module, with `version`, `check`, `settings` and `loaded`.
 RUNTIMES = {"torch_cuda": "profilers.runtimes.torch_cuda", "onnxruntime": "profilers.runtimes.ort_cuda"}
 DTYPES = ("float32", "tf32", "float16", "bfloat16")
-CAPABILITY = {"tf32": (8, 0), "bfloat16": (8, 0)}  #: of a GPU that has a type: from Ampere on
 LAYOUTS, CLOCKS = ("channels_first", "channels_last"), ("events", "host")
 WARM_S, MOST_WARM_S, WARM_SPREAD = 0.1, 5.0, 0.02  #: at least; at most; of the last WARM_BURSTS
 WARM_RUNS, WARM_BURSTS = 10, 3  #: of a burst while warming up; that have to be alike
@@ -83,6 +82,7 @@ class CudaTarget:
             raise DeviceError(
                 f"a {name} has no {self.config.dtype}: compute capability {_dotted(need)} has, it is {_dotted(have)}"
             )
+        self._runtime.check(self.config, gpu.info())
         return gpu
 
     @cached_property

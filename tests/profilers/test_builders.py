@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import weakref
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -616,3 +617,25 @@ def test_without_litert_the_extra_to_install_is_named(monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "ai_edge_litert", None)
     with pytest.raises(DeviceError, match=r"pip install 'amc-hw\[litert\]'"):
         tflite_builder.build(alone(SMALL_OPS["add"]), {})
+
+
+def test_pytorch_frees_what_no_later_operator_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a network's own code: a GPU holds the largest moment, not the sum of all activations."""
+    conv = OpSpec("conv", (4,), 8, 8, 4)
+    names = ["first", "second", "third", "fourth"]
+    nodes = [OpNode(name, conv, (source,)) for name, source in zip(names, ["input", *names], strict=False)]
+    nodes.append(OpNode("sum", OpSpec("add", (4, 4), 8, 8, 4), ("fourth", "second")))  # a shortcut stays until here
+    graph = OpGraph(tuple(nodes), (4, 8, 8), ("sum", "third"))
+    module = torch_builder.Network(graph, random_weights(graph))
+    plain, made, alive = module._run, {}, {}
+
+    def run(node: OpNode, values: dict[str, torch.Tensor]) -> torch.Tensor:
+        alive[node.name] = {name for name, value in made.items() if value() is not None}
+        found = plain(node, values)
+        made[node.name] = weakref.ref(found)
+        return found
+
+    monkeypatch.setattr(module, "_run", run)
+    outputs = module(torch.randn(1, 4, 8, 8))
+    assert alive["third"] == {"second"} and alive["sum"] == {"second", "third", "fourth"}
+    assert [value is made[name]() for name, value in zip(("sum", "third"), outputs, strict=True)] == [True, True]

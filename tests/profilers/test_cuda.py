@@ -5,8 +5,11 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,11 +20,12 @@ import pytest
 import torch
 from fake_gpu import COOL, FakeGpu, op_ms, sleeps
 
+from profilers import gpu as gpus
 from profilers.builders import torch as torch_builder
 from profilers.builders.weights import random_weights
 from profilers.device import DeviceConfig, load_device
 from profilers.errors import DeviceError, UserError
-from profilers.gpu import BUSY_PCT, LOOK_S, Gpu, GpuState, TorchGpu, lasting, runs_on
+from profilers.gpu import BUSY_PCT, CAPABILITY, LOOK_S, Gpu, GpuState, TorchGpu, lasting, runs_on
 from profilers.multiple import channel_multiple
 from profilers.ops import OpGraph, OpNode, OpSpec
 from profilers.predictor import Predictor
@@ -196,6 +200,39 @@ def test_a_type_that_the_card_does_not_have_is_refused(dtype: str) -> None:
     assert CudaTarget(config, FakeGpu("NVIDIA A100")).identity().dtype == dtype
 
 
+def test_compiled_kernels_are_refused_where_there_are_none() -> None:
+    config = replace(CONFIG, execution="compile")
+    with pytest.raises(DeviceError, match="torch.compile has no kernels for a NVIDIA TITAN Xp: .* 7.0 or more"):
+        CudaTarget(config, FakeGpu()).identity()
+    assert "compile" in CudaTarget(config, FakeGpu("Tesla T4")).identity().runtime_version
+
+
+def test_tensorrt_is_refused_float32_where_it_would_take_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ort_cuda.onnxruntime, "get_available_providers", lambda: list(ort_cuda.PROVIDERS.values()))
+    config = replace(CONFIG, runtime="onnxruntime", provider="tensorrt")
+    with pytest.raises(UserError, match="on a NVIDIA A100 TensorRT computes float32 networks in TF32: set dtype"):
+        CudaTarget(config, FakeGpu("NVIDIA A100")).identity()
+    assert CudaTarget(config, FakeGpu("Tesla T4")).identity().dtype == "float32"
+
+
+def test_a_gpu_that_cannot_be_opened_is_a_line() -> None:
+    said = "the GPU cannot be opened .CUDA error: out of memory.: is its memory full"
+    with pytest.raises(DeviceError, match=said) as caught, gpus._opened():
+        raise RuntimeError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`")
+    assert caught.value.exit_code == 3 and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("capability", "other"), [((6, 1), "install a build for an older CUDA"), ((12, 0), "install a newer PyTorch")]
+)
+def test_a_gpu_that_pytorch_has_no_kernels_for(capability: tuple[int, int], other: str) -> None:
+    gpu = object.__new__(TorchGpu)
+    gpu._info = replace(FakeGpu().info(), capability=capability)
+    gpu._torch = SimpleNamespace(cuda=SimpleNamespace(get_arch_list=lambda: ["sm_75", "sm_80", "sm_90a"]))
+    with pytest.raises(DeviceError, match=f"no kernels for a .*it has sm_75, sm_80, sm_90a.: {other}"):
+        gpu._refuse_old()
+
+
 def test_what_a_card_does_not_tell_is_left_out() -> None:
     silent = FakeGpu(states=(replace(COOL, power_w=None, memory_mhz=None),))
     target = CudaTarget(CONFIG, silent)
@@ -245,7 +282,6 @@ def test_another_gpu_than_the_configurations_is_refused() -> None:
         ({"clock": "sun"}, "clock is one of events, host, not 'sun'"),
         ({"execution": "slow"}, "unknown execution 'slow'; known: eager, compile, graph"),
         ({"runtime": "onnxruntime", "provider": "x"}, "unknown provider 'x'; known: cuda, tensorrt"),
-        ({"runtime": "onnxruntime", "provider": "tensorrt"}, "TensorRT computes float32 networks in TF32: set dtype"),
         ({"runtime": "onnxruntime", "execution": "graph"}, "execution and layout are PyTorch's"),
         ({"runtime": "onnxruntime", "dtype": "bfloat16"}, "float32, tf32 or float16, not bfloat16"),
     ],
@@ -350,6 +386,42 @@ def test_switches_are_set_back() -> None:
     assert after == before
 
 
+def test_tf32_is_switched_by_the_names_that_a_program_uses() -> None:
+    """A user's file that sets one by the names since PyTorch 2.9 makes those of before unreadable."""
+    code = """
+import torch
+from profilers.gpu import tf32
+
+parts = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn
+parts[0].fp32_precision, parts[1].fp32_precision = "tf32", "ieee"
+before = [each.fp32_precision for each in parts]
+for allowed, name in ((True, "tf32"), (False, "ieee")):
+    with tf32(allowed):
+        print([each.fp32_precision for each in parts] == [name] * 3)
+    print([each.fp32_precision for each in parts] == before)
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["True"] * 4, done.stderr
+
+
+@pytest.mark.parametrize("limit", ["recompile_limit", "cache_size_limit"])
+def test_compilations_are_not_limited_under_either_name(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    patched: dict[str, Any] = {}
+
+    def patch(values: dict[str, Any]) -> AbstractContextManager[None]:
+        patched.update(values)
+        return nullcontext()
+
+    import torch._dynamo
+
+    monkeypatch.setattr(torch._dynamo, "config", SimpleNamespace(patch=patch, **{limit: 8}))
+    with torch_cuda.settings(replace(CONFIG, execution="compile")):
+        pass
+    most = torch_cuda.MOST_COMPILED
+    hit = {"recompile_limit": "fail_on_recompile_limit_hit", "cache_size_limit": "fail_on_cache_limit_hit"}[limit]
+    assert patched == {limit: most, f"accumulated_{limit}": most, hit: True}
+
+
 def test_every_network_is_compiled_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """They share the code of their module, of which PyTorch would compile eight versions and run the others eagerly."""
     compiled = []
@@ -432,6 +504,17 @@ def test_a_table_predicts_and_shows_the_waves(tmp_path: Path) -> None:
 # On a GPU
 
 
+def _skip_where_refused(target: CudaTarget) -> None:
+    """A card of before Ampere has neither TF32 nor bfloat16, one of before Volta no compiled kernels."""
+    have = TorchGpu().info().capability
+    if have < CAPABILITY.get(target.config.dtype, (0, 0)) or (
+        target.config.execution == "compile" and have < torch_cuda.TRITON
+    ):
+        with pytest.raises(DeviceError, match="compute capability"):
+            target.identity()
+        pytest.skip(f"compute capability {have} has no {target.config.execution} {target.config.dtype}")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("execution", "dtype"),
@@ -439,6 +522,7 @@ def test_a_table_predicts_and_shows_the_waves(tmp_path: Path) -> None:
 )
 def test_every_execution_and_type_runs(execution: str, dtype: str) -> None:
     target = CudaTarget(replace(CONFIG, execution=execution, dtype=dtype, layout="channels_last"))
+    _skip_where_refused(target)
     samples = target.time_networks([Network(network(width, 32)) for width in (32, 24)], PLAN, seed=0)
     assert min(min(each) for each in samples) > 0
 
@@ -496,5 +580,6 @@ def test_too_large_a_batch_is_a_line_and_the_next_network_runs() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "tf32", "float16"])
 def test_onnxruntime_runs_on_the_gpu(dtype: str) -> None:
     target = CudaTarget(replace(CONFIG, runtime="onnxruntime", dtype=dtype))
+    _skip_where_refused(target)
     (samples,) = target.time_networks([Network(network(32, 32))], PLAN, seed=0)
     assert min(samples) > 0

@@ -244,6 +244,10 @@ def test_a_runtime_that_is_not_installed_is_told_by_its_probe(monkeypatch: pytes
     [
         ("exit 3", "^the timing process ended with 3: no output$"),
         ("echo first >&2; echo 'last words' >&2; exit 1", "^the timing process ended with 1: last words$"),
+        (
+            "echo 'torch.AcceleratorError: CUDA error: busy' >&2; echo Compile with X >&2; exit 1",
+            "^the timing process ended with 1: torch.AcceleratorError: CUDA error: busy$",
+        ),
         ("echo a warning >&2; echo 'the memory is too small' >&2; exit 3", "^the memory is too small$"),
     ],
 )
