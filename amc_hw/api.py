@@ -16,7 +16,17 @@ from amc_hw.compare import CompareConfig, compare, plan_compare
 from amc_hw.errors import DeviceError, TableError, UserError
 from amc_hw.evaluate import Evaluator, check_expected, warn_of_guessing
 from amc_hw.export import FORMATS, RUNTIME_OF, SUFFIXES, export_int8, export_network, folded_weights
-from amc_hw.find import BUDGETS, Progress, SearchConfig, check_workers, plan_search, search, search_time, timed_anew
+from amc_hw.find import (
+    BUDGETS,
+    LOAD_ROUNDS,
+    Progress,
+    SearchConfig,
+    check_workers,
+    plan_search,
+    search,
+    search_time,
+    timed_anew,
+)
 from amc_hw.finetune import PRECISIONS, FinetuneConfig, finetune, plan_finetune
 from amc_hw.graph import LayerGraph
 from amc_hw.plots import check_picture, save_predictions
@@ -426,7 +436,12 @@ def validate(
 
 
 def measure(
-    subject: Subject, widths: Sequence[int], *, module: nn.Module | None = None, rounds: int = 25, seed: int = 0
+    subject: Subject,
+    widths: Sequence[int],
+    *,
+    module: nn.Module | None = None,
+    rounds: int = LOAD_ROUNDS,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Time the network at `widths` beside the unpruned one, interleaved, in processes of their own.
 
@@ -440,7 +455,7 @@ def measure(
         "baseline_ms": float(np.median(baseline)),
         "pruned_ms": float(np.median(pruned)),
         "speedup": float(np.median(baseline) / np.median(pruned)),
-        "speedup_ci95": list(ratio_ci95(pruned, baseline)),
+        "speedup_ci95": list(ratio_ci95(pruned, baseline, per_load=rounds)),
         "p90_ms": float(np.quantile(pruned, 0.9)),
         "runs": len(pruned),
         **subject.runs_on,

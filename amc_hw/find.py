@@ -56,6 +56,7 @@ from profilers.table import LatencyTable
 from profilers.targets import Network
 from profilers.timing import Steady, TimingPlan, loaded_anew, ratio_ci95, refuse_noise
 
+LOAD_ROUNDS = 25  #: samples of one load, where they are reported
 POLICY, RESULT = "policy.json", "result.json"
 BUDGETS = ("latency_ms", "latency_ratio", "flops_ratio", "params_ratio")
 MOST_RUNS = 1_000_000  #: of a burst in a fresh process, which is as long as `min_time_s` asks
@@ -126,10 +127,15 @@ def time_apart(subject: Subject, networks: Sequence[Network], *, rounds: int = 2
 
 
 def timed_anew(
-    subject: Subject, steady: Steady, networks: Sequence[Network], *, rounds: int = 25, seed: int = 0
+    subject: Subject, steady: Steady, networks: Sequence[Network], *, rounds: int = LOAD_ROUNDS, seed: int = 0
 ) -> list[list[float]]:
-    """As `time_apart`, of several loads of the networks, each in a process of its own; the anchor comes first."""
-    return loaded_anew(lambda load: steady(lambda: time_apart(subject, networks, rounds=rounds, seed=seed + load)))
+    """As `time_apart`, of several loads of the networks, each in a process of its own, `rounds` samples of one after
+    another; the anchor comes first."""
+
+    def measure(load: int) -> list[list[float]]:
+        return steady(lambda: time_apart(subject, networks, rounds=rounds, seed=seed + load))
+
+    return loaded_anew(measure, stated=True)
 
 
 def steady_beside(subject: Subject, table: LatencyTable) -> Steady:
@@ -515,7 +521,7 @@ class _Search:
             "measured_ms": pruned_ms,
             "baseline_ms": baseline_ms,
             "speedup": None if pruned_ms is None or baseline_ms is None else baseline_ms / pruned_ms,
-            "speedup_ci95": None if samples is None else list(ratio_ci95(*samples)),
+            "speedup_ci95": None if samples is None else list(ratio_ci95(*samples, per_load=LOAD_ROUNDS)),
             "predicted_speedup": unpruned_ms / predicted_ms,
             "latency_source": "predicted" if samples is None else "measured",
             **self.subject.runs_on,

@@ -106,30 +106,48 @@ class Steady:
 
 
 def loaded_anew(
-    measure: Callable[[int], list[list[float]]], *, loads: int = LOADS, precision: float = PRECISION
+    measure: Callable[[int], list[list[float]]],
+    *,
+    loads: int = LOADS,
+    precision: float = PRECISION,
+    stated: bool = False,
 ) -> list[list[float]]:
     """Samples in milliseconds of several measurements together, the anchor's first. Each of them loads the networks
     anew, which may lay them out in memory better or worse: now and then one runs slower by 5 to 30% for as long as it
     stays loaded.
 
     measure: number of the load -> samples, the anchor's first, all alike in number. loads: at least, and MOST_LOADS at
-    most, until the share of the anchor's latency is known to `precision` for every network (half of a 95% interval,
-    relative).
+    most, until the share of the anchor's latency is known to `precision` for every network, relative: half of the 95%
+    interval of rounds, and the standard error of loads. stated: half of a 95% interval of loads, too, for what is
+    reported with one.
     """
     found: list[list[list[float]]] = []
     for load in range(max(loads, MOST_LOADS)):
         found.append(measure(load))
         shares = zip(*([np.divide(samples, anchor) for samples in rest] for anchor, *rest in found), strict=True)
-        if load + 1 >= loads and all(_uncertainty(share) <= precision for share in shares):
+        if load + 1 >= loads and all(_uncertainty(share, stated=stated) <= precision for share in shares):
             break
     return [[ms for samples in each for ms in samples] for each in zip(*found, strict=True)]
 
 
-def _uncertainty(loads: Sequence[np.ndarray]) -> float:
+def _uncertainty(loads: Sequence[np.ndarray], *, stated: bool) -> float:
     """How far the median of samples may be off, relative: within loads, or because loads differ."""
-    medians = [np.median(samples) for samples in loads]
-    between = float(np.ptp(medians) / 2 / np.median(medians) / math.sqrt(len(medians)))
+    between = _standard_error([float(np.log(np.median(samples))) for samples in loads])
+    if stated and len(loads) > 1:
+        between *= _student(len(loads))
     return max(median_half_width(np.concatenate(loads)), between)
+
+
+def _standard_error(values: Sequence[float]) -> float:
+    """Of their mean; 0 where a single one tells nothing of how far they spread."""
+    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
+
+
+def _student(count: int) -> float:
+    """Standard errors in half of a 95% interval of the mean of so many normal values."""
+    from scipy.special import stdtrit  # not for a process that only times
+
+    return float(stdtrit(count - 1, 0.975))
 
 
 def spread_pct(samples_ms: Sequence[float]) -> float:
@@ -151,11 +169,20 @@ def refuse_noise(samples_ms: Sequence[float], limit_pct: float) -> None:
         raise UnsteadyError(f"samples spread by {spread:.0f}% (limit {limit_pct:.0f}%)")
 
 
-def ratio_ci95(pruned_ms: Sequence[float], baseline_ms: Sequence[float], *, seed: int = 0) -> tuple[float, float]:
-    """Bootstrap 95% interval of median(baseline) / median(pruned), samples paired by round."""
+def ratio_ci95(
+    pruned_ms: Sequence[float], baseline_ms: Sequence[float], *, per_load: int, seed: int = 0
+) -> tuple[float, float]:
+    """95% interval of median(baseline) / median(pruned), samples paired by round, `per_load` of one load after another:
+    that of a bootstrap over rounds, or wider, by Student's t, where the ratios of loads differ by more."""
     rng = np.random.default_rng(seed)
     pruned, baseline = np.asarray(pruned_ms), np.asarray(baseline_ms)
     picks = rng.integers(0, len(pruned), (2000, len(pruned)))
     ratios = np.median(baseline[picks], axis=1) / np.median(pruned[picks], axis=1)
     low, high = np.percentile(ratios, (2.5, 97.5))
+    loads = [slice(start, start + per_load) for start in range(0, len(pruned), per_load)]
+    by_load = [float(np.log(np.median(baseline[load]) / np.median(pruned[load]))) for load in loads]
+    if len(by_load) > 1:
+        middle = np.median(baseline) / np.median(pruned)
+        factor = math.exp(_student(len(loads)) * _standard_error(by_load))
+        low, high = min(low, middle / factor), max(high, middle * factor)
     return float(low), float(high)
