@@ -49,9 +49,9 @@ from profilers import import_log as import_logs
 from profilers.device import DTYPES, device_names, load_device
 from profilers.farm import run_steps
 from profilers.multiple import channel_multiple
-from profilers.ops import OpGraph
+from profilers.ops import OpGraph, digest
 from profilers.predictor import Predictor
-from profilers.profile import WAYS, Anchor, Step, digest, missing_steps, refining_steps, time_network
+from profilers.profile import WAYS, Anchor, Step, missing_steps, refining_steps, time_network
 from profilers.sampling import random_widths
 from profilers.store import TableStore, table_files
 from profilers.targets import Network, Probe, Target, open_target
@@ -360,12 +360,13 @@ def predict(subject: Subject, widths: Sequence[int] | None) -> dict[str, Any]:
     """End-to-end latency from the table alone, beside that of the unpruned network."""
     predictor = read_predictor(subject)
     network = subject.network_at(widths)
-    predicted, baseline = predictor.predict(network), predictor.predict(subject.network_at(None))
+    unpruned = subject.network_at(None)
+    predicted, baseline = predictor.predict(network), predictor.predict(unpruned)
     return {
         "predicted_ms": predicted,
         "baseline_predicted_ms": baseline,
         "predicted_speedup": baseline / predicted,
-        "error_pct": predictor.error_pct,
+        "error_pct": predictor.stated_error_pct(digest(unpruned)),
         **subject.runs_on,
         "macs": network.macs,
     }

@@ -51,7 +51,8 @@ from amc_hw.specs import source_sha256, unknown_name
 from amc_hw.subject import Subject, read_predictor, read_table
 from amc_hw.task import Judged, Task, check_eval_device, load_task
 from amc_hw.workers import Recipe, Workers, free_memory
-from profilers.profile import NETWORK_PLAN, digest
+from profilers.ops import digest
+from profilers.profile import NETWORK_PLAN
 from profilers.table import LatencyTable
 from profilers.targets import Network
 from profilers.timing import Steady, TimingPlan, loaded_anew, ratio_ci95, refuse_noise
@@ -517,7 +518,7 @@ class _Search:
             "baseline_accuracy": baseline,
             "accuracy_split": self.evaluator.task.split,
             "predicted_ms": predicted_ms,
-            "error_pct": self.predictor.error_pct,
+            "error_pct": self.predictor.stated_error_pct(digest(self.baseline.graph)),
             "measured_ms": pruned_ms,
             "baseline_ms": baseline_ms,
             "speedup": None if pruned_ms is None or baseline_ms is None else baseline_ms / pruned_ms,

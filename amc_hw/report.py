@@ -24,9 +24,8 @@ from amc_hw.runs import JOURNAL
 from amc_hw.subject import Pruned, Subject, open_pruned, open_subject, read_predictor, read_table
 from amc_hw.task import shown_gain
 from profilers.files import write_whole
-from profilers.ops import OpSpec
+from profilers.ops import OpSpec, digest
 from profilers.predictor import Predictor
-from profilers.profile import digest
 from profilers.store import table_files
 from profilers.table import LatencyTable
 

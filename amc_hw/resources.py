@@ -18,7 +18,7 @@ import numpy as np
 from amc_hw.errors import BudgetError, UserError
 from amc_hw.graph import Layer, LayerGraph
 from amc_hw.min_sum import MAX_TABLE_ENTRIES, MinSum, Sum
-from profilers.ops import TWO_AXIS_KINDS, OpGraph, OpSpec
+from profilers.ops import TWO_AXIS_KINDS, OpGraph, OpSpec, digest
 
 Grids = tuple[tuple[int, ...], ...]
 
@@ -163,8 +163,8 @@ class Predictor(Protocol):
     @property
     def constant_ms(self) -> float: ...
 
-    @property
-    def error_pct(self) -> float | None: ...
+    def stated_error_pct(self, anchor: str) -> float | None:
+        """That 90% of the pruned networks of the one of this digest are predicted within, as far as that is known."""
 
     def lower(self, op_graph: OpGraph) -> OpGraph:
         """The network as the runtime executes it; operators that stay keep their names."""
@@ -194,7 +194,8 @@ def latency_model(
     places: list[tuple[tuple[Sum, ...], np.ndarray]] = []  # axes, indices into op_ms
     layers = {layer.name: layer for layer in graph.layers}
     widths = _Widths(checked)
-    for node in predictor.lower(graph.op_graph(batch=batch)).nodes:
+    unpruned = graph.op_graph(batch=batch)
+    for node in predictor.lower(unpruned).nodes:
         axes, counts = widths.of(layers[node.name])
         key = (node.op, b"|".join(each.tobytes() for each in counts))
         if key not in seen:
@@ -204,7 +205,7 @@ def latency_model(
     each_ms = np.asarray(predictor.op_ms(list(index)), dtype=float)
     if each_ms.shape != (len(index),) or not np.isfinite(each_ms).all():
         raise ValueError("a predictor must return one finite number of milliseconds per operator")
-    noise = 0.0 if predictor.error_pct is None else predictor.error_pct / 100
+    noise = (predictor.stated_error_pct(digest(unpruned)) or 0.0) / 100
     parts = [(axes, each_ms[numbers]) for axes, numbers in places]
     return _model(checked, parts, predictor.constant_ms, "ms", noise)
 

@@ -22,9 +22,9 @@ from amc_hw.resources import Grids
 from amc_hw.specs import parse_spec
 from profilers.device import DeviceConfig, load_device
 from profilers.multiple import channel_multiple as detect_multiple
-from profilers.ops import OpGraph
+from profilers.ops import OpGraph, digest
 from profilers.predictor import Predictor
-from profilers.profile import ProfileJob, digest
+from profilers.profile import ProfileJob
 from profilers.store import TableStore
 from profilers.table import LatencyTable
 from profilers.targets import Target, open_targets

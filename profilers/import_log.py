@@ -14,9 +14,8 @@ from statistics import median
 
 from profilers.benchmark_log import BenchmarkRun, OpRow, Stats, read_log
 from profilers.errors import TableError, UserError
-from profilers.ops import OpGraph, OpNode, OpSpec
+from profilers.ops import OpGraph, OpNode, OpSpec, digest
 from profilers.predictor import Predictor
-from profilers.profile import digest
 from profilers.table import LatencyTable, Measurement
 
 #: What TFLite calls an operator, and the kinds that it may be here: a dense layer is often a convolution of one pixel.

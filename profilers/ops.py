@@ -6,6 +6,8 @@ its activation fused. Shapes are those of one image, channels first, whatever la
 
 from __future__ import annotations
 
+import json
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -294,3 +296,8 @@ def fuse_adds(graph: OpGraph) -> OpGraph:
         op = replace(conv.op, activation=node.op.activation, fused_add=True)
         nodes.append(OpNode(conv.name, op, own + other))
     return replace(graph, nodes=tuple(nodes), outputs=tuple(renamed.get(name, name) for name in graph.outputs))
+
+
+def digest(graph: OpGraph) -> str:
+    """A short name for a network, by its operators and their order."""
+    return f"{zlib.crc32(json.dumps(graph.to_json(), sort_keys=True).encode()):08x}"

@@ -11,6 +11,7 @@ one) and a constant, so a prediction stays a sum over operators.
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -157,6 +158,16 @@ class FamilyCost:
         smooth, rough = (np.exp(-0.5 * squared / length**2) for length in self.LENGTHS)
         return ((1 - self.ROUGH) * smooth + self.ROUGH * rough) * np.where(alike, 1.0, self.ACROSS)
 
+    @property
+    def range(self) -> tuple[list[float], list[float]]:
+        """Smallest and largest widths that were measured."""
+        return self.low.tolist(), self.high.tolist()
+
+    def widened(self, other: FamilyCost) -> FamilyCost:
+        """The same, and what another knows outside of what was measured."""
+        more = other.points[self.outside(other.points)]
+        return FamilyCost(np.vstack([self.points, more]), np.concatenate([self(self.points), other(more)]))
+
     def outside(self, axes: np.ndarray) -> np.ndarray:
         """(N,) True where a width lies outside what was measured."""
         return ((axes < self.low) | (axes > self.high)).any(axis=1)
@@ -213,6 +224,15 @@ class Calibration:
     error_pct: float | None = None
     left_out_pct: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
+    def with_errors(self, left_out_pct: Mapping[str, Sequence[float]]) -> Calibration:
+        errors = [error for each in left_out_pct.values() for error in each]
+        return replace(self, error_pct=_most(errors) if errors else None, left_out_pct=left_out_pct)
+
+
+def _most(errors: Sequence[float]) -> float:
+    """That 90% do not exceed."""
+    return float(np.quantile(errors, 0.9))
+
 
 def _calibrated_ms(ops: Sequence[OpSpec], raw_ms: np.ndarray, found: Calibration) -> np.ndarray:
     """Milliseconds of operators, (N,), none of them free, from what they take before calibration."""
@@ -241,6 +261,7 @@ class Predictor:
     LOWEST = 0.1  #: scale of a family
     MIN_NETWORKS = 8  #: fewer calibrate nothing
     FEW = 8  #: points of a family; with fewer it leans on its class
+    FOLDS = 5  #: of the calibration networks, where operators were not measured but follow from them
 
     def __init__(
         self,
@@ -249,6 +270,7 @@ class Predictor:
         *,
         extrapolate: bool = False,
         away: bool = False,
+        _folds: int = FOLDS,
     ) -> None:
         self.path, self.identity = table.path, table.identity
         self.lower = lower
@@ -261,13 +283,17 @@ class Predictor:
         self.calibration = Calibration()
         networks = [row for row in table.rows if row.type in ("network", "calibration") and _whole(row)]
         ops = table.of_type("op")
-        self.families = self._regressed(networks) if networks and not ops else self._fitted(ops)
+        fitted = self._fitted(ops)
+        regressed = self._regressed(networks, fitted)
+        self.families = fitted | regressed
         known = list(self._known(networks))
-        if len(known) < len(networks):
+        if _folds and len(known) < len(networks):
             count = len(networks) - len(known)
             warnings.warn(f"{self.path}: {count} networks calibrate nothing: it lacks their operators", stacklevel=2)
         if len(known) >= self.MIN_NETWORKS:
             self.calibration = self._calibrated(known)
+            if _folds and regressed:
+                self.calibration = self.calibration.with_errors(self._held_out_pct(table, _folds))
         if known and self.calibration.error_pct is None:
             self.calibration = replace(self.calibration, error_pct=self._left_out_pct(table))
 
@@ -280,9 +306,16 @@ class Predictor:
         return self.calibration.error_pct
 
     def error_pct_of(self, anchor: str) -> float | None:
-        """As `error_pct`, of the pruned networks of one unpruned one alone, given by its digest."""
+        """As `error_pct`, of the pruned networks of one unpruned one alone, given by its digest; None where none of
+        them calibrated."""
         errors = self.calibration.left_out_pct.get(anchor)
-        return float(np.quantile(errors, 0.9)) if errors else None
+        return _most(errors) if errors else None
+
+    def stated_error_pct(self, anchor: str) -> float | None:
+        """What is known of the error for the pruned networks of an unpruned one: their own, as a table may know one
+        network far better than another, else that of all."""
+        own = self.error_pct_of(anchor)
+        return self.error_pct if own is None else own
 
     def measured_ms(self, row: Measurement) -> float:
         """The row's median, drift divided out by its anchor."""
@@ -316,22 +349,58 @@ class Predictor:
             costs[family] = FamilyCost(axes, latency_ms, each, rough=alike)
         return costs
 
-    def _regressed(self, rows: Sequence[Measurement]) -> dict[OpSpec, FamilyCost]:
-        """Costs that follow from whole networks alone, where no operator was measured: every class has one set of
-        non-negative coefficients, fitted to sums over networks."""
-        lowered = [self.lower(row.graph).ops for row in rows if row.graph is not None]
-        families: dict[OpSpec, dict[OpSpec, None]] = {}
-        for op in (op for ops in lowered for op in ops):
-            families.setdefault(op.family(), {})[op] = None
-        sums = np.array([_parts(ops).sum(axis=0) for ops in lowered])
-        measured = np.array([self.measured_ms(row) for row in rows])
+    def _regressed(self, rows: Sequence[Measurement], fitted: Mapping[OpSpec, FamilyCost]) -> dict[OpSpec, FamilyCost]:
+        """Costs of the families that are not `fitted`, or not at the widths of whole networks, as these tell them:
+        every class has one set of non-negative coefficients, fitted to sums over the networks that have such families.
+        Beside measured operators a family counts that as many networks have as calibrate at least."""
+
+        def lacking(op: OpSpec) -> bool:
+            cost = fitted.get(op.family())
+            return cost is None or any(
+                not low <= width <= high for width, low, high in zip(op.axes, *cost.range, strict=True)
+            )
+
+        lowered = [(row, self.lower(row.graph).ops) for row in rows if row.graph is not None]
+        having = [(row, ops, {op.family() for op in ops if lacking(op)}) for row, ops in lowered]
+        having = [each for each in having if each[2]]
+        distinct = {tuple(ops): families for _, ops, families in having}
+        counts = Counter(family for families in distinct.values() for family in families)
+        wanted = {family for family, count in counts.items() if not fitted or count >= self.MIN_NETWORKS}
+        if not wanted:
+            return {}
+        members: dict[OpSpec, dict[OpSpec, None]] = {}
+        for op in (op for _, ops, _ in having for op in ops if op.family() in wanted):
+            members.setdefault(op.family(), {})[op] = None
+        sums = np.array([_parts(ops).sum(axis=0) for _, ops, _ in having])
+        measured = np.array([self.measured_ms(row) for row, *_ in having])
         coefficients = _relative_fit(sums, measured).reshape(len(_CLASSES), -1)
         costs = {}
-        for family, members in families.items():
+        for family, each in members.items():
             alike = partial(_summed_ms, coefficients[_op_class(family)], family)
-            axes = np.array([op.axes for op in members], float)
-            costs[family] = FamilyCost(axes, alike(axes), rough=alike)
+            axes = np.array([op.axes for op in each], float)
+            cost = FamilyCost(axes, alike(axes), rough=alike)
+            costs[family] = fitted[family].widened(cost) if family in fitted else cost
         return costs
+
+    def _held_out_pct(self, table: LatencyTable, folds: int) -> dict[str, list[float]]:
+        """Errors in percent of the calibration networks, by the digest of the unpruned one, each predicted by a table
+        without its part of them: costs of operators were fitted to these networks, too."""
+        rows = [row for row in table.of_type("calibration") if _whole(row)]
+        errors: dict[str, list[float]] = {}
+        for fold in range(folds):
+            out = rows[fold::folds]
+            kept = [row for row in table.rows if not any(row is each for each in out)]
+            others = LatencyTable(table.path, table.identity, {}, kept)
+            predictor = Predictor(others, self.lower, extrapolate=True, _folds=0)
+            for row in out:
+                assert row.graph is not None
+                try:
+                    predicted = predictor.predict(row.graph)
+                except TableError:  # a network of which the others know nothing
+                    continue
+                error = 100 * abs(predicted / self.measured_ms(row) - 1)
+                errors.setdefault(row.details.get("anchor", ""), []).append(error)
+        return errors
 
     def _left_out_pct(self, table: LatencyTable) -> float | None:
         """Largest error in percent over the networks of the table, each predicted from operators that were read in the
@@ -418,7 +487,7 @@ class Predictor:
         What operators leave in common, by their class (the layout that they hand on, memory that they evict), is taken
         up by parts per class, each of which may move a network by about `PART`.
         Only networks whose operators were not read while they ran themselves ("calibration" rows) count for the
-        error; each is predicted by the fit without it.
+        error; each is predicted by the fit without it (see `_held_out_pct` where that fit is not all there is).
         """
         families, rows = list(self.families), [network.row for network in networks]
         column = {family: index for index, family in enumerate(families)}
@@ -467,5 +536,4 @@ class Predictor:
         for each, row in zip(error, rows, strict=True):
             if row.type == "calibration":
                 left_out.setdefault(row.details.get("anchor", ""), []).append(100 * abs(float(each)))
-        errors = sum(left_out.values(), [])
-        return replace(found, error_pct=float(np.quantile(errors, 0.9)) if errors else None, left_out_pct=left_out)
+        return found.with_errors(left_out)

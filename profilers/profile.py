@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from profilers.errors import DeviceError
-from profilers.ops import OpGraph, OpNode, OpSpec
+from profilers.ops import OpGraph, OpNode, OpSpec, digest
 from profilers.predictor import Predictor
 from profilers.sampling import Grids, corner_widths, random_widths
 from profilers.table import LatencyTable, Measurement
@@ -63,11 +61,6 @@ class Step:
 
     name: str
     run: Callable[[Anchor], list[Measurement]]
-
-
-def digest(graph: OpGraph) -> str:
-    """A short name for a network, by its operators and their order."""
-    return f"{zlib.crc32(json.dumps(graph.to_json(), sort_keys=True).encode()):08x}"
 
 
 def missing_steps(job: ProfileJob, table: LatencyTable, target: Target) -> list[Step]:

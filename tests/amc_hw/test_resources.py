@@ -60,6 +60,9 @@ class FakePredictor:
     def lower(self, op_graph: OpGraph) -> OpGraph:
         return fuse_adds(op_graph) if self.fuse else op_graph
 
+    def stated_error_pct(self, anchor: str) -> float | None:
+        return self.error_pct
+
     def op_ms(self, ops) -> np.ndarray:
         self.asked.append(list(ops))
         return np.array([self.one(op) for op in ops])

@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 
 from profilers.errors import TableError, UserError
 from profilers.import_log import FLOOR_MS, NOTHING_MS, TOLERANCE, read, rows_from
-from profilers.ops import OpGraph, OpNode, OpSpec
+from profilers.ops import OpGraph, OpNode, OpSpec, digest
 from profilers.predictor import Predictor
-from profilers.profile import digest
 from profilers.table import Identity, LatencyTable, Measurement
 
 IDENTITY = Identity("a phone", "tflite", "2018")

@@ -481,7 +481,8 @@ def test_the_error_of_one_networks_family_is_not_that_of_another() -> None:
     found = predictor([*alone_rows(), *wild])
     steady, other = found.error_pct_of("steady"), found.error_pct_of("wild")
     assert steady is not None and other is not None and other > steady
-    assert found.error_pct_of("unknown") is None
+    assert [found.stated_error_pct(name) for name in ("steady", "wild")] == [steady, other]
+    assert found.error_pct_of("unknown") is None and found.stated_error_pct("unknown") == found.error_pct
 
 
 def test_noise_is_read_from_repetitions() -> None:

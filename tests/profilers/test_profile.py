@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from profilers.builders.weights import random_weights
 from profilers.device import DeviceConfig
-from profilers.errors import DeviceError
-from profilers.ops import OpGraph, OpNode, OpSpec, fuse_adds
+from profilers.errors import DeviceError, TableError
+from profilers.ops import OpGraph, OpNode, OpSpec, digest, fuse_adds
 from profilers.predictor import Predictor
 from profilers.profile import (
     MAX_REFINEMENTS,
@@ -29,7 +29,6 @@ from profilers.profile import (
     Step,
     _copies,
     _count,
-    digest,
     missing_steps,
     refining_steps,
     time_network,
@@ -514,6 +513,49 @@ def test_whole_networks_alone_predict_what_adds_up() -> None:
     truth = [OVERHEAD_MS + sum(map(op_latency_ms, graph.ops)) for graph in fresh]
     errors = [abs(predictor.predict(graph) / ms - 1) for graph, ms in zip(fresh, truth, strict=True)]
     assert np.median(errors) < 0.03 and max(errors) < 0.1
+
+
+@pytest.mark.parametrize(("count", "noise"), [(9, 0.0), (9, 0.03), (24, 0.03)])
+def test_the_error_of_whole_networks_alone_is_that_of_networks_not_fitted(count: int, noise: float) -> None:
+    """Costs of operators follow from the same networks: left out of the calibration alone, few are met by any fit."""
+    rng, target, found = np.random.default_rng(0), Told(), []
+    for seed in range(6):
+        table, job = in_memory(), replace(JOB, way="networks", networks=0, calibration=count, seed=seed)
+        for step in missing_steps(job, table, target):
+            table.rows += [
+                replace(row, samples_ms=(row.median_ms * float(np.exp(noise * rng.standard_normal())),))
+                for row in step.run(beside(target))
+            ]
+        predictor = Predictor(table, target.lower, extrapolate=True)
+        assert predictor.error_pct is not None
+        fresh = [network_at(widths) for widths in random_widths(JOB.grids, 60, seed=99)]
+        truth = [OVERHEAD_MS + sum(map(op_latency_ms, graph.ops)) for graph in fresh]
+        errors = [abs(predictor.predict(graph) / ms - 1) for graph, ms in zip(fresh, truth, strict=True)]
+        found.append((predictor.error_pct, 100 * float(np.quantile(errors, 0.9))))
+    stated, true = np.median(found, axis=0)
+    assert 0.7 * true < stated < 5 * true, found
+
+
+def test_networks_of_a_table_that_has_operators_of_others_still_tell_their_own() -> None:
+    """A network that was profiled whole is predicted after another's operators were read into the same table, some of
+    its own among them, at other widths."""
+    job, table, target = replace(JOB, way="networks", networks=30, calibration=12), in_memory(), Told()
+    for step in missing_steps(job, table, target):
+        table.rows += step.run(beside(target))
+    alone = Predictor(table, target.lower)
+    first = UNPRUNED.nodes[0].op
+    strange = [replace(first, kernel=(5, 5), padding=(2, 2)).with_axes((3, width)) for width in (8, 16)]
+    shared = [first.with_axes((first.in_channels[0], width)) for width in (7, 8)]
+    table.rows += [Measurement("op", (op_latency_ms(op),), op=op) for op in strange + shared]
+    fresh = [network_at(widths) for widths in random_widths(JOB.grids, 20, seed=99)]
+    both = Predictor(table, target.lower)
+    assert [both.predict(graph) for graph in fresh] == pytest.approx(
+        [alone.predict(graph) for graph in fresh], rel=0.03
+    )
+    assert both.error_pct is not None and both.error_pct < 10
+    few = LatencyTable(table.path, table.identity, {}, [*table.rows[: Predictor.MIN_NETWORKS - 1], *table.rows[-4:]])
+    with pytest.raises(TableError, match="lies outside of"), pytest.warns(UserWarning, match="7 networks calib"):
+        Predictor(few, target.lower).predict(fresh[0])
 
 
 def test_a_runtime_that_shows_no_operators_cannot_be_read_in_context() -> None:
