@@ -110,6 +110,7 @@ __all__ = [
 ]
 
 TOLERANCE_PCT, MAX_MINUTES = 4.0, 10.0  #: of `profile`
+VALIDATION = 1000  #: begins the seeds of networks that no profile draws
 INT8_IMAGES = 200  #: that an int8 export is calibrated on
 CHECK_IMAGES = 32  #: real inputs on which an export is compared with PyTorch
 
@@ -376,7 +377,7 @@ def plan_validate(subject: Subject, *, samples: int, seed: int = 0) -> dict[str,
     """What `validate` would time: random networks and about how many minutes; one is timed, nothing is written."""
     _check_samples(samples)
     anchor = Anchor(subject.target, subject.network_at(None), read_table(subject))
-    widths = random_widths(subject.grids, 1, seed=1000 + seed, fine=subject.job().fine)[0]
+    widths = random_widths(subject.grids, 1, seed=(VALIDATION, seed), fine=subject.job().fine)[0]
     start = time.monotonic()
     time_network(subject.network_at(widths), anchor, "validation", seed=0)
     return {"samples": samples, "minutes": (time.monotonic() - start) * samples / 60}
@@ -400,7 +401,7 @@ def validate(
     anchor = Anchor(subject.target, subject.network_at(None), table)
     seen = {row.details.get("digest") for row in table.rows if row.type in ("network", "calibration")}
     found: list[dict[str, Any]] = []
-    for widths in random_widths(subject.grids, 4 * samples, seed=1000 + seed, fine=subject.job().fine):
+    for widths in random_widths(subject.grids, 4 * samples, seed=(VALIDATION, seed), fine=subject.job().fine):
         graph = subject.network_at(widths)
         if digest(graph) in seen or len(found) == samples:
             continue

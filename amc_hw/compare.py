@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from amc_hw.search.loop import METHODS
 from amc_hw.specs import unknown_name
 from amc_hw.subject import Subject, open_pruned, read_table
 from amc_hw.task import shown_gain
+from profilers.ops import digest
 from profilers.targets import Network
 from profilers.timing import Steady
 
@@ -193,7 +194,9 @@ def _slower(subject: Subject, out: Path, one: str, other: str) -> float:
             networks.append(Network(graph, folded_weights(each.module, each.graph)))
         return [float(np.median(samples)) for samples in timed_anew(subject, Steady(), networks)]
 
-    first, second = Scores(out / "times.jsonl").score([each.widths for each in policies], timed)
+    where = asdict(subject.target.identity()), digest(subject.network_at(None))
+    question = [*where, *(list(each.widths) for each in policies)]
+    first, second = Scores(out / "times.jsonl").score(question, timed)
     return float(second / first - 1)
 
 

@@ -15,6 +15,8 @@ from typing import Any
 #: Operators whose output width is free of their input width: (c_in, c_out) are two axes.
 #: `slice` gives a run of its input's channels.
 TWO_AXIS_KINDS = ("conv", "conv_transpose", "linear", "channel_map", "slice")
+#: Operators that work on vectors (N, C) as they do on images (N, C, H, W).
+ANY_RANK_KINDS = ("add", "mul", "scale", "concat", "activation", "affine", "prelu", "layer_norm", "softmax", "slice")
 #: Operators whose output has the channels of their first input: one axis.
 #: `scale` multiplies an image by one number per channel, its second input (N, C); `affine` multiplies and adds weights
 #: of its own (a batch-norm that nothing folds); `prelu` multiplies what is below zero by a weight per channel;

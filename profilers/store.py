@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from profilers.device import search_folders
 from profilers.errors import FailedError, TableError
-from profilers.files import write_whole
 from profilers.table import LatencyTable
 from profilers.targets import Target
 
@@ -16,16 +17,32 @@ FOLDER = "latency_tables"
 
 def table_files(device: str) -> list[Path]:
     """The tables of a device, the user's own first: `NAME.jsonl`, and `NAME@....jsonl` for further identities."""
-    found = []
+    found: dict[Path, Path] = {}
     for folder in search_folders(FOLDER):
-        found += [path for path in [folder / f"{device}.jsonl"] if path.exists()]
-        found += sorted(folder.glob(f"{device}@*.jsonl"))
-    return found
+        plain = folder / f"{device}.jsonl"
+        for path in [*([plain] if plain.exists() else []), *sorted(folder.glob(f"{device}@*.jsonl"))]:
+            found.setdefault(path.resolve(), path)  # in a checkout the two folders are one
+    return list(found.values())
 
 
 def begun(path: Path) -> bool:
     """Whether there is a table with its header; a file that was cut before its end holds nothing yet."""
     return path.exists() and LatencyTable.read_identity(path) is not None
+
+
+def _copy(path: Path, own: Path) -> None:
+    """The copy appears as a whole, and not over one to which another process has added by now."""
+    part = own.with_name(f"{own.name}.{os.getpid()}.part")
+    try:
+        own.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            part.write_bytes(path.read_bytes())
+            with suppress(FileExistsError):
+                os.link(part, own)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise FailedError(f"cannot copy {path} to {own}: {error.strerror}") from error
 
 
 @dataclass(frozen=True)
@@ -78,9 +95,5 @@ class TableStore:
         if path.exists() and own.exists() and LatencyTable.read_identity(own) not in (identity, None):
             own = self._further(own)  # another one of its name is there
         if path.exists() and not own.exists():
-            try:
-                own.parent.mkdir(parents=True, exist_ok=True)
-                write_whole(own, path.read_bytes())
-            except OSError as error:
-                raise FailedError(f"cannot copy {path} to {own}: {error.strerror}") from error
+            _copy(path, own)
         return LatencyTable.open(own, identity, self.target.provenance())

@@ -10,15 +10,13 @@ from onnx import TensorProto, helper, numpy_helper
 
 from profilers.builders.weights import Weights, checked_weights, map_as_convolution
 from profilers.errors import UnsupportedOperatorError
-from profilers.ops import OpGraph, OpNode, OpSpec
+from profilers.ops import ANY_RANK_KINDS, OpGraph, OpNode, OpSpec
 
 OPSET = 17
 #: Read by every ONNX Runtime since 1.14; newer IR versions are refused by the older runtimes that phones have.
 IR_VERSION = 8
 _ACTIVATION_OPS = {"relu": "Relu", "sigmoid": "Sigmoid", "hardswish": "HardSwish", "tanh": "Tanh"}
 _AFFINE = ("weight", "bias")
-#: Kinds that work on vectors (N, C) as they do on images.
-_ANY_RANK = ("add", "mul", "scale", "concat", "activation", "affine", "prelu", "layer_norm", "softmax", "slice")
 
 
 class _Writer:
@@ -100,7 +98,7 @@ def _emit(writer: _Writer, node: OpNode, weights: Weights, *, leaves: bool) -> N
     if op.fused_add or op.dtype != "float32" or unknown:
         raise UnsupportedOperatorError(f"{name}: {op} ({op.dtype}, dilation {op.dilation}) cannot be written as ONNX")
     pooled_output = op.kind == "global_avg_pool" and leaves
-    elementwise = op.kind in _ANY_RANK
+    elementwise = op.kind in ANY_RANK_KINDS
     if op.kind in ("linear", "flatten") or pooled_output or (elementwise and writer.vectors.issuperset(inputs)):
         writer.vectors.add(name)
     else:

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from profilers.builders.weights import Weights, checked_weights
 from profilers.errors import UnsupportedOperatorError
-from profilers.ops import OpGraph, OpNode, OpSpec
+from profilers.ops import ANY_RANK_KINDS, OpGraph, OpNode, OpSpec
 
 LABEL = "node "  #: before a node's name: the profiler takes a bare "2.0" for a mangled C++ name, and shortens it
 ACTIVATIONS = {
@@ -22,8 +22,6 @@ ACTIVATIONS = {
     "gelu": F.gelu,
     "tanh": torch.tanh,
 }
-#: Kinds that work on vectors (N, C) as they do on images (N, C, H, W).
-_ANY_RANK = ("add", "mul", "scale", "concat", "activation", "affine", "prelu", "layer_norm", "softmax", "slice")
 
 
 class Network(nn.Module):
@@ -62,7 +60,7 @@ class Network(nn.Module):
             return True
         if node.op.kind == "global_avg_pool":  # a pooled image stays one until it leaves the network
             return node.name in self.graph.outputs
-        return node.op.kind in _ANY_RANK and self.vectors.issuperset(node.inputs)
+        return node.op.kind in ANY_RANK_KINDS and self.vectors.issuperset(node.inputs)
 
     def forward(self, *inputs: Tensor) -> list[Tensor]:
         values = dict(zip(self.graph.inputs, inputs, strict=True))

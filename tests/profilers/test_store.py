@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from profilers.device import load_device
+from profilers.device import load_device, shipped
 from profilers.errors import FailedError, TableError
 from profilers.ops import OpSpec
 from profilers.store import TableStore, begun, table_files
@@ -88,3 +88,26 @@ def test_what_a_device_that_is_away_needs_is_a_table_of_its_identity(here: Path)
     away = TableStore(open_target(replace(load_device("pixel1"), threads=4)))
     with pytest.raises(TableError, match="was measured with threads 1, not 4: correct pixel1.toml"):
         away.read()
+
+
+def test_what_another_process_adds_meanwhile_to_its_copy_stays(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = TableStore(open_target(load_device("pixel1")))
+    read = Path.read_bytes
+    other: list[LatencyTable] = []
+
+    def slowly(path: Path) -> bytes:
+        data = read(path)
+        if not other:
+            monkeypatch.setattr(Path, "read_bytes", read)
+            other.append(TableStore(open_target(load_device("pixel1"))).open())
+            other[0].append([row()])
+        return data
+
+    monkeypatch.setattr(Path, "read_bytes", slowly)
+    assert kept.open().rows[-1] == row()
+    assert [path.name for path in Path("latency_tables").iterdir()] == ["pixel1.jsonl"]
+
+
+def test_a_folder_that_is_the_shipped_one_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(shipped("latency_tables").parent)
+    assert table_files("pixel1") == [Path("latency_tables/pixel1.jsonl")]
