@@ -496,7 +496,7 @@ def predict(context: click.Context, as_json: bool, **arguments: Any) -> None:
 
 def _where(r: dict[str, Any]) -> str:
     batch = f", batch {r['batch']}" if r["batch"] > 1 else ""
-    return f"{r['device']}, {r['runtime']}, {r['threads']} thread(s){batch}"
+    return f"{r['device']}, {r['runtime']}, {r['dtype']}, {r['threads']} thread(s){batch}"
 
 
 @cli.command()

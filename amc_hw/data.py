@@ -180,7 +180,9 @@ def _npz(spec: Spec, shape: Shape) -> Splits:
             if key not in arrays:
                 raise UserError(f"{str(path)!r} has no array {key!r}: it has {', '.join(there) or 'none'}")
         parts[part] = _pixels(spec, arrays[f"x_{part}"], arrays[f"y_{part}"], shape, part)
-    count = int(parts["train"].labels.max()) + 1 if len(parts["train"]) else 0
+    if not len(parts["train"]):
+        raise UserError(f"{str(path)!r} has no training images: x_train is empty")
+    count = int(parts["train"].labels.max()) + 1
     for part, images in parts.items():
         if len(images) and int(images.labels.max()) >= count:
             largest = int(images.labels.max())

@@ -17,7 +17,7 @@ from scipy.sparse import coo_array, csgraph
 from torch import Tensor, nn
 
 from amc_hw.errors import UserError
-from amc_hw.symbolic import eval_mode, holds_any, shared_tensors
+from amc_hw.symbolic import eval_mode, has_computed_weight, holds_any, shared_tensors
 from amc_hw.tracing import TracedOp, TracedOps, trace_ops
 from profilers.ops import PRODUCER_KINDS, OpGraph, OpNode, OpSpec
 
@@ -161,6 +161,9 @@ class LayerGraph:
         inside = [known_name for known_name in known if known_name.startswith(f"{name}.")]
         if name in known or len(inside) == 1:
             return name if name in known else inside[0]
+        for frozen in self.frozen:
+            if name == frozen.name or name in frozen.modules:
+                raise UserError(f"{name!r} in --widths stays at its {frozen.width} channels: {frozen.reason}")
         raise UserError(f"no group {name!r} in --widths; groups: {', '.join(known)}")
 
     def parse_widths(self, text: str) -> tuple[int, ...]:
@@ -201,7 +204,7 @@ def build_graph(
     examples = [torch.zeros(1, *input_shape)] if examples is None else examples
     with eval_mode(module):
         traced = trace_ops(module, *examples)
-    couplings = _Couplings(replace(traced, fixed=traced.fixed | _sharing(module, traced)))
+    couplings = _Couplings(replace(traced, fixed=traced.fixed | _whole(module, traced)))
     names = list(dict.fromkeys(name for op in traced.ops for name in (op.module, op.batch_norm) if name))
     for pattern in keep:
         if not any(_named_by(name, pattern) for name in names):
@@ -226,14 +229,18 @@ def build_graph(
     return LayerGraph(layers, groups, frozen, input_shape, traced.outputs, more)
 
 
-def _sharing(module: nn.Module, traced: TracedOps) -> dict[str, str]:
-    """What layers that share weights read and give, with the reason why it stays as wide as it is."""
+def _whole(module: nn.Module, traced: TracedOps) -> dict[str, str]:
+    """What layers read and give whose weights cannot be cut, with the reason why it stays as wide as it is."""
     shared, found = shared_tensors(module), dict[str, str]()
     modules = dict(module.named_modules())
     for op in traced.ops:
         for name in (op.module, op.batch_norm):
-            if name in modules and holds_any(modules[name], shared):
+            if name not in modules:
+                continue
+            if holds_any(modules[name], shared):
                 found |= dict.fromkeys((*op.inputs, op.name), f"{name} shares its weights with another layer")
+            elif has_computed_weight(modules[name]):
+                found |= dict.fromkeys((*op.inputs, op.name), f"the weights of {name} are computed from others")
     return found
 
 

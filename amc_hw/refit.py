@@ -20,7 +20,7 @@ from amc_hw.graph import LayerGraph
 from amc_hw.models.channel_map import ChannelMap
 from amc_hw.padding import padded, padding_of
 from amc_hw.prune import Kept, KeptAxes, kept_axes, plain_weight
-from amc_hw.symbolic import batch_norm_affine, eval_mode, holds_any, shared_tensors, trace_fx
+from amc_hw.symbolic import batch_norm_affine, eval_mode, has_computed_weight, holds_any, shared_tensors, trace_fx
 
 
 @dataclass(frozen=True, eq=False)
@@ -353,7 +353,8 @@ def _absorb(norm: nn.Module, inputs: Tensor) -> None:
 
 
 def _refittable(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d | nn.ConvTranspose2d) and layer.groups == 1)
+    known = isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d | nn.ConvTranspose2d) and layer.groups == 1)
+    return known and not has_computed_weight(layer)
 
 
 def _weight(module: nn.Module, name: str) -> Tensor:

@@ -67,6 +67,11 @@ def own_tensors(part: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value for name, value in (*part._parameters.items(), *part._buffers.items()) if value is not None}
 
 
+def has_computed_weight(part: nn.Module) -> bool:
+    """Whether a module's weight is no parameter of its own but computed, as by `torch.nn.utils.parametrizations`."""
+    return part._parameters.get("weight") is None and isinstance(getattr(part, "weight", None), torch.Tensor)
+
+
 def shared_tensors(module: nn.Module) -> set[int]:
     """Ids of the tensors that several of the network's modules hold; a batch-norm's count is in none."""
     owners = Counter(id(value) for part in module.modules() for value in own_tensors(part).values() if value.dim())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -46,7 +47,12 @@ def list_tables() -> dict[str, Any]:
     for folder in search_folders(FOLDER):
         for path in sorted(folder.glob("*.jsonl")):
             files.setdefault(path.resolve(), path)  # in a checkout the two folders are one
-    found = [LatencyTable.read(path) for path in files.values() if begun(path)]
+    found = []
+    for path in files.values():
+        try:
+            found += [LatencyTable.read(path)] if begun(path) else []
+        except TableError as error:
+            warnings.warn(str(error), stacklevel=2)  # it does not hide the others
     return {
         "tables": [
             {"file": str(table.path), "identity": asdict(table.identity), "rows": dict(_counted(table))}

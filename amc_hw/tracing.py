@@ -23,7 +23,7 @@ from amc_hw.models.channel_map import ChannelMap
 from amc_hw.padding import Pads, around, padding_of
 from amc_hw.specs import one_line
 from amc_hw.symbolic import PERMUTE, gives, origin, trace_fx
-from profilers.ops import OpGraph, OpSpec
+from profilers.ops import KINDS, OpGraph, OpSpec
 
 ACTIVATION_MODULES: dict[type[nn.Module], str] = {
     nn.ReLU: "relu",
@@ -386,7 +386,9 @@ class _Lowering:
             stack = list(node.meta.get("nn_module_stack", {}).values())
             place = stack[-1][0] if stack else ""
             what = f"{called} ({node.name}{f' in {place}' if place else ''})"
-        return UnsupportedOperatorError(f"operator {what} is not supported: it has no operator kind to be timed as")
+        form = " in this form" if str(getattr(node.target, "__name__", node.target)) in KINDS else ""
+        why = "it has no operator kind to be timed as"
+        return UnsupportedOperatorError(f"operator {what} is not supported{form}: {why}")
 
     def _emit(self, node: fx.Node, kind: str, *, sources: Sequence[fx.Node] | None = None, **sizes: Any) -> None:
         """One operator that reads `sources` (default: all that the node reads), named after its module or its node."""
@@ -466,7 +468,9 @@ class _Lowering:
         if isinstance(module, nn.ConvTranspose2d):
             kind = "conv_transpose"
             if groups > 1 or any(module.output_padding):
-                raise UnsupportedOperatorError(f"{name}: a transposed convolution with groups or output padding")
+                raise UnsupportedOperatorError(
+                    f"{name}: a transposed convolution with groups or output padding is not supported"
+                )
             before = after = _pair(module.padding)
         else:
             _, height, width = self._image(node.all_input_nodes[0])

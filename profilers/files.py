@@ -16,6 +16,9 @@ def write_whole(path: Path, data: bytes) -> None:
         raise FailedError(f"cannot write {path}: it is a folder")
     part = path.with_name(path.name + ".part")
     try:
+        if path.exists() and not path.is_file():  # a pipe, a terminal, /dev/null: nothing to be replaced
+            path.write_bytes(data)
+            return
         part.write_bytes(data)
         part.replace(path)
     except OSError as error:

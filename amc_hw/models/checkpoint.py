@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,10 @@ def load_checkpoint(module: nn.Module, file: str | Path) -> str:
             "write one with torch.save(model.state_dict(), FILE)"
         ) from exc
     weights = _state_dict(content, file, expected=module.state_dict())
-    module.load_state_dict(weights)
+    try:
+        module.load_state_dict(weights)
+    except Exception as exc:  # a module may have loading of its own
+        raise UserError(f"{str(file)!r} cannot be loaded into the model: {one_line(exc)}") from exc
     return digest
 
 
@@ -47,7 +51,7 @@ def checkpoint_sha256(file: str | Path) -> str:
         raise UserError(f"cannot read checkpoint {str(file)!r}: {exc.strerror or exc}") from exc
 
 
-def _state_dict(content: Any, file: str | Path, *, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _state_dict(content: Any, file: str | Path, *, expected: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -57,10 +61,13 @@ def _state_dict(content: Any, file: str | Path, *, expected: Mapping[str, Tensor
     for key, value in content.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise UserError(f"{str(file)!r} holds no state dict: {key!r} is a {type(value).__name__}, not a tensor")
-    weights = dict(content)
+    weights = OrderedDict(content)
+    versions = getattr(content, "_metadata", None)  # of the modules that it was made of: some are loaded by it
     prefix = "module."
     if all(key.startswith(prefix) for key in weights) and not any(key.startswith(prefix) for key in expected):
-        weights = {key.removeprefix(prefix): value for key, value in weights.items()}
+        weights = OrderedDict((key.removeprefix(prefix), value) for key, value in weights.items())
+        if versions is not None:
+            versions = {key.removeprefix("module").removeprefix("."): value for key, value in versions.items()}
     for key, value in expected.items():
         if key.endswith("num_batches_tracked"):  # absent in old checkpoints, and of no use in evaluation
             weights.setdefault(key, value)
@@ -73,6 +80,8 @@ def _state_dict(content: Any, file: str | Path, *, expected: Mapping[str, Tensor
             f"{str(file)!r} does not fit the model: {first} is {_shape(weights.get(first))} in the file and "
             f"{_shape(expected.get(first))} in the model{more}; check the model's name and options"
         )
+    if versions is not None:
+        weights._metadata = versions  # type: ignore[attr-defined]
     return weights
 
 

@@ -351,7 +351,7 @@ def test_npz_errors(tmp_path: Path) -> None:
         ({"y_train": y - 1}, "labels start at 0, there is -1"),
         ({"y_test": y_test + 5}, "y_test has label 7, those of y_train end at 2"),
         ({"x_test": x_test[:0], "y_test": y_test[:0]}, "has no test images"),
-        ({"x_train": x[:0], "y_train": y[:0]}, "end at -1"),
+        ({"x_train": x[:0], "y_train": y[:0]}, "has no training images: x_train is empty"),
         ({"y_train": np.array([{}] * 24, dtype=object)}, "is not an npz file of plain arrays"),
     ]
     for change, part in changes:

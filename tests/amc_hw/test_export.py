@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -149,6 +151,28 @@ def test_torch_file_loads_without_this_package(pruned, tmp_path: Path) -> None:
         np.testing.assert_allclose(np.load(tmp_path / "y.npy"), net(images(1)).numpy(), rtol=0, atol=1e-5)
 
 
+def test_no_image_of_the_users_is_in_a_file(pruned, tmp_path: Path) -> None:
+    """Programs of torch.export keep the inputs that they were traced with."""
+    net, graph, widths = pruned
+    given, out = images(32) + 3.0, tmp_path / "net.pt2"
+    export_network(net, graph, graph.op_graph(widths), given, file_format="torch", out=out)
+    (kept, _) = torch.export.load(out).example_inputs
+    assert [part.abs().max().item() for part in kept] == [0.0]
+    assert kept[0].untyped_storage().nbytes() == given[:1].numel() * 4
+    assert out.stat().st_size < 100_000
+
+
+def test_what_is_no_file_is_written_to_and_not_replaced(pruned, tmp_path: Path) -> None:
+    net, graph, widths = pruned
+    pipe, read = tmp_path / "pipe", list[bytes]()
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: read.append(pipe.read_bytes()))
+    reader.start()
+    found = export_network(net, graph, graph.op_graph(widths), images(1), file_format="onnx", out=pipe)
+    reader.join()
+    assert pipe.is_fifo() and len(read[0]) == found["bytes"]
+
+
 def test_unknown_format_names_the_known_ones(pruned, tmp_path: Path) -> None:
     net, graph, widths = pruned
     with pytest.raises(UserError, match="unknown format 'coreml'; known: torch, onnx, tflite"):
@@ -210,6 +234,11 @@ def test_differences_count_by_the_largest_output(tmp_path: Path) -> None:
         net[4].bias.fill_(100)
     with pytest.raises(FailedError, match=r"off by 1 \(largest 99\)"):
         export_network(net, graph, network, images(1), file_format="onnx", out=tmp_path / "second.onnx")
+    with torch.no_grad():  # outputs of a millionth that are off by a hundredth of it
+        net[4].weight.mul_(1e-8)
+        net[4].bias.fill_(1e-6)
+    with pytest.raises(FailedError, match="off by 1e-08"):
+        export_network(net, graph, network, images(1), file_format="onnx", out=tmp_path / "third.onnx")
 
 
 @every_format

@@ -316,6 +316,8 @@ def test_group_names_that_are_not_unique_or_not_there_are_refused() -> None:
     for name in ("layer1", "layer1.0", "layer9", "layer1.0.conv"):
         with pytest.raises(UserError, match=f"no group '{name}' in --widths; groups: conv1, layer1.0.conv1"):
             graph.parse_widths(f"{name}=4")
+    with pytest.raises(UserError, match="'linear' in --widths stays at its 10 channels: network output"):
+        graph.parse_widths("linear=4")
     assert graph.parse_widths("layer1.0.conv1=4") == (16, 4, *graph.full_widths[2:])
 
 

@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torchvision
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from amc_hw.errors import UserError
 from amc_hw.models import MODELS, ChannelMap, load_model
+from amc_hw.models.checkpoint import load_checkpoint
 
 DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 CHECKPOINTS = {
@@ -318,6 +320,20 @@ def test_checkpoint_that_does_not_fit(tmp_path: Path, weights: dict[str, Tensor]
 class _Harmful:
     def __reduce__(self):
         return os.system, ("echo harmful",)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_module_that_loads_by_its_version_is_told_it(tmp_path: Path, wrapped: bool) -> None:
+    """torchvision's MnasNet refuses a state dict that does not say which version it is of."""
+    made = torchvision.models.mnasnet0_5(num_classes=3)
+    path = tmp_path / "w.pt"
+    torch.save((nn.DataParallel(made) if wrapped else made).state_dict(), path)
+    other = torchvision.models.mnasnet0_5(num_classes=3)
+    load_checkpoint(other, path)
+    assert torch.equal(other.layers[0].weight, made.layers[0].weight)
+    torch.save(dict(made.state_dict()), path)
+    with pytest.raises(UserError, match="w.pt' cannot be loaded into the model: .*version should be set"):
+        load_checkpoint(other, path)
 
 
 def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:

@@ -535,6 +535,23 @@ def test_layers_that_share_a_weight_stay_as_wide_and_as_they_are() -> None:
     assert torch.equal(small.head.weight, net.head.weight) is False  # it makes up for what they do not
 
 
+@pytest.mark.filterwarnings("ignore:.torch.nn.utils.weight_norm")
+@pytest.mark.parametrize("normed", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm])
+def test_a_layer_whose_weight_is_computed_stays_as_wide_and_as_it_is(normed: Callable[[nn.Module], nn.Module]) -> None:
+    images = seeded((40, 8, 8, 8))
+    net = randomise(nn.Sequential(*(each for _ in range(4) for each in (nn.Conv2d(8, 8, 1), nn.ReLU()))), images)
+    normed(net[2])
+    with torch.no_grad():
+        net(images[:1])
+    graph = build_graph(net, (8, 8, 8))
+    assert [group.name for group in graph.groups] == ["4"]
+    reasons = {each.name: each.reason for each in graph.frozen}
+    assert reasons["0"] == reasons["2"] == "the weights of 2 are computed from others"
+    small = faithful(net, graph, {"4": np.arange(5)}, images)
+    assert small[4].out_channels == 5
+    torch.testing.assert_close(small[2].weight, net[2].weight)
+
+
 # Batch-norm statistics
 
 

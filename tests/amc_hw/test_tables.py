@@ -130,6 +130,15 @@ def test_a_table_without_operators_is_drawn_from_its_predictions(amc_hw: Run) ->
     assert "measured" not in "".join(ElementTree.parse("a.svg").getroot().itertext())
 
 
+def test_a_table_that_cannot_be_read_does_not_hide_the_others(amc_hw: Run) -> None:
+    board("latency_tables/a.jsonl")
+    Path("latency_tables/newer.jsonl").write_text('{"schema_version": 99}\n')
+    code, out, err = amc_hw("table", "list", "--json")
+    names = [Path(each["file"]).name for each in json.loads(out)["tables"]]
+    assert code == 0 and "a.jsonl" in names and "pixel1.jsonl" in names and "newer.jsonl" not in names
+    assert "newer.jsonl: schema version 99 is newer" in err
+
+
 def test_operators_that_differ_have_names_that_differ(amc_hw: Run) -> None:
     table = LatencyTable.open(Path("latency_tables/fake.jsonl"), Identity("fake", "formula", "1"))
     kernels = [dict(padding=(d, d), dilation=(d, d)) for d in (1, 2, 4)] + [dict(padding=(0, 0)), dict(groups=8)]
