@@ -166,6 +166,8 @@ def test_the_verdict_by_hand() -> None:
     assert "not told apart" in verdict(mixed)[0]
     far = [row("a", "flops, as fast as latency ratio 0.5", 0, 0.8, off=0.03), row("a", "latency ratio 0.5", 0, 0.81)]
     assert "over a FLOPs budget up to 3.0% off in measured latency (one seed: no interval)" in verdict(far)[-1]
+    near = [row("a", "flops, as fast as latency ratio 0.5", 1, 0.8, off=-0.004), row("a", "latency ratio 0.5", 1, 0.8)]
+    assert "up to 3.0% off" in verdict(far + near)[-1]  # the worst of them
     scores = [row("a", "flops ratio 0.5", s, 30.5 + s) for s in (0, 1)] + [
         row("b", "flops ratio 0.5", s, 30.0 + s) for s in (0, 1)
     ]

@@ -15,6 +15,7 @@ from torch import nn
 from amc_hw.env import PruningEnv, _first_consumer
 from amc_hw.errors import BudgetError
 from amc_hw.graph import build_graph, width_grid
+from amc_hw.models import ChannelMap
 from amc_hw.models.load import load_model
 from amc_hw.resources import CostModel, Term, budget_from, macs_model, params_model, snap
 from amc_hw.task import Judged
@@ -101,6 +102,22 @@ def test_shapes_are_those_of_the_first_consumer_whatever_its_kind():
     graph = build_graph(Up().eval(), (3, 8, 8))
     assert [group.name for group in graph.groups] == ["stem", "up", "side"]
     assert _first_consumer(graph, graph.groups[0]).name == "up"
+
+
+def test_a_channel_map_is_what_a_group_is_read_by_only_where_nothing_else_is():
+    class Shortcut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.conv = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 12, 3, stride=2, padding=1)
+            self.shortcut, self.head = ChannelMap((-1, -1, *range(8), -1, -1), 2), nn.Linear(12, 4)
+
+        def forward(self, x):
+            x = self.stem(x).relu()
+            return self.head((self.shortcut(x) + self.conv(x)).relu().mean((2, 3)))
+
+    graph = build_graph(Shortcut().eval(), (3, 8, 8))
+    assert [layer.name for layer in graph.layers][1:3] == ["shortcut", "conv"]
+    assert graph.groups[0].name == "stem" and _first_consumer(graph, graph.groups[0]).name == "conv"
 
 
 def test_infeasible_budget_is_refused_before_the_search():

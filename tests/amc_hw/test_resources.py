@@ -148,6 +148,7 @@ def test_budget_validation(value):
     with pytest.raises(UserError, match="either"):
         budget_from(model)
     assert budget_from(model, ratio=0.5).limit == model.full_cost / 2
+    assert budget_from(model, ratio=1.0).limit == model.full_cost
     assert budget_from(model, absolute=1000).limit == 1000
 
 
@@ -155,7 +156,7 @@ def test_infeasible_budget_names_the_smallest_that_is_not():
     model = macs_model(tiny_graph(), GRIDS)
     completer = Completer(model)
     least = model.cost((2, 4))  # 4648
-    with pytest.raises(BudgetError, match="4,648 MACs") as caught:
+    with pytest.raises(BudgetError, match="cannot be met: the smallest reachable is 4,648 MACs") as caught:
         require_feasible(completer, budget_from(model, absolute=least - 1))
     assert caught.value.exit_code == 4
     ratio = float(str(caught.value).split("a ratio of ")[1].split(";")[0])
@@ -335,6 +336,24 @@ def test_no_choice_ever_exceeds_the_budget(model, share, fractions, descend):
         decided.append(choose_width(completer, decided, fraction, budget))
         assert decided[-1] in offered
     assert keeps(model.cost(decided), budget.limit)
+
+
+def test_only_what_is_proven_is_said_to_be_impossible():
+    """Costs of pairs, cheap where the two differ: around a triangle not all can, so the bound lies below what is."""
+    differ = np.array([[1.0, 0.0], [0.0, 1.0]])
+    terms = tuple(Term(pair, differ) for pair in ((0, 1), (0, 2), (1, 2)))
+    model = CostModel(((1, 2),) * 3, terms, 1.0, "ms")
+    between = Budget(1.5, 1.5, "1.5 ms")  # above the bound of 1, below the 2 that can be reached
+    with pytest.raises(BudgetError, match="1.5 ms cannot be met: the smallest reachable is 2 ms"):
+        require_feasible(Completer(model), between)
+    descending = Completer(model, max_entries=1)
+    assert not descending.exact and descending.lower_bound == 1.0
+    with pytest.raises(
+        BudgetError, match="1.5 ms is met by no known widths: the smallest known to be reachable is 2 ms"
+    ):
+        require_feasible(descending, between)
+    with pytest.raises(BudgetError, match="0.5 ms cannot be met: the smallest reachable is 2 ms"):
+        require_feasible(descending, Budget(0.5, 0.5, "0.5 ms"))
 
 
 def test_what_descent_offers_does_not_depend_on_earlier_questions():

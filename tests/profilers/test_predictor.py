@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,13 @@ from hypothesis import strategies as st
 from profilers.errors import TableError
 from profilers.ops import OpGraph, OpNode, OpSpec, fuse_adds
 from profilers.predictor import (
+    _CLASSES,
     MIN_REPEATS,
     USUAL_NOISE,
     Calibration,
     FamilyCost,
     Predictor,
+    _op_class,
     _repeatability,
     anchored_ms,
 )
@@ -399,6 +402,17 @@ def test_the_stated_error_is_that_of_networks_the_fit_has_not_seen() -> None:
     truth = [HIDDEN(graph) * np.exp(noise * rng.standard_normal()) for graph in fresh]
     errors = [abs(found.predict(graph) / ms - 1) for graph, ms in zip(fresh, truth, strict=True)]
     assert np.mean(np.array(errors) * 100 <= found.error_pct) == pytest.approx(0.9, abs=0.07)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_table_that_knows_its_operators_warns_of_nothing() -> None:
+    assert predictor([*alone_rows(), *HIDDEN.rows(10)]).error_pct is not None
+
+
+def test_a_class_is_what_operators_have_in_common() -> None:
+    conv = OpSpec("conv", (8,), 8, 8, 16, (3, 3))
+    ops = conv, replace(conv, kernel=(1, 1)), depthwise(8), OpSpec("add", (8, 8), 8, 8, 8)
+    assert [_CLASSES[_op_class(op)] for op in ops] == ["spatial", "pointwise", "depthwise", "other"]
 
 
 def test_a_network_of_operators_nobody_measured_does_not_calibrate_silently() -> None:
