@@ -318,6 +318,12 @@ class _Search:
         with alone_in(self.out):
             return self._run(costs, budget, task, start)
 
+    def _refuse_others(self) -> None:
+        """UserError where the folder holds what a search would write, and is none's."""
+        there = [name for name in (POLICY, Policy.weights, RESULT) if (self.out / name).exists()]
+        if there and not (self.out / JOURNAL).exists():
+            raise UserError(f"{self.out} has a {there[0]} that is not of this search: name another --out")
+
     @property
     def _ended(self) -> bool:
         return all((self.out / name).exists() for name in (RESULT, POLICY, Policy.weights))
@@ -332,6 +338,7 @@ class _Search:
 
     def _run(self, costs: CostModel, budget: Budget | None, task: Task, start: float) -> dict[str, Any]:
         config = self.config
+        self._refuse_others()
         journal = Journal(self.out / JOURNAL, self._header())
         record_command(self.out)
         finished = self.out / RESULT
@@ -412,6 +419,7 @@ class _Search:
         self.check_budget()
         if self.out.is_file():
             raise UserError(f"{self.out} is a file, not a folder")
+        self._refuse_others()
         whole_lines(self.out / JOURNAL, self._header(), kind="search")  # another one's folder is refused now
         start = time.monotonic()
         self.evaluator = Evaluator(self.model, self.graph, self._task(), seed=self.config.seed, refit=self.config.refit)

@@ -627,6 +627,17 @@ def test_a_policy_of_a_network_whose_operators_have_changed(ended: Path, amc_hw:
     assert amc_hw(*export).err == ""
 
 
+@pytest.mark.parametrize("name", ["policy.json", "pruned.pt", "result.json"])
+def test_a_folder_with_files_of_a_users_own_is_not_written_to(here: Path, amc_hw: Run, name: str) -> None:
+    own = here / "own" / name
+    own.parent.mkdir()
+    own.write_text("mine")
+    for dry in ((), ("--dry-run",)):
+        done = amc_hw(*HALF, "--out", "own", *dry)
+        assert done.code == 2 and f"own has a {name} that is not of this search: name another --out" in done.mistake
+    assert own.read_text() == "mine"
+
+
 def test_a_method_that_is_misspelt(here: Path, amc_hw: Run) -> None:
     assert "'knapsak': did you mean knapsack? known are" in amc_hw(*HALF, "--method", "knapsak").mistake
     compared = ("compare", *TINY, *DATA, "--latency-ratio", "0.6")
