@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -165,6 +166,8 @@ def run(command: click.Command, name: str, *, goes_on: bool = False) -> NoReturn
     """A command as a program of that name: warnings and errors are one line each, and the exit code is the error's."""
     warnings.showwarning = lambda message, *_rest, **_more: click.echo(f"warning: {message}", err=True)
     command.context_settings.setdefault("help_option_names", ["-h", "--help"])
+    # what a scheduler sends, too: workers end, a phone is set back
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         sys.exit(command(standalone_mode=False))  # a command that ends with context.exit gives its code back here
     except click.exceptions.NoArgsIsHelpError as error:
@@ -182,6 +185,8 @@ def run(command: click.Command, name: str, *, goes_on: bool = False) -> NoReturn
     except (KeyboardInterrupt, click.Abort):
         click.echo(f"interrupted{': the same command goes on from here' if goes_on else ''}", err=True)
         sys.exit(130)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class Progress:

@@ -156,7 +156,7 @@ def test_the_number_of_workers_is_checked_and_part_of_the_search(here: Path, amc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_the_workers_end_with_their_search(here: Path, how: signal.Signals) -> None:
     command = [sys.executable, "-m", "amc_hw.cli", *SEARCH, "--episodes", "5000", "--workers", "2", "--out", "run"]
     child = subprocess.Popen(
@@ -170,10 +170,12 @@ def test_the_workers_end_with_their_search(here: Path, how: signal.Signals) -> N
     until = time.monotonic() + 120
     while time.monotonic() < until and (not journal.exists() or len(journal.read_bytes().splitlines()) < 8):
         time.sleep(0.2)
-    if how == signal.SIGINT:
-        os.killpg(child.pid, how)  # as a terminal does: to all processes of the group
+    if how != signal.SIGKILL:
+        # a terminal sends to all processes of the group
+        os.killpg(child.pid, how) if how == signal.SIGINT else child.send_signal(how)
         _, error = child.communicate(timeout=60)
         assert child.returncode == 130 and b"Traceback" not in error, error
+        assert error.splitlines()[-1].startswith(b"interrupted: the same command goes on"), error
     else:
         child.kill()
         child.wait()
