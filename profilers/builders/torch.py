@@ -70,9 +70,8 @@ class Network(nn.Module):
                     values[node.name] = self._run(node, values)
             else:
                 values[node.name] = self._run(node, values)
-            for read in self.last_reads.get(
-                node.name, ()
-            ):  # its memory is free for the next, as in a network's own code
+            # their memory is free for the next, as in a network's own code
+            for read in self.last_reads.get(node.name, ()):
                 del values[read]
         return [values[name] for name in self.graph.outputs]
 
