@@ -208,7 +208,7 @@ def _summed_ms(coefficients: np.ndarray, family: OpSpec, axes: np.ndarray) -> np
 
 
 def _range(cost: FamilyCost) -> str:
-    return " by ".join(f"{low:.0f} to {high:.0f}" for low, high in zip(cost.low, cost.high, strict=True))
+    return " by ".join(f"{low:.0f} to {high:.0f}" for low, high in zip(*cost.range, strict=True))
 
 
 @dataclass(frozen=True)
