@@ -134,9 +134,8 @@ def list_devices() -> dict[str, Any]:
 
 def check_device(name: str, *, serials: Sequence[str] = ()) -> dict[str, Any]:
     """What is there and what is missing on a device, or on each of several; `ok` where nothing is."""
-    members = load_device(name).at(serials).members()
-    targets = [(member, open_target(member)) for member in members]
-    probes = [probe for member, target in targets for probe in (*target.probes(), *_of_its_table(target))]
+    targets = map(open_target, load_device(name).at(serials).members())
+    probes = [probe for target in targets for probe in (*target.probes(), *_of_its_table(target))]
     return _probed(name, probes)
 
 

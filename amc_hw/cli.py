@@ -736,9 +736,7 @@ def report(runs: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
 @click.option("--int8", is_flag=True, help="Quantized after training, calibrated on the data.")
 @options("model", "input", "checkpoint", *TASK, "json")
 @click.pass_context
-def export(
-    context: click.Context, as_json: bool, policy: Path | None, unpruned: bool, data: str | None, **arguments: Any
-) -> None:
+def export(context: click.Context, as_json: bool, policy: Path | None, unpruned: bool, **arguments: Any) -> None:
     """Write the pruned network, checked against PyTorch on images of its search's data, or of --data.
 
     \b
@@ -749,17 +747,15 @@ def export(
     if (policy is None) != unpruned:
         raise UserError("give either --policy, for a pruned network, or --unpruned, with --model and --checkpoint")
     if policy is None:
-        arguments |= {"data": data}
         _no_data_of_ours(context, arguments)
-        weights = api.checkpoint_for(
-            arguments["model"], arguments["data"], arguments.pop("checkpoint"), progress=Progress()
-        )
-        result = api.export_unpruned(**arguments, checkpoint=weights)
+        named = (arguments[name] for name in ("model", "data", "checkpoint"))
+        arguments["checkpoint"] = api.checkpoint_for(*named, progress=Progress())
+        result = api.export_unpruned(**arguments)
     else:
-        names = ("model", "input_shape", "checkpoint", "evaluate", "calibrate")
-        _leave_out(context, "--policy", *names)
-        kept = {name: value for name, value in arguments.items() if name not in names}
-        result = api.export(policy, **kept, data=data if _typed(context, "data") else None)
+        known = ("model", "input_shape", "checkpoint", "evaluate", "calibrate")
+        _leave_out(context, "--policy", *known)
+        left = known if _typed(context, "data") else (*known, "data")
+        result = api.export(policy, **{name: value for name, value in arguments.items() if name not in left})
     show(result, as_json, _export_lines)
 
 

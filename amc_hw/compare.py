@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.special import stdtrit
 
 from amc_hw.errors import BudgetError, UserError
 from amc_hw.export import folded_weights
@@ -28,7 +27,7 @@ from amc_hw.subject import Subject, open_pruned, read_table
 from amc_hw.task import shown_gain
 from profilers.ops import digest
 from profilers.targets import Network
-from profilers.timing import Steady
+from profilers.timing import Steady, mean_half_width
 
 EQUAL = 0.01  #: how near measured latencies must lie to count as equal, relative
 STEPS = 8  #: of the search for a FLOPs ratio that gives the latency wanted
@@ -305,7 +304,7 @@ def _off_equal(rows: Sequence[dict[str, Any]], method: str, latency: str) -> flo
 def mean_ci95(gain: np.ndarray) -> tuple[float, float]:
     """95% interval of the mean of independent values (N,), N > 1, by Student's t. A bootstrap of three seeds spans
     the smallest and the largest of them, and tells equal methods apart in a quarter of all cases."""
-    half = float(stdtrit(len(gain) - 1, 0.975) * gain.std(ddof=1) / np.sqrt(len(gain)))
+    half = mean_half_width(gain)
     return float(gain.mean()) - half, float(gain.mean()) + half
 
 

@@ -116,7 +116,9 @@ class SearchConfig:
         return given[0]
 
 
-def time_apart(subject: Subject, networks: Sequence[Network], *, rounds: int = 25, seed: int = 0) -> list[list[float]]:
+def time_apart(
+    subject: Subject, networks: Sequence[Network], *, rounds: int = LOAD_ROUNDS, seed: int = 0
+) -> list[list[float]]:
     """Milliseconds per network, interleaved, in a process that has done nothing else; UnsteadyError where they spread
     too far."""
     burst_s = max(0.02, subject.device.min_time_s / rounds)

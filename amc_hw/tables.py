@@ -15,12 +15,12 @@ import numpy as np
 
 from amc_hw.errors import TableError, UserError
 from amc_hw.plots import save_staircase
-from profilers.device import device_names, load_device, search_folders
+from profilers.device import device_names, load_device
 from profilers.files import write_whole
 from profilers.multiple import channel_multiple
 from profilers.ops import OpSpec
 from profilers.predictor import Predictor
-from profilers.store import FOLDER, begun, table_files
+from profilers.store import begun, table_files
 from profilers.table import LatencyTable, merged
 from profilers.targets import open_target
 
@@ -43,12 +43,8 @@ def find_table(name: str) -> Path:
 
 def list_tables() -> dict[str, Any]:
     """Every table in the user's own folder and among the shipped ones."""
-    files: dict[Path, Path] = {}
-    for folder in search_folders(FOLDER):
-        for path in sorted(folder.glob("*.jsonl")):
-            files.setdefault(path.resolve(), path)  # in a checkout the two folders are one
     found = []
-    for path in files.values():
+    for path in table_files():
         try:
             found += [LatencyTable.read(path)] if begun(path) else []
         except TableError as error:

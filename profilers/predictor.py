@@ -158,11 +158,6 @@ class FamilyCost:
         smooth, rough = (np.exp(-0.5 * squared / length**2) for length in self.LENGTHS)
         return ((1 - self.ROUGH) * smooth + self.ROUGH * rough) * np.where(alike, 1.0, self.ACROSS)
 
-    @property
-    def range(self) -> tuple[list[float], list[float]]:
-        """Smallest and largest widths that were measured."""
-        return self.low.tolist(), self.high.tolist()
-
     def widened(self, other: FamilyCost) -> FamilyCost:
         """The same, and what another knows outside of what was measured."""
         more = other.points[self.outside(other.points)]
@@ -208,7 +203,7 @@ def _summed_ms(coefficients: np.ndarray, family: OpSpec, axes: np.ndarray) -> np
 
 
 def _range(cost: FamilyCost) -> str:
-    return " by ".join(f"{low:.0f} to {high:.0f}" for low, high in zip(*cost.range, strict=True))
+    return " by ".join(f"{low:.0f} to {high:.0f}" for low, high in zip(cost.low, cost.high, strict=True))
 
 
 @dataclass(frozen=True)
@@ -282,10 +277,9 @@ class Predictor:
         self._references = {name: float(np.median(ms)) for name, ms in anchors.items()}
         self.calibration = Calibration()
         networks = [row for row in table.rows if row.type in ("network", "calibration") and _whole(row)]
-        ops = table.of_type("op")
-        fitted = self._fitted(ops)
-        regressed = self._regressed(networks, fitted)
-        self.families = fitted | regressed
+        self.families = self._fitted(table.of_type("op"))
+        regressed = self._regressed(networks)
+        self.families |= regressed
         known = list(self._known(networks))
         if _folds and len(known) < len(networks):
             count = len(networks) - len(known)
@@ -349,23 +343,23 @@ class Predictor:
             costs[family] = FamilyCost(axes, latency_ms, each, rough=alike)
         return costs
 
-    def _regressed(self, rows: Sequence[Measurement], fitted: Mapping[OpSpec, FamilyCost]) -> dict[OpSpec, FamilyCost]:
-        """Costs of the families that are not `fitted`, or not at the widths of whole networks, as these tell them:
-        every class has one set of non-negative coefficients, fitted to sums over the networks that have such families.
-        Beside measured operators a family counts that as many networks have as calibrate at least."""
+    def _regressed(self, rows: Sequence[Measurement]) -> dict[OpSpec, FamilyCost]:
+        """Costs of the families of which no operator was measured, or none at the widths of whole networks, as these
+        tell them: every class has one set of non-negative coefficients, fitted to sums over the networks that have such
+        families. Beside measured operators a family counts that as many networks have as calibrate at least."""
 
-        def lacking(op: OpSpec) -> bool:
-            cost = fitted.get(op.family())
-            return cost is None or any(
-                not low <= width <= high for width, low, high in zip(op.axes, *cost.range, strict=True)
-            )
+        def lacking(ops: Sequence[OpSpec]) -> set[OpSpec]:
+            return {
+                ops[members[0]].family()
+                for cost, members, axes in self._by_family(ops)
+                if cost is None or cost.outside(axes).any()
+            }
 
         lowered = [(row, self.lower(row.graph).ops) for row in rows if row.graph is not None]
-        having = [(row, ops, {op.family() for op in ops if lacking(op)}) for row, ops in lowered]
-        having = [each for each in having if each[2]]
+        having = [(row, ops, families) for row, ops in lowered if (families := lacking(ops))]
         distinct = {tuple(ops): families for _, ops, families in having}
         counts = Counter(family for families in distinct.values() for family in families)
-        wanted = {family for family, count in counts.items() if not fitted or count >= self.MIN_NETWORKS}
+        wanted = {family for family, count in counts.items() if not self.families or count >= self.MIN_NETWORKS}
         if not wanted:
             return {}
         members: dict[OpSpec, dict[OpSpec, None]] = {}
@@ -379,7 +373,7 @@ class Predictor:
             alike = partial(_summed_ms, coefficients[_op_class(family)], family)
             axes = np.array([op.axes for op in each], float)
             cost = FamilyCost(axes, alike(axes), rough=alike)
-            costs[family] = fitted[family].widened(cost) if family in fitted else cost
+            costs[family] = self.families[family].widened(cost) if family in self.families else cost
         return costs
 
     def _held_out_pct(self, table: LatencyTable, folds: int) -> dict[str, list[float]]:

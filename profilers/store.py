@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,12 +16,13 @@ from profilers.targets import Target
 FOLDER = "latency_tables"
 
 
-def table_files(device: str) -> list[Path]:
-    """The tables of a device, the user's own first: `NAME.jsonl`, and `NAME@....jsonl` for further identities."""
+def table_files(device: str | None = None) -> list[Path]:
+    """All tables, or those of a device, the user's own first: `NAME.jsonl`, and `NAME@....jsonl` for further
+    identities."""
+    patterns = ["*.jsonl"] if device is None else [f"{glob.escape(device)}{more}.jsonl" for more in ("", "@*")]
     found: dict[Path, Path] = {}
     for folder in search_folders(FOLDER):
-        plain = folder / f"{device}.jsonl"
-        for path in [*([plain] if plain.exists() else []), *sorted(folder.glob(f"{device}@*.jsonl"))]:
+        for path in (path for pattern in patterns for path in sorted(folder.glob(pattern))):
             found.setdefault(path.resolve(), path)  # in a checkout the two folders are one
     return list(found.values())
 

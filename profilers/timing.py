@@ -132,22 +132,22 @@ def loaded_anew(
 
 def _uncertainty(loads: Sequence[np.ndarray], *, stated: bool) -> float:
     """How far the median of samples may be off, relative: within loads, or because loads differ."""
-    between = _standard_error([float(np.log(np.median(samples))) for samples in loads])
-    if stated and len(loads) > 1:
-        between *= _student(len(loads))
+    by_load = [float(np.log(np.median(samples))) for samples in loads]
+    between = 0.0  # a single load tells nothing of it
+    if len(loads) > 1:
+        between = mean_half_width(by_load) if stated else _standard_error(by_load)
     return max(median_half_width(np.concatenate(loads)), between)
 
 
-def _standard_error(values: Sequence[float]) -> float:
-    """Of their mean; 0 where a single one tells nothing of how far they spread."""
-    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
+def _standard_error(values: Sequence[float] | np.ndarray) -> float:
+    return float(np.std(values, ddof=1) / math.sqrt(len(values)))
 
 
-def _student(count: int) -> float:
-    """Standard errors in half of a 95% interval of the mean of so many normal values."""
+def mean_half_width(values: Sequence[float] | np.ndarray) -> float:
+    """Half of the 95% interval of the mean of independent values (N,), N > 1, by Student's t."""
     from scipy.special import stdtrit  # not for a process that only times
 
-    return float(stdtrit(count - 1, 0.975))
+    return float(stdtrit(len(values) - 1, 0.975)) * _standard_error(values)
 
 
 def spread_pct(samples_ms: Sequence[float]) -> float:
@@ -183,6 +183,6 @@ def ratio_ci95(
     by_load = [float(np.log(np.median(baseline[load]) / np.median(pruned[load]))) for load in loads]
     if len(by_load) > 1:
         middle = np.median(baseline) / np.median(pruned)
-        factor = math.exp(_student(len(loads)) * _standard_error(by_load))
+        factor = math.exp(mean_half_width(by_load))
         low, high = min(low, middle / factor), max(high, middle * factor)
     return float(low), float(high)
