@@ -17,6 +17,7 @@ from amc_hw.graph import LayerGraph
 from amc_hw.models import LoadedModel
 from amc_hw.prune import Kept, channel_magnitudes, keep_channels, slice_channels
 from amc_hw.refit import Grams, count_of, gather_grams, reestimate_batch_norm, refit_faithful, refit_fast
+from amc_hw.symbolic import BATCH_NORMS
 from amc_hw.task import SEARCH_IMAGES, Classification, Judged, Task, distortion
 
 REFIT_BYTES = 4_000_000_000
@@ -139,7 +140,7 @@ class Evaluator:
         kept = self.kept(widths)
         small = slice_channels(self.model.module, self.graph, kept)
         self._refit_faithful(small, kept, self.calibration, FINAL_ROWS * count_of(self.calibration))
-        if not any(isinstance(part, nn.BatchNorm2d) for part in small.modules()):
+        if not any(isinstance(part, BATCH_NORMS) for part in small.modules()):
             return small
         before = self.task.score(small)
         statistics = {name: value.clone() for name, value in small.state_dict().items()}

@@ -19,9 +19,9 @@ from amc_hw.errors import FailedError, UserError
 from amc_hw.graph import LayerGraph
 from amc_hw.models.channel_map import ChannelMap
 from amc_hw.refit import Inputs, batches, count_of
-from amc_hw.symbolic import batch_norm_affine
+from amc_hw.symbolic import BATCH_NORMS, batch_norm_affine
 from profilers.files import write_whole
-from profilers.ops import OpGraph
+from profilers.ops import SCALAR_KINDS, OpGraph
 from profilers.runtimes import Runtime, load_runtime
 
 RUNTIME_OF = {"onnx": "onnxruntime", "tflite": "litert"}
@@ -42,23 +42,26 @@ def folded_weights(module: nn.Module, graph: LayerGraph) -> dict[str, dict[str, 
             weights[layer.name] = {"start": np.array(layer.start)}
         elif layer.op.kind == "prelu":
             named = layer.module and (layer.module if layer.parameter else f"{layer.module}.weight")
-            slope = attrgetter(named)(module) if named else torch.tensor([layer.slope])
+            slope = attrgetter(named)(module) if named else torch.tensor([layer.number])
             weights[layer.name] = {"weight": _float32(slope.detach())}
+        elif layer.op.kind in SCALAR_KINDS:
+            value = attrgetter(layer.module)(module) if layer.module else torch.tensor(layer.number)
+            weights[layer.name] = {"value": _float32(value.detach().reshape(()))}
         elif layer.op.kind == "affine" and layer.parameter:
             scale = attrgetter(str(layer.module))(module).detach().flatten()
             weights[layer.name] = {"weight": _float32(scale), "bias": np.zeros(len(scale), np.float32)}
         part = module.get_submodule(layer.module) if layer.module and not layer.parameter else None
         if isinstance(part, ChannelMap):
             weights[layer.name] = {"index": np.array(part.index, dtype=np.int64)}
-        elif isinstance(part, nn.BatchNorm2d):
+        elif isinstance(part, BATCH_NORMS):
             scale, shift = batch_norm_affine(part, dtype=torch.float64)
             weights[layer.name] = {"weight": _float32(scale), "bias": _float32(shift)}
-        elif isinstance(part, nn.LayerNorm):
-            weights[layer.name] = {
-                "weight": _float32(part.weight.detach()),
-                "bias": _float32(part.bias.detach()),
-                "eps": np.array(part.eps, np.float32),
-            }
+        elif isinstance(part, nn.LayerNorm | nn.GroupNorm | nn.InstanceNorm2d):
+            count = part.num_features if isinstance(part, nn.InstanceNorm2d) else layer.op.out_channels
+            scale = torch.ones(count) if part.weight is None else part.weight.detach()
+            shift = torch.zeros(count) if part.bias is None else part.bias.detach()
+            eps = np.array(part.eps, np.float32)
+            weights[layer.name] = {"weight": _float32(scale), "bias": _float32(shift), "eps": eps}
         elif isinstance(part, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
             weight = part.weight.detach().double()
             if isinstance(part, nn.Linear) and layer.op.kind == "conv":  # on a channels-last image

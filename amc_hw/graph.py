@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from amc_hw.errors import UserError
 from amc_hw.symbolic import eval_mode, has_computed_weight, holds_any, shared_tensors
 from amc_hw.tracing import TracedOp, TracedOps, trace_ops
-from profilers.ops import PRODUCER_KINDS, OpGraph, OpNode, OpSpec
+from profilers.ops import PRODUCER_KINDS, SCALAR_KINDS, OpGraph, OpNode, OpSpec
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Layer:
     name: the module's dotted name, or a name made from the operation where there is no module.
     module, batch_norm: dotted names of the modules that hold the weights, None where there are none.
     inputs: names of earlier layers, or of the network's inputs. sources: channels of every input.
-    start: the first channel of a slice. parameter: `module` names a parameter. slope: of a `prelu` without weights.
+    start: the first channel of a slice. parameter: `module` names a parameter. number: as of `TracedOp`.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Layer:
     batch_norm: str | None = None
     start: int = 0
     parameter: bool = False
-    slope: float = 0.0
+    number: float = 0.0
 
     @property
     def groups(self) -> tuple[int, ...]:
@@ -137,7 +137,7 @@ class LayerGraph:
     @property
     def weighted(self) -> tuple[Layer, ...]:
         """Layers with weights per channel, one that is called at several places once."""
-        own = [layer for layer in self.layers if layer.module and not (layer.op.kind == "prelu" and layer.parameter)]
+        own = [layer for layer in self.layers if layer.module and not _is_one_for_all(layer)]
         return tuple({layer.module: layer for layer in reversed(own)}.values())[::-1]
 
     def params(self, widths: Sequence[int] | None = None) -> int:
@@ -221,7 +221,7 @@ def build_graph(
             op.batch_norm,
             op.start,
             op.parameter,
-            op.slope,
+            op.number,
         )
         for op in traced.ops
     )
@@ -242,6 +242,11 @@ def _whole(module: nn.Module, traced: TracedOps) -> dict[str, str]:
             elif has_computed_weight(modules[name]):
                 found |= dict.fromkeys((*op.inputs, op.name), f"the weights of {name} are computed from others")
     return found
+
+
+def _is_one_for_all(layer: Layer | TracedOp) -> bool:
+    """Whether an operator's parameter is one number for all channels."""
+    return layer.parameter and layer.op.kind in ("prelu", *SCALAR_KINDS)
 
 
 def _named_by(module: str, pattern: str) -> bool:
@@ -305,19 +310,19 @@ class _Couplings:
             out = np.concatenate([self.labels[source] for source in op.inputs])
         elif kind == "flatten":
             out = np.repeat(first, op.op.height * op.op.width)
-        elif kind in ("slice", "shuffle"):
+        elif kind in ("slice", "shuffle", "pixel_shuffle"):
             out = first[op.start : op.start + op.op.out_channels] if kind == "slice" else first
+            out = first[:: op.op.stride[0] * op.op.stride[1]] if kind == "pixel_shuffle" else out
             self._fix(first, f"split or shuffled at {op.name}")
         else:
             out = first
             for source in op.inputs[1:]:
                 self._ties.append((out, self.labels[source]))
-            if kind in ("layer_norm", "softmax"):
+            if kind in ("layer_norm", "group_norm", "softmax", "log_softmax"):
                 self._fix(out, f"normalised together at {op.name}")
             elif kind == "affine" and op.parameter:
                 self._fix(out, f"scaled by the parameter {op.module}")
-        one_slope = kind == "prelu" and op.parameter  # for all channels
-        for module in (None if kind in PRODUCER_KINDS or one_slope else op.module, op.batch_norm):
+        for module in (None if kind in PRODUCER_KINDS or _is_one_for_all(op) else op.module, op.batch_norm):
             if module is not None:
                 self._reads(module, "through", out)
         return out

@@ -140,7 +140,7 @@ def _sliced_attributes(part: nn.Module, name: str, axes: KeptAxes) -> dict[str, 
     """The sizes that `part` has after slicing."""
     out = None if axes.out is None else len(axes.out)
     into = None if axes.into is None else len(axes.into)
-    if isinstance(part, nn.modules.batchnorm._BatchNorm):
+    if isinstance(part, nn.modules.batchnorm._NormBase):
         sizes = {"num_features": out}
     elif isinstance(part, nn.PReLU):
         sizes = {"num_parameters": out}
@@ -152,7 +152,7 @@ def _sliced_attributes(part: nn.Module, name: str, axes: KeptAxes) -> dict[str, 
         sizes = {"in_channels": out, "out_channels": out, "groups": out}
     else:
         raise UserError(f"{name}: a {type(part).__name__} with these options cannot be sliced")
-    if not isinstance(part, nn.modules.batchnorm._BatchNorm):
+    if not isinstance(part, nn.modules.batchnorm._NormBase):
         plain_weight(part, name)
     return {attribute: size for attribute, size in sizes.items() if size is not None}
 

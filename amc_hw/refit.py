@@ -20,7 +20,16 @@ from amc_hw.graph import LayerGraph
 from amc_hw.models.channel_map import ChannelMap
 from amc_hw.padding import padded, padding_of
 from amc_hw.prune import Kept, KeptAxes, kept_axes, plain_weight
-from amc_hw.symbolic import batch_norm_affine, eval_mode, has_computed_weight, holds_any, shared_tensors, trace_fx
+from amc_hw.symbolic import (
+    BATCH_NORMS,
+    batch_norm_affine,
+    eval_mode,
+    has_computed_weight,
+    holds_any,
+    readers,
+    shared_tensors,
+    trace_fx,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,7 +176,8 @@ class _Lockstep:
 
     def __init__(self, module: nn.Module, sliced: nn.Module, images: Inputs) -> None:
         self.module, self.sliced = module, sliced
-        self._first, self._second = fx.Interpreter(trace_fx(module)), fx.Interpreter(trace_fx(sliced))
+        examples = [part[:1] for part in ((images,) if isinstance(images, Tensor) else images)]
+        self._first, self._second = (fx.Interpreter(trace_fx(each, examples)[0]) for each in (module, sliced))
         nodes, twins = (list(each.graph.nodes) for each in (self._first, self._second))
         if [node.op for node in nodes] != [node.op for node in twins]:
             raise UserError("the network's forward takes another way once it is pruned: does it count channels?")
@@ -313,11 +323,11 @@ def _follow(node: fx.Node, run: _Lockstep) -> _Follow:
     batch_norm: str | None = None
     shortcut: fx.Node | None = None
     current = node
-    while len(current.users) == 1:
-        (user,) = current.users
+    while len(readers(current)) == 1:
+        (user,) = readers(current)
         part = run.module.get_submodule(str(user.target)) if user.op == "call_module" else None
         alone = run.calls[user.target] == 1  # one that others use, too, is not changed for this layer
-        if isinstance(part, nn.BatchNorm2d) and alone and batch_norm is None and shortcut is None:
+        if isinstance(part, BATCH_NORMS) and alone and batch_norm is None and shortcut is None:
             batch_norm = str(user.target)
             act = getattr(part, "act", None)  # of a class that has its activation inside
             if isinstance(act, nn.ReLU | nn.ReLU6):
@@ -343,7 +353,7 @@ def _absorb(norm: nn.Module, inputs: Tensor) -> None:
     """Make the batch-norm's statistics those of `inputs` (R, O) and keep its function: re-estimating them later then
     takes nothing of the refit back."""
     scale, offset = batch_norm_affine(norm)
-    assert isinstance(norm, nn.BatchNorm2d) and norm.running_var is not None and norm.running_mean is not None
+    assert isinstance(norm, BATCH_NORMS) and norm.running_var is not None and norm.running_mean is not None
     if not norm.affine or len(inputs) < 2:
         return  # without weights of its own it cannot keep its function; one row has no variance
     norm.running_mean.copy_(inputs.mean(0))
@@ -384,7 +394,7 @@ def _write(sliced: nn.Module, name: str, batch_norm: str | None, change: Tensor,
         layer.bias += shift.to(layer.bias.dtype)
     elif batch_norm is not None:
         norm = sliced.get_submodule(batch_norm)
-        assert isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None
+        assert isinstance(norm, BATCH_NORMS) and norm.running_mean is not None
         norm.running_mean -= shift.to(norm.running_mean.dtype)
 
 
@@ -402,7 +412,8 @@ def _laid_out(layer: Any, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         dilation * (kernel - 1) - padding
         for dilation, kernel, padding in zip(layer.dilation, layer.kernel_size, layer.padding, strict=True)
     ]
-    return F.pad(spread, (before[1], before[1], before[0], before[0])), (1, 1)
+    (top, left), (more_high, more_wide) = before, layer.output_padding
+    return F.pad(spread, (left, left + more_wide, top, top + more_high)), (1, 1)
 
 
 def _out_size(layer: Any, padded: Tensor, stride: tuple[int, int]) -> tuple[int, int]:
@@ -467,7 +478,7 @@ def count_of(inputs: Inputs) -> int:
 def reestimate_batch_norm(module: nn.Module, images: Inputs, *, batch: int = 128) -> None:
     """Batch-norm statistics as the plain average over batches of nearly equal size, of `batch` images at most;
     everything else stays in eval mode. A single image leaves them: where a map is one pixel it has no variance."""
-    norms = [part for part in module.modules() if isinstance(part, nn.BatchNorm2d) and part.track_running_stats]
+    norms = [part for part in module.modules() if isinstance(part, BATCH_NORMS) and part.track_running_stats]
     if not norms or count_of(images) < 2:
         return
     momenta = [norm.momentum for norm in norms]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -17,31 +19,153 @@ from amc_hw.specs import one_line
 
 #: As of `origin`: to import torchvision takes as long as PyTorch does, and many networks do without.
 PERMUTE = ("torchvision.ops.misc", "Permute")
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+Asked = set[tuple[str, tuple[int, ...]]]  #: names of nodes, and dimensions of their tensors
+#: What may be asked of a tensor without a look at its values.
+SIZE_METHODS = ("size", "dim", "ndimension", "numel", "is_floating_point")
+SIZE_ATTRIBUTES = ("shape", "ndim", "dtype", "device", "is_cuda")
+#: As they are when torch.fx traces nothing.
+_CALL, _GETATTR = nn.Module.__call__, nn.Module.__getattr__
+
+
+class _Known:
+    """A traced value that is a plain number where the network's code needs one: what it is for the examples."""
+
+    tracer: Any
+
+    def __int__(self) -> int:
+        return int(self.tracer.known(self))
+
+    def __index__(self) -> int:
+        return operator.index(self.tracer.known(self))
+
+    def __float__(self) -> float:
+        return float(self.tracer.known(self))
+
+    def __len__(self) -> int:
+        return len(self.tracer.known(self, slice(0)))
+
+
+class _Proxy(_Known, fx.Proxy):
+    def __getattr__(self, name: str) -> _Attribute:
+        return _Attribute(self, name)
+
+
+class _Attribute(_Known, fx.proxy.Attribute):
+    def __getattr__(self, name: str) -> _Attribute:
+        return _Attribute(self, name)
 
 
 class _Tracer(fx.Tracer):
+    """Takes the branches that sizes decide as they go for `examples`.
+
+    asked: (name of a node, dimensions of its tensor) whose sizes decided something.
+    """
+
+    def __init__(self, examples: Sequence[torch.Tensor], constants: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.examples, self.constants = list(examples), constants
+        self.asked: Asked = set()
+        self.values: dict[fx.Node, Any] = {}
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        return bool(self.known(obj))
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        try:
+            return super().iter(obj)
+        except fx.proxy.TraceError:
+            traced: Any = obj
+            return iter([traced[index] for index in range(len(traced))])
+
+    def known(self, proxy: fx.Proxy, key: Any = slice(None)) -> Any:
+        """A traced value for the examples; TraceError where it depends on what is in a tensor. key: what of a shape
+        is wanted."""
+        node = proxy.node
+        with _untraced():
+            for each in self.graph.nodes:
+                if each not in self.values:
+                    self.values[each] = self._run(each)
+                if each is node:
+                    break
+        if isinstance(self.values[node], torch.Tensor) or not self._of_sizes(node, key):
+            return super().to_bool(proxy)  # raises
+        return self.values[node]
+
+    @torch.no_grad()
+    def _run(self, node: fx.Node) -> Any:
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), self.values.__getitem__)
+        if node.op == "placeholder":
+            constant = _constant(node, self.constants)
+            return self.constants[constant] if constant else self.examples.pop(0).clone()
+        if node.op == "get_attr":
+            return attrgetter(str(node.target))(self.root)
+        if node.op == "call_module":
+            return self.root.get_submodule(str(node.target))(*args, **kwargs)
+        function: Any = getattr(args[0], str(node.target)) if node.op == "call_method" else node.target
+        return function(*(args[1:] if node.op == "call_method" else args), **kwargs)
+
+    def _of_sizes(self, node: fx.Node, key: Any) -> bool:
+        """Whether a value that is no tensor follows from sizes alone; notes which. key: what is read of a shape."""
+        for source in node.all_input_nodes:
+            value = self.values[source]
+            if not isinstance(value, torch.Tensor):
+                whole = node.target is not operator.getitem
+                if not self._of_sizes(source, slice(None) if whole else node.args[1]):
+                    return False
+                continue
+            if not asks_for_size(node):
+                return False
+            what = str(node.target if node.op == "call_method" else node.args[1])
+            every = range(value.dim())
+            if what == "size" and len(node.args) > 1:
+                key = node.args[1]
+            elif what not in ("size", "shape"):
+                key = slice(None) if what == "numel" else slice(0)
+            dims = every[key] if isinstance(key, int | slice) else every
+            self.asked.add((source.name, (dims,) if isinstance(dims, int) else tuple(dims)))
+        return True
+
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         # classes derived of them, too
-        leaves = ChannelMap | nn.Conv2d | nn.BatchNorm2d | nn.LayerNorm | nn.Linear
+        leaves = ChannelMap | nn.Conv2d | nn.BatchNorm1d | nn.BatchNorm2d | nn.LayerNorm | nn.GroupNorm | nn.Linear
         if isinstance(module, leaves) or origin(type(module)) == PERMUTE:
             return True
         return super().is_leaf_module(module, qualified_name)
 
 
-def trace_fx(module: nn.Module) -> fx.GraphModule:
-    """The fx graph of a module in eval mode; UserError where torch.fx cannot trace it.
+@contextmanager
+def _untraced() -> Iterator[None]:
+    """Modules compute, in the middle of a trace."""
+    module: Any = nn.Module
+    traced = module.__call__, module.__getattr__
+    module.__call__, module.__getattr__ = _CALL, _GETATTR
+    try:
+        yield
+    finally:
+        module.__call__, module.__getattr__ = traced
 
-    Arguments of forward() that have a default keep it.
+
+def trace_fx(module: nn.Module, examples: Sequence[torch.Tensor]) -> tuple[fx.GraphModule, Asked]:
+    """The fx graph of a module in eval mode, and what its code asked of sizes to get there.
+
+    examples: a tensor for every input; where the code branches on sizes, theirs decide. Arguments of forward() that
+    have a default keep it. UserError where torch.fx cannot trace the module.
     """
     parameters = inspect.signature(module.forward).parameters.values()
     if needed := [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]:
         name = type(module).__name__
         raise UserError(f"forward() of {name} needs the keyword argument {needed[0]!r}: give a factory that wraps it")
     constants = {p.name: p.default for p in parameters if p.default is not p.empty}
+    tracer = _Tracer(examples, constants)
     try:
-        graph = _Tracer().trace(module, constants or None)
+        graph = tracer.trace(module, constants or None)
         _drop_constants(graph, constants)
-        return fx.GraphModule(module, graph)
+        _drop_questions(graph)
+        return fx.GraphModule(module, graph), tracer.asked
     except Exception as error:  # tracing runs the user's forward: anything can be raised
         reason = one_line(error)
         raise UserError(
@@ -52,14 +176,43 @@ def trace_fx(module: nn.Module) -> fx.GraphModule:
 
 def _drop_constants(graph: fx.Graph, constants: Mapping[str, Any]) -> None:
     """Without the inputs that are constants, and what torch.fx adds to check that they are."""
-    names = {node: str(node.target) for node in graph.nodes if node.op == "placeholder"}
-    doomed = {node for node, name in names.items() if name in constants or name.rpartition("_")[0] in constants}
+    doomed = {node for node in graph.nodes if node.op == "placeholder" and _constant(node, constants)}
     for node in graph.nodes:
         if node.all_input_nodes and doomed.issuperset(node.all_input_nodes):
             doomed.add(node)
     for node in reversed(list(graph.nodes)):
         if node in doomed:
             graph.erase_node(node)
+
+
+def _drop_questions(graph: fx.Graph) -> None:
+    """Without what was computed of sizes and has been answered."""
+    for node in reversed(list(graph.nodes)):
+        if not node.users and (asks_for_size(node) or node.target is torch._assert or _is_pure(node.target)):
+            graph.erase_node(node)
+
+
+def _is_pure(target: Any) -> bool:
+    module, name = origin(target)
+    return module == "_operator" and not name.startswith("i")
+
+
+def asks_for_size(node: fx.Node) -> bool:
+    """Whether a node reads no values of its tensor."""
+    if node.op == "call_method":
+        return node.target in SIZE_METHODS
+    return node.target is getattr and node.args[1] in SIZE_ATTRIBUTES
+
+
+def readers(node: fx.Node) -> list[fx.Node]:
+    """What reads a tensor's values."""
+    return [user for user in node.users if not asks_for_size(user)]
+
+
+def _constant(node: fx.Node, constants: Mapping[str, Any]) -> str | None:
+    """The argument that a placeholder stands for, if that keeps its default."""
+    name = str(node.target)
+    return next((each for each in (name, name.rpartition("_")[0]) if each in constants), None)
 
 
 def own_tensors(part: nn.Module) -> dict[str, torch.Tensor]:
@@ -96,7 +249,7 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
 
 def batch_norm_affine(norm: nn.Module, *, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
     """What a batch-norm in eval mode multiplies by and adds, (channels,) each."""
-    assert isinstance(norm, nn.BatchNorm2d) and norm.running_var is not None and norm.running_mean is not None
+    assert isinstance(norm, BATCH_NORMS) and norm.running_var is not None and norm.running_mean is not None
     scale = (norm.running_var.to(dtype) + norm.eps).rsqrt()
     shift = torch.zeros_like(scale)
     if norm.affine:

@@ -22,8 +22,8 @@ from amc_hw.errors import UnsupportedOperatorError, UserError
 from amc_hw.models.channel_map import ChannelMap
 from amc_hw.padding import Pads, around, padding_of
 from amc_hw.specs import one_line
-from amc_hw.symbolic import PERMUTE, gives, origin, trace_fx
-from profilers.ops import KINDS, OpGraph, OpSpec
+from amc_hw.symbolic import BATCH_NORMS, PERMUTE, Asked, gives, origin, readers, trace_fx
+from profilers.ops import KINDS, SCALAR_KINDS, OpGraph, OpSpec
 
 ACTIVATION_MODULES: dict[type[nn.Module], str] = {
     nn.ReLU: "relu",
@@ -56,12 +56,30 @@ IDENTITY_MODULES = (nn.Identity, nn.Dropout, nn.Dropout2d)
 IDENTITY_FUNCTIONS: tuple[Any, ...] = (F.dropout, F.dropout2d, "contiguous", "clone", "detach")
 #: Of torchvision, by name: to import it takes as long as PyTorch does, and many networks do without.
 STOCHASTIC_DEPTH = ("torchvision.ops.stochastic_depth", "stochastic_depth")
-#: What is computed of sizes alone makes no tensor.
-SHAPE_CALLS: tuple[Any, ...] = ("size", "dim", getattr, operator.getitem)
-ARITHMETIC: tuple[Any, ...] = (operator.add, operator.sub, operator.mul, operator.floordiv, operator.truediv)
+#: What is computed of two operands, by the kind that it is for tensors; quotients are of a number only.
+ARITHMETIC: dict[str, tuple[Any, ...]] = {
+    "add": (operator.add, operator.iadd, torch.add, "add", "add_"),
+    "sub": (operator.sub, operator.isub, torch.sub, "sub", "sub_"),
+    "mul": (operator.mul, operator.imul, torch.mul, "mul", "mul_"),
+    "div": (operator.truediv, operator.itruediv, torch.div, "div", "div_"),
+}
+KIND_OF = {target: kind for kind, targets in ARITHMETIC.items() for target in targets}
+NEGATIONS: tuple[Any, ...] = (operator.neg, torch.neg, "neg")
 MEANS: tuple[Any, ...] = (torch.mean, "mean")
 RESHAPES: tuple[Any, ...] = ("view", "reshape", torch.reshape)
 FLATTEN_CALLS: tuple[Any, ...] = (torch.flatten, "flatten", *RESHAPES)
+#: Of a parameter: another shape of the same numbers.
+SAME_NUMBERS: tuple[Any, ...] = (*FLATTEN_CALLS, torch.unsqueeze, "unsqueeze", torch.squeeze, "squeeze")
+SOFTMAXES: dict[Any, str] = {
+    nn.Softmax: "softmax",
+    nn.LogSoftmax: "log_softmax",
+    F.softmax: "softmax",
+    torch.softmax: "softmax",
+    "softmax": "softmax",
+    F.log_softmax: "log_softmax",
+    torch.log_softmax: "log_softmax",
+    "log_softmax": "log_softmax",
+}
 POOL_FUNCTIONS: dict[Any, str] = {F.max_pool2d: "max_pool", F.avg_pool2d: "avg_pool"}
 TOLD = 3  #: of the operators that are not supported, by name
 NO_PADS: Pads = ((0, 0), (0, 0))
@@ -73,7 +91,8 @@ class TracedOp:
     """An operator with the modules it came from; `inputs` are names of earlier ones or of the network's inputs.
 
     module: dotted name of the module that holds the weights, or of a `parameter` that is read as it is.
-    start: a slice's first channel. slope: below zero, of a `prelu` without weights.
+    start: a slice's first channel. number: the slope of a `prelu` without weights, what a scalar operator without a
+    parameter adds or multiplies by.
     """
 
     name: str
@@ -83,7 +102,7 @@ class TracedOp:
     batch_norm: str | None = None
     start: int = 0
     parameter: bool = False
-    slope: float = 0.0
+    number: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -99,7 +118,7 @@ class TracedOps:
 
 def trace_ops(module: nn.Module, *examples: torch.Tensor) -> TracedOps:
     """The operators of `module` for example inputs, (N, C, H, W) or (N, C) each, in execution order."""
-    graph_module = trace_fx(module)
+    graph_module, asked = trace_fx(module, examples)
     try:
         with torch.no_grad():
             ShapeProp(graph_module).propagate(*examples)
@@ -107,7 +126,7 @@ def trace_ops(module: nn.Module, *examples: torch.Tensor) -> TracedOps:
         name, shapes = type(module).__name__, " and ".join(str(tuple(example.shape)) for example in examples)
         raise UserError(f"{name} fails on an input of shape {shapes}: {one_line(error)}") from error
     _read_what_is_written(graph_module)
-    return _Lowering(graph_module, len(examples)).run()
+    return _Lowering(graph_module, len(examples), asked).run()
 
 
 def _read_what_is_written(graph_module: fx.GraphModule) -> None:
@@ -137,7 +156,7 @@ def _in_place(graph_module: fx.GraphModule, node: fx.Node) -> bool:
         return bool(getattr(graph_module.get_submodule(str(node.target)), "inplace", False))
     if node.op == "call_method":
         return str(node.target).endswith("_") and not str(node.target).endswith("__")
-    if node.target in (operator.iadd, operator.imul):
+    if node.target in (operator.iadd, operator.isub, operator.imul, operator.itruediv):
         return True
     called = getattr(node.target, "__name__", "")
     return bool(node.op == "call_function" and (node.kwargs.get("inplace") or called.endswith("_")))
@@ -153,6 +172,15 @@ def _is_linear(layer: nn.Linear) -> bool:
     return gives(layer, drawn, F.linear(drawn, layer.weight, layer.bias))
 
 
+@torch.no_grad()
+def _is_group_norm(layer: nn.GroupNorm) -> bool:
+    """As `_is_linear`."""
+    if type(layer).forward is nn.GroupNorm.forward:
+        return True
+    drawn = torch.randn(2, layer.num_channels, 3, 3, generator=torch.Generator().manual_seed(0))
+    return gives(layer, drawn, F.group_norm(drawn, layer.num_groups, layer.weight, layer.bias, layer.eps))
+
+
 def _shape(node: fx.Node) -> tuple[int, ...] | None:
     shape = getattr(node.meta.get("tensor_meta"), "shape", None)
     return None if shape is None else tuple(shape)
@@ -163,13 +191,28 @@ def _pair(value: Any) -> tuple[int, int]:
     return int(first), int(second)
 
 
+def _activation_of(module: nn.Module) -> str | None:
+    """The activation that a module is, or that its forward() calls and nothing else."""
+    if isinstance(module, nn.GELU) and module.approximate != "none":
+        return None
+    if type(module) in ACTIVATION_MODULES:
+        return ACTIVATION_MODULES[type(module)]
+    try:
+        nodes = list(fx.symbolic_trace(module).graph.nodes)
+    except Exception:  # the user's code
+        return None
+    first = nodes[0].op == "placeholder" and nodes[1].args[:1] == (nodes[0],) if len(nodes) == 3 else False
+    plain = first and nodes[1].kwargs.get("approximate", "none") == "none"
+    return ACTIVATION_FUNCTIONS.get(nodes[1].target) if plain else None
+
+
 class _Lowering:
     """Walks the fx graph once, emitting fused operators."""
 
-    def __init__(self, graph_module: fx.GraphModule, examples: int) -> None:
+    def __init__(self, graph_module: fx.GraphModule, examples: int, asked: Asked) -> None:
         self.root = graph_module
         self.modules = dict(graph_module.named_modules())
-        self.graph, self.examples = graph_module.graph, examples
+        self.graph, self.examples, self.asked = graph_module.graph, examples, asked
         self.ops: dict[str, TracedOp] = {}
         self.value: dict[fx.Node, str] = {}  # fx node -> name of the operator whose output it is
         self.last: set[fx.Node] = set()  # nodes whose tensors are channels-last
@@ -200,13 +243,24 @@ class _Lowering:
             reasons = [reason for reason in dict.fromkeys(refused.values()) if reason]
             more = f"; and {len(reasons) - TOLD} more" if len(reasons) > TOLD else ""
             raise UnsupportedOperatorError("; ".join(reasons[:TOLD]) + more)
+        self._fix_what_is_asked()
         return TracedOps(tuple(self.ops.values()), tuple(self.outputs), self.input_shapes, self.fixed)
 
+    def _fix_what_is_asked(self) -> None:
+        """Channels whose number the network's code branches on stay as many."""
+        for node in self.graph.nodes:
+            channels_at = len(_shape(node) or ()) - 1 if node in self.last else 1
+            if any(name == node.name and channels_at in dims for name, dims in self.asked) and node in self.value:
+                self.fixed.setdefault(self.value[node], f"the network's code asks for the channels of {node.name}")
+
     def _visit(self, node: fx.Node) -> None:
+        if not self._takes_padding(node):
+            for source in [each for each in node.all_input_nodes if each in self.padded and each not in self.value]:
+                image, (before, after) = self.padded[source]
+                ends = () if after == before else after
+                self._emit(source, "pad", sources=[image], padding=before, padding_end=ends)
         if node.op == "placeholder":
             self._input(node)
-        elif self.padded.keys() & node.all_input_nodes and not self._takes_padding(node):
-            raise UnsupportedOperatorError(f"{node.name}: padding is supported before a convolution only")
         elif node.op == "output":
             self._outputs(node.args[0])
         elif node.op == "call_module":
@@ -258,32 +312,34 @@ class _Lowering:
             self._emit(node, "linear", out_channels=module.out_features, module=name)
         elif isinstance(module, ChannelMap):
             self._emit(node, "channel_map", out_channels=module.out_channels, stride=_pair(module.stride), module=name)
-        elif isinstance(module, nn.BatchNorm2d):
+        elif isinstance(module, BATCH_NORMS):
             self._batch_norm(node, module, name)
         elif isinstance(module, nn.LayerNorm):
             self._layer_norm(node, module, name)
-        elif type(module) in ACTIVATION_MODULES:
-            if isinstance(module, nn.GELU) and module.approximate != "none":
-                raise self._unsupported(node)
-            self._activation(node, ACTIVATION_MODULES[type(module)])
+        elif type(module) in ACTIVATION_MODULES and (activation := _activation_of(module)):
+            self._activation(node, activation)
         elif isinstance(module, nn.PReLU):
             if module.num_parameters == 1:
                 self._emit(node, "prelu", module=f"{name}.weight", parameter=True)
             else:
                 self._emit(node, "prelu", module=name)
         elif isinstance(module, nn.LeakyReLU):
-            self._emit(node, "prelu", slope=float(module.negative_slope))
-        elif isinstance(module, nn.Softmax):
-            self._softmax(node, module.dim)
+            self._emit(node, "prelu", number=float(module.negative_slope))
+        elif isinstance(module, nn.Softmax | nn.LogSoftmax):
+            self._softmax(node, SOFTMAXES[type(module)], module.dim)
+        elif isinstance(module, nn.GroupNorm | nn.InstanceNorm2d):
+            self._norm(node, module, name)
+        elif isinstance(module, nn.PixelShuffle):
+            self._pixel_shuffle(node, module.upscale_factor)
         elif isinstance(module, IDENTITY_MODULES):
             self._same(node)
         elif isinstance(module, nn.MaxPool2d | nn.AvgPool2d):
             kind = "max_pool" if isinstance(module, nn.MaxPool2d) else "avg_pool"
             if getattr(module, "dilation", 1) not in (1, (1, 1)) or getattr(module, "divisor_override", None):
                 raise self._unsupported(node)
-            if isinstance(module, nn.AvgPool2d) and module.padding and not module.count_include_pad:
-                raise UnsupportedOperatorError(f"{name}: pooling that leaves its padding out is not supported")
-            self._pool(node, kind, module.kernel_size, module.stride, module.padding, ceil=module.ceil_mode)
+            include = getattr(module, "count_include_pad", True)
+            options = {"ceil": module.ceil_mode, "exclude_pad": not include}
+            self._pool(node, kind, module.kernel_size, module.stride, module.padding, **options)
         elif isinstance(module, nn.AdaptiveAvgPool2d):
             self._adaptive_pool(node)
         elif isinstance(module, nn.ZeroPad2d | nn.ConstantPad2d):
@@ -301,9 +357,11 @@ class _Lowering:
 
     def _function(self, node: fx.Node) -> None:
         target = node.target
-        if self._of_sizes(node):
-            return
-        if node.all_input_nodes and node.all_input_nodes[0] in self.apart:
+        if "tensor_meta" not in node.meta:
+            return  # computed of sizes: no tensor
+        if node.all_input_nodes and node.all_input_nodes[0] in self.parameters and target in SAME_NUMBERS:
+            self.parameters[node] = self.parameters[node.all_input_nodes[0]]
+        elif node.all_input_nodes and node.all_input_nodes[0] in self.apart:
             self._shuffled(node)
         elif target in ACTIVATION_FUNCTIONS:
             if target is F.gelu and node.kwargs.get("approximate", "none") != "none":
@@ -311,17 +369,18 @@ class _Lowering:
             self._activation(node, ACTIVATION_FUNCTIONS[target])
         elif target is F.leaky_relu:
             slope = node.kwargs.get("negative_slope", node.args[1] if len(node.args) > 1 else 0.01)
-            self._emit(node, "prelu", slope=float(slope))  # type: ignore[arg-type]
-        elif target in (F.softmax, torch.softmax, "softmax"):
-            self._softmax(node, node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None))
+            self._emit(node, "prelu", number=float(slope))  # type: ignore[arg-type]
+        elif target in SOFTMAXES:
+            dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+            self._softmax(node, SOFTMAXES[target], dim)
         elif target in IDENTITY_FUNCTIONS or origin(target) == STOCHASTIC_DEPTH:
             self._same(node)
-        elif target in (operator.add, operator.iadd, torch.add, "add", "add_"):
-            if node.kwargs.get("alpha", 1) != 1:
-                raise self._unsupported(node)
-            self._binary(node, "add")
-        elif target in (operator.mul, operator.imul, torch.mul, "mul", "mul_"):
-            self._binary(node, "mul")
+        elif target in KIND_OF:
+            self._arithmetic(node, KIND_OF[target])
+        elif target in NEGATIONS:
+            self._with_number(node, "mul_scalar", node.all_input_nodes[0], -1.0)
+        elif target is F.pixel_shuffle:
+            self._pixel_shuffle(node, node.args[1] if len(node.args) > 1 else node.kwargs["upscale_factor"])
         elif target in (torch.cat, torch.concat):
             self._concat(node)
         elif target in (torch.chunk, "chunk", torch.split, "split"):
@@ -373,10 +432,6 @@ class _Lowering:
         else:
             raise self._unsupported(node)
 
-    def _of_sizes(self, node: fx.Node) -> bool:
-        """Whether a call computes sizes, or something of sizes, and no tensor of channels."""
-        return node.target in (*SHAPE_CALLS, *ARITHMETIC) and _shape(node) is None
-
     def _unsupported(self, node: fx.Node) -> UnsupportedOperatorError:
         what: Any = node.target
         if node.op == "call_module":
@@ -393,7 +448,7 @@ class _Lowering:
     def _emit(self, node: fx.Node, kind: str, *, sources: Sequence[fx.Node] | None = None, **sizes: Any) -> None:
         """One operator that reads `sources` (default: all that the node reads), named after its module or its node."""
         module = sizes.pop("module", None)
-        more = {key: sizes.pop(key) for key in ("start", "parameter", "slope") if key in sizes}
+        more = {key: sizes.pop(key) for key in ("start", "parameter", "number") if key in sizes}
         if sources is None:
             sources = [source for source in node.all_input_nodes if source in self.value]
         channels, height, width = self._image(sources[0])
@@ -430,7 +485,7 @@ class _Lowering:
         """The operator before `node`, if nothing else reads its output."""
         source = node.all_input_nodes[0]
         name = self.value[source]
-        while name in self.ops and len(source.users) == 1:
+        while name in self.ops and len(readers(source)) == 1:
             if not self._passes(source):
                 return name
             source = source.all_input_nodes[0]
@@ -446,7 +501,8 @@ class _Lowering:
         self._pad(node, arguments["pad"], arguments.get("mode", "constant"), arguments.get("value") or 0)
 
     def _pad(self, node: fx.Node, sides: Any, mode: str, value: float) -> None:
-        """Zeros around an image have no operator of their own: the convolution after them takes them over."""
+        """Zeros around an image have an operator of their own for readers that are no convolutions: those take them
+        over."""
         source = node.all_input_nodes[0]
         if not all(isinstance(side, int) for side in sides):
             raise self._unsupported(node)
@@ -467,11 +523,11 @@ class _Lowering:
         source, pads = self.padded.get(node.all_input_nodes[0], (node.all_input_nodes[0], NO_PADS))
         if isinstance(module, nn.ConvTranspose2d):
             kind = "conv_transpose"
-            if groups > 1 or any(module.output_padding):
-                raise UnsupportedOperatorError(
-                    f"{name}: a transposed convolution with groups or output padding is not supported"
-                )
-            before = after = _pair(module.padding)
+            before, more = _pair(module.padding), _pair(module.output_padding)
+            after = before[0] - more[0], before[1] - more[1]
+            if groups > 1 or min(after) < 0:
+                odd = "groups" if groups > 1 else "more output padding than padding"
+                raise UnsupportedOperatorError(f"{name}: a transposed convolution with {odd} is not supported")
         else:
             _, height, width = self._image(node.all_input_nodes[0])
             own = padding_of(module, (height, width), name)
@@ -492,12 +548,13 @@ class _Lowering:
             module=name,
         )
 
-    def _batch_norm(self, node: fx.Node, module: nn.BatchNorm2d, name: str) -> None:
+    def _batch_norm(self, node: fx.Node, module: nn.BatchNorm1d | nn.BatchNorm2d, name: str) -> None:
         if module.running_mean is None:
             raise UnsupportedOperatorError(f"{name}: a batch-norm without running statistics cannot be folded")
         before = self._only_reader(node)
         op = None if before is None else self.ops[before]
-        plain = op is not None and op.op.kind in ("conv", "depthwise_conv") and op.op.activation == "none"
+        folds = ("conv", "depthwise_conv", "linear")
+        plain = op is not None and op.op.kind in folds and op.op.activation == "none"
         if op is not None and plain and not op.batch_norm and not self._called_again(op.module, name):
             self.ops[op.name] = replace(op, batch_norm=name)
             self._same(node)
@@ -510,29 +567,31 @@ class _Lowering:
         calls = [str(node.target) for node in self.graph.nodes if node.op == "call_module"]
         return any(calls.count(module) > 1 for module in modules if module)
 
-    def _of_class(self, node: fx.Node, module: nn.BatchNorm2d) -> None:
-        """What a class derived of BatchNorm2d does after it: an activation in `act` (timm's BatchNormAct2d)."""
-        if type(module) is nn.BatchNorm2d:
+    def _of_class(self, node: fx.Node, module: nn.BatchNorm1d | nn.BatchNorm2d | nn.GroupNorm) -> None:
+        """What a class derived of a norm does after it: an activation in `act` (timm's BatchNormAct2d)."""
+        if type(module) in BATCH_NORMS:
             return
         act = getattr(module, "act", None)
         if not isinstance(act, nn.Module) or not isinstance(getattr(module, "drop", nn.Identity()), IDENTITY_MODULES):
             raise self._unsupported(node)
-        if type(act) in ACTIVATION_MODULES:
-            self._activate(node, ACTIVATION_MODULES[type(act)])
+        if activation := _activation_of(act):
+            self._activate(node, activation)
+        elif isinstance(act, nn.LeakyReLU):
+            self._emit(node, "prelu", sources=[node], number=float(act.negative_slope))
         elif not isinstance(act, IDENTITY_MODULES):
             raise UnsupportedOperatorError(f"operator {type(act).__name__} in {node.target} is not supported")
 
     def _layer_norm(self, node: fx.Node, module: nn.LayerNorm, name: str) -> None:
         source = node.all_input_nodes[0]
-        if tuple(module.normalized_shape) != (self._image(source)[0],) or module.weight is None or module.bias is None:
-            raise UnsupportedOperatorError(f"{name}: only a layer-norm over the channels, with weights, is supported")
+        if tuple(module.normalized_shape) != (self._image(source)[0],):
+            raise UnsupportedOperatorError(f"{name}: only a layer-norm over the channels is supported")
         if type(module) is nn.LayerNorm and source not in self.last and len(_shape(source) or ()) == 4:
             raise UnsupportedOperatorError(f"{name}: a layer-norm over the last axis of a channels-first image")
         self._emit(node, "layer_norm", module=name)
 
     def _activation(self, node: fx.Node, activation: str) -> None:
         before = self._only_reader(node)
-        fusable = ("conv", "conv_transpose", "depthwise_conv", "linear", "add", "affine")
+        fusable = ("conv", "conv_transpose", "depthwise_conv", "linear", "add", "sub", "affine", *SCALAR_KINDS)
         if before is not None and self.ops[before].op.activation == "none" and self.ops[before].op.kind in fusable:
             self._same(node)
             self._activate(node, activation)
@@ -544,20 +603,74 @@ class _Lowering:
         traced = self.ops[self.value[node]]
         self.ops[traced.name] = replace(traced, op=replace(traced.op, activation=activation))
 
-    def _softmax(self, node: fx.Node, dim: Any) -> None:
+    def _softmax(self, node: fx.Node, kind: str, dim: Any) -> None:
         rank = len(_shape(node) or ())
         if not isinstance(dim, int) or dim % max(rank, 1) != 1 or node.all_input_nodes[0] in self.last:
-            raise UnsupportedOperatorError(f"{node.name}: only a softmax over the channels is supported")
-        self._emit(node, "softmax")
+            raise UnsupportedOperatorError(f"{node.name}: only a {kind} over the channels is supported")
+        self._emit(node, kind)
+
+    def _norm(self, node: fx.Node, module: nn.GroupNorm | nn.InstanceNorm2d, name: str) -> None:
+        if node.all_input_nodes[0] in self.last or len(_shape(node) or ()) != 4:
+            raise UnsupportedOperatorError(f"{name}: only images with channels first are normalised")
+        if isinstance(module, nn.GroupNorm):
+            self._emit(node, "group_norm", groups=module.num_groups, module=name)
+            if not _is_group_norm(module):
+                self._of_class(node, module)
+        elif module.track_running_stats:
+            raise UnsupportedOperatorError(f"{name}: an instance-norm with running statistics is not supported")
+        else:
+            self._emit(node, "instance_norm", module=name)
+
+    def _pixel_shuffle(self, node: fx.Node, factor: Any) -> None:
+        if node.all_input_nodes[0] in self.last:
+            raise self._unsupported(node)
+        self._emit(node, "pixel_shuffle", out_channels=self._image(node)[0], stride=_pair(factor))
+
+    def _arithmetic(self, node: fx.Node, kind: str) -> None:
+        """Of two tensors, of a tensor and a number, or of a tensor and a parameter."""
+        operands: list[Any] = [*node.args, *(node.kwargs[key] for key in ("other",) if key in node.kwargs)]
+        tensors = [operand for operand in operands if operand in self.value]
+        others = [operand for operand in operands if operand not in tensors]
+        if len(operands) != 2 or set(node.kwargs) - {"other", "alpha"} or node.kwargs.get("alpha", 1) != 1:
+            raise self._unsupported(node)
+        if len(tensors) == 2:
+            self._binary(node, kind)
+        elif len(tensors) == 1 and isinstance(others[0], int | float):
+            self._and_number(node, kind, tensors[0], float(others[0]), number_first=operands[0] is others[0])
+        elif len(tensors) == 1 and others[0] in self.parameters and kind in ("add", "mul"):
+            self._and_parameter(node, kind, tensors[0], others[0])
+        else:
+            raise self._unsupported(node)
+
+    def _and_number(self, node: fx.Node, kind: str, source: fx.Node, number: float, *, number_first: bool) -> None:
+        if kind == "mul":
+            self._with_number(node, "mul_scalar", source, number)
+        elif kind == "add":
+            self._with_number(node, "add_scalar", source, number)
+        elif kind == "div" and not number_first and number:
+            self._with_number(node, "mul_scalar", source, 1 / number)
+        elif kind == "sub" and number_first:
+            self._with_number(node, "mul_scalar", source, -1.0)
+            self._with_number(node, "add_scalar", node, number)
+        elif kind == "sub":
+            self._with_number(node, "add_scalar", source, -number)
+        else:
+            raise self._unsupported(node)
+
+    def _with_number(self, node: fx.Node, kind: str, source: fx.Node, number: float) -> None:
+        if number == (1.0 if kind == "mul_scalar" else 0.0):
+            self.value[node] = self.value[source]
+            self.last |= {node} if source in self.last else set()
+        else:
+            self._emit(node, kind, sources=[source], number=number)
 
     def _binary(self, node: fx.Node, kind: str) -> None:
         sources = node.all_input_nodes
-        if len(sources) == 2 and kind == "mul" and any(source in self.parameters for source in sources):
-            self._scaled_by_parameter(node)
-            return
         tensors = [source for source in sources if source in self.value]
         shapes = [_shape(source) for source in tensors]
         if len(tensors) != 2 or len(sources) != 2 or len({source in self.last for source in tensors}) > 1:
+            raise self._unsupported(node)
+        if kind == "div":
             raise self._unsupported(node)
         if shapes[0] == shapes[1]:
             self._emit(node, kind)
@@ -567,15 +680,18 @@ class _Lowering:
             raise self._unsupported(node)
         self._emit(node, "scale", sources=tensors)
 
-    def _scaled_by_parameter(self, node: fx.Node) -> None:
-        """A product with a parameter of one number per channel."""
-        (parameter,) = (source for source in node.all_input_nodes if source in self.parameters)
-        (source,) = (source for source in node.all_input_nodes if source is not parameter)
+    def _and_parameter(self, node: fx.Node, kind: str, source: fx.Node, parameter: fx.Node) -> None:
+        """A product with a parameter of one number per channel; either with one of a single number."""
         shape, channels = _shape(parameter), self._image(source)[0]
-        wanted = ((channels,),) if source in self.last else ((channels, 1, 1), (1, channels, 1, 1))
-        if shape not in wanted:
+        rank, name = len(_shape(source) or ()), self.parameters[parameter]
+        trailing = (1,) * (0 if source in self.last else rank - 2)
+        per_channel = [(*(1,) * ones, channels, *trailing) for ones in range(rank - len(trailing))]
+        if shape is not None and math.prod(shape) == 1 and len(shape) <= rank:
+            self._emit(node, f"{kind}_scalar", sources=[source], module=name, parameter=True)
+        elif kind == "mul" and shape in per_channel:
+            self._emit(node, "affine", sources=[source], module=name, parameter=True)
+        else:
             raise self._unsupported(node)
-        self._emit(node, "affine", sources=[source], module=self.parameters[parameter], parameter=True)
 
     def _concat(self, node: fx.Node) -> None:
         dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
@@ -630,18 +746,27 @@ class _Lowering:
             raise self._unsupported(node)
         kernel, padding = arguments["kernel_size"], arguments.get("padding", 0)
         kind, ceil = POOL_FUNCTIONS[node.target], bool(arguments.get("ceil_mode"))
-        if kind == "avg_pool" and padding and not arguments.get("count_include_pad", True):
-            raise UnsupportedOperatorError(f"{node.name}: pooling that leaves its padding out is not supported")
-        self._pool(node, kind, kernel, arguments.get("stride") or kernel, padding, ceil=ceil)
+        options = {"ceil": ceil, "exclude_pad": not arguments.get("count_include_pad", True)}
+        self._pool(node, kind, kernel, arguments.get("stride") or kernel, padding, **options)
 
-    def _pool(self, node: fx.Node, kind: str, kernel: Any, stride: Any, padding: Any, *, ceil: bool = False) -> None:
+    def _pool(
+        self,
+        node: fx.Node,
+        kind: str,
+        kernel: Any,
+        stride: Any,
+        padding: Any,
+        *,
+        ceil: bool = False,
+        exclude_pad: bool = False,
+    ) -> None:
         window: dict[str, Any] = {"kernel": _pair(kernel), "stride": _pair(stride), "padding": _pair(padding)}
         channels, height, width = self._image(node.all_input_nodes[0])
         plain = OpSpec(kind, (channels,), height, width, channels, **window)
         ceil = ceil and (plain.out_height, plain.out_width) != self._image(node)[1:]
         if ceil and kind == "avg_pool":
             raise UnsupportedOperatorError(f"{node.name}: average pooling with ceil_mode is not supported here")
-        self._emit(node, kind, **window, ceil=ceil)
+        self._emit(node, kind, **window, ceil=ceil, exclude_pad=exclude_pad and any(window["padding"]))
 
     def _adaptive_pool(self, node: fx.Node) -> None:
         before, after = _shape(node.all_input_nodes[0]), _shape(node)

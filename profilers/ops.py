@@ -16,28 +16,45 @@ from typing import Any
 #: `slice` gives a run of its input's channels.
 TWO_AXIS_KINDS = ("conv", "conv_transpose", "linear", "channel_map", "slice")
 #: Operators that work on vectors (N, C) as they do on images (N, C, H, W).
-ANY_RANK_KINDS = ("add", "mul", "scale", "concat", "activation", "affine", "prelu", "layer_norm", "softmax", "slice")
+ANY_RANK_KINDS = (
+    *("add", "sub", "mul", "scale", "add_scalar", "mul_scalar", "concat", "activation", "affine", "prelu"),
+    *("layer_norm", "softmax", "log_softmax", "slice"),
+)
+#: Operators with one number of their own for the whole tensor.
+SCALAR_KINDS = ("add_scalar", "mul_scalar")
+#: Operators that subtract a mean and divide by a deviation of the tensor they read, then multiply and add weights.
+NORM_KINDS = ("layer_norm", "group_norm", "instance_norm")
 #: Operators whose output has the channels of their first input: one axis.
 #: `scale` multiplies an image by one number per channel, its second input (N, C); `affine` multiplies and adds weights
 #: of its own (a batch-norm that nothing folds); `prelu` multiplies what is below zero by a weight per channel;
-#: `layer_norm` and `softmax` normalise over the channels at every position;
-#: `shuffle` interleaves `groups` groups of channels; `upsample_*` enlarge by `stride`.
+#: `layer_norm`, `softmax` and `log_softmax` normalise over the channels at every position, `group_norm` over each of
+#: `groups` groups of channels, `instance_norm` over every channel alone;
+#: `pad` puts zeros around an image; `shuffle` interleaves `groups` groups of channels; `upsample_*` enlarge by
+#: `stride`; `pixel_shuffle` (depth to space, channel by channel) does, too, and takes as many times fewer channels.
 ONE_AXIS_KINDS = (
     "depthwise_conv",
     "add",
+    "sub",
     "mul",
     "scale",
+    "add_scalar",
+    "mul_scalar",
     "affine",
     "prelu",
     "layer_norm",
+    "group_norm",
+    "instance_norm",
     "softmax",
+    "log_softmax",
     "activation",
     "max_pool",
     "avg_pool",
     "global_avg_pool",
     "upsample_nearest",
     "upsample_bilinear",
+    "pad",
     "shuffle",
+    "pixel_shuffle",
     "flatten",
 )
 #: `concat` has the sum of its inputs' channels: one axis, the sum.
@@ -55,9 +72,12 @@ class OpSpec:
     height, width: spatial size of the (first) input; 1, 1 for vectors.
     out_channels: channels of the output; for `flatten` it is in_channels * height * width.
     kernel, stride, padding, dilation: (vertical, horizontal), in pixels.
-    padding_end: a convolution's padding behind the image, (bottom, right), where that differs from `padding`; else ().
+    padding_end: the padding behind the image, (bottom, right), of a convolution or a `pad`, where that differs from
+    `padding`; else ().
+    Of a transposed convolution `padding` and `padding_end` are cut off its output.
     groups: 1, or in_channels for `depthwise_conv`.
     ceil: the output size of a pooling is rounded up: a last window may reach beyond the padding.
+    exclude_pad: an `avg_pool` divides by the pixels of the image in a window, without those of the padding.
     activation: fused into the operator, one of ACTIVATIONS.
     fused_add: the runtime adds a second tensor of the output's shape inside this kernel, before the activation.
     """
@@ -76,6 +96,7 @@ class OpSpec:
     fused_add: bool = False
     ceil: bool = False
     padding_end: tuple[int, ...] = ()
+    exclude_pad: bool = False
     dtype: str = "float32"
     batch: int = 1
 
@@ -87,15 +108,20 @@ class OpSpec:
         sizes = (*self.in_channels, self.height, self.width, self.out_channels, *self.kernel, *self.stride, self.batch)
         if not self.in_channels or any(not isinstance(size, int) or size < 1 for size in sizes):
             raise ValueError(f"operator sizes must be positive integers: {self}")
-        if self.padding_end and (self.padding_end == self.padding or self.kind not in ("conv", "depthwise_conv")):
-            raise ValueError(f"padding_end is for convolutions, where it differs from padding: {self}")
+        has_ends = self.kind in ("conv", "depthwise_conv", "conv_transpose", "pad")
+        if self.padding_end and (self.padding_end == self.padding or not has_ends):
+            raise ValueError(f"padding_end is for convolutions and pads, where it differs from padding: {self}")
+        if self.exclude_pad and self.kind != "avg_pool":
+            raise ValueError(f"exclude_pad is for average poolings: {self}")
         padding = min(*self.padding, *self.padding_end)
         if self.groups < 1 or padding < 0 or min(*self.dilation, self.out_height, self.out_width) < 1:
             raise ValueError(f"impossible groups, padding, dilation or output size: {self}")
-        if self.kind in ("add", "mul", "scale") and len(set(self.in_channels)) > 1:
+        if self.kind in ("add", "sub", "mul", "scale") and len(set(self.in_channels)) > 1:
             raise ValueError(f"{self.kind} needs inputs of equal channels: {self}")
         if self.kind == "activation" and self.activation == "none":
             raise ValueError("an activation operator needs an activation")
+        if self.kind == "pixel_shuffle" and self.in_channels[0] != self.out_channels * self.stride[0] * self.stride[1]:
+            raise ValueError(f"a pixel shuffle makes pixels of all its channels: {self}")
         if self.kind == "depthwise_conv" and not self.in_channels[0] == self.out_channels == self.groups:
             raise ValueError(f"a depthwise convolution has as many groups and outputs as inputs: {self}")
 
@@ -119,10 +145,10 @@ class OpSpec:
             return -(-size // self.stride[axis])
         reach = self.dilation[axis] * (self.kernel[axis] - 1) + 1
         if self.kind == "conv_transpose":
-            return (size - 1) * self.stride[axis] - 2 * self.padding[axis] + reach
-        if self.kind in ("upsample_nearest", "upsample_bilinear"):
+            return (size - 1) * self.stride[axis] - self.padding[axis] - self.padding_after[axis] + reach
+        if self.kind in ("upsample_nearest", "upsample_bilinear", "pixel_shuffle"):
             return size * self.stride[axis]
-        if self.kind not in ("conv", "depthwise_conv", "max_pool", "avg_pool"):
+        if self.kind not in ("conv", "depthwise_conv", "max_pool", "avg_pool", "pad"):
             return size
         padding = self.padding[axis] + self.padding_after[axis]
         steps, rest = divmod(size + padding - reach, self.stride[axis])
@@ -143,7 +169,7 @@ class OpSpec:
     @property
     def params(self) -> int:
         """Weights and one bias per output (what is left of a batch-norm once folded)."""
-        if self.kind in ("affine", "layer_norm", "prelu"):
+        if self.kind in ("affine", "prelu", *NORM_KINDS):
             return (1 if self.kind == "prelu" else 2) * self.out_channels
         if self.kind not in ("conv", "conv_transpose", "depthwise_conv", "linear"):
             return 0
@@ -158,7 +184,8 @@ class OpSpec:
 
     def family(self) -> OpSpec:
         """The same operator with its widths taken out: operators of one family interpolate."""
-        if self.groups > 1 and self.kind != "depthwise_conv":  # channels in groups keep their widths: a family of one
+        # channels in groups keep their widths: a family of one
+        if (self.groups > 1 and self.kind != "depthwise_conv") or self.kind == "pixel_shuffle":
             return self
         ones = (1,) * len(self.in_channels)
         return replace(self, in_channels=ones, out_channels=1, groups=1)
@@ -175,11 +202,13 @@ class OpSpec:
             return replace(self, in_channels=parts, out_channels=channels)
         groups = channels if self.kind == "depthwise_conv" else self.groups
         out = channels * self.height * self.width if self.kind == "flatten" else channels
+        out = channels // (self.stride[0] * self.stride[1]) if self.kind == "pixel_shuffle" else out
         return replace(self, in_channels=(channels,) * len(self.in_channels), out_channels=out, groups=groups)
 
     def to_json(self) -> dict[str, Any]:
         values = asdict(self)
-        for name in ("ceil", "padding_end"):  # younger than the first tables, whose rows must stay what they are
+        # younger than the first tables, whose rows must stay what they are
+        for name in ("ceil", "padding_end", "exclude_pad"):
             if not values[name]:
                 del values[name]
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

@@ -10,12 +10,13 @@ from onnx import TensorProto, helper, numpy_helper
 
 from profilers.builders.weights import Weights, checked_weights, map_as_convolution
 from profilers.errors import UnsupportedOperatorError
-from profilers.ops import ANY_RANK_KINDS, OpGraph, OpNode, OpSpec
+from profilers.ops import ANY_RANK_KINDS, SCALAR_KINDS, OpGraph, OpNode, OpSpec
 
 OPSET = 17
 #: Read by every ONNX Runtime since 1.14; newer IR versions are refused by the older runtimes that phones have.
 IR_VERSION = 8
 _ACTIVATION_OPS = {"relu": "Relu", "sigmoid": "Sigmoid", "hardswish": "HardSwish", "tanh": "Tanh"}
+_ARITHMETIC = {"add": "Add", "sub": "Sub", "mul": "Mul", "scale": "Mul"}
 _AFFINE = ("weight", "bias")
 
 
@@ -121,8 +122,11 @@ def _emit(writer: _Writer, node: OpNode, weights: Weights, *, leaves: bool) -> N
             writer.add("Flatten", f"{name}/flatten", inputs, f"{name}/vector")
             inputs = [f"{name}/vector"]
         writer.add("Gemm", name, inputs + parts, result, transB=1)
-    elif op.kind in ("add", "mul", "scale"):
-        writer.add("Add" if op.kind == "add" else "Mul", name, inputs, result)
+    elif op.kind in _ARITHMETIC:
+        writer.add(_ARITHMETIC[op.kind], name, inputs, result)
+    elif op.kind in SCALAR_KINDS:
+        value = writer.constant(f"{name}/value", arrays["value"].astype(np.float32))
+        writer.add("Add" if op.kind == "add_scalar" else "Mul", name, [*inputs, value], result)
     elif op.kind == "affine":
         weight, bias = (writer.vector(f"{name}.{p}", arrays[p], image=name not in writer.vectors) for p in _AFFINE)
         writer.add("Mul", f"{name}/scaled", [*inputs, weight], f"{name}/scaled")
@@ -130,10 +134,15 @@ def _emit(writer: _Writer, node: OpNode, weights: Weights, *, leaves: bool) -> N
     elif op.kind == "prelu":
         slope = writer.vector(f"{name}.weight", arrays["weight"], image=name not in writer.vectors)
         writer.add("PRelu", name, [*inputs, slope], result)
-    elif op.kind == "softmax":
-        writer.add("Softmax", name, inputs, result, axis=1)
+    elif op.kind in ("softmax", "log_softmax"):
+        writer.add("Softmax" if op.kind == "softmax" else "LogSoftmax", name, inputs, result, axis=1)
     elif op.kind == "layer_norm":
         _layer_norm(writer, name, inputs[0], result, arrays)
+    elif op.kind == "group_norm":
+        _group_norm(writer, op, name, inputs[0], result, arrays)
+    elif op.kind == "instance_norm":
+        parts = [writer.constant(f"{name}.{part}", arrays[part]) for part in _AFFINE]
+        writer.add("InstanceNormalization", name, [*inputs, *parts], result, epsilon=float(arrays["eps"]))
     elif op.kind == "slice":
         first = int(arrays["start"])
         ends = [("starts", first), ("ends", first + op.out_channels), ("axes", 1)]
@@ -147,6 +156,11 @@ def _emit(writer: _Writer, node: OpNode, weights: Weights, *, leaves: bool) -> N
         writer.add("Reshape", f"{name}/apart", [*inputs, split], f"{name}/apart")
         writer.add("Transpose", name, [f"{name}/apart"], f"{name}/swapped", perm=[0, 2, 1, 3, 4])
         writer.add("Reshape", f"{name}/together", [f"{name}/swapped", joined], result)
+    elif op.kind == "pad":
+        pads = np.array([0, 0, *op.padding, 0, 0, *op.padding_after], np.int64)
+        writer.add("Pad", name, [*inputs, writer.constant(f"{name}/pads", pads)], result)
+    elif op.kind == "pixel_shuffle":
+        writer.add("DepthToSpace", name, inputs, result, blocksize=op.stride[0], mode="CRD")
     elif op.kind in ("upsample_nearest", "upsample_bilinear"):
         scales = writer.constant(f"{name}/scales", np.array([1, 1, *op.stride], np.float32))
         nearest = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
@@ -158,7 +172,7 @@ def _emit(writer: _Writer, node: OpNode, weights: Weights, *, leaves: bool) -> N
     elif op.kind == "max_pool":
         writer.add("MaxPool", name, inputs, result, **window, ceil_mode=int(op.ceil))
     elif op.kind == "avg_pool":
-        writer.add("AveragePool", name, inputs, result, **window, count_include_pad=1)
+        writer.add("AveragePool", name, inputs, result, **window, count_include_pad=int(not op.exclude_pad))
     elif op.kind == "global_avg_pool":
         pooled = f"{name}/pooled" if pooled_output else result
         writer.add("GlobalAveragePool", name, inputs, pooled)
@@ -186,3 +200,18 @@ def _layer_norm(writer: _Writer, name: str, source: str, result: str, arrays: An
     writer.add("LayerNormalization", name, [source, *parts], normed, axis=-1, epsilon=float(arrays["eps"]))
     if image:
         writer.add("Transpose", f"{name}/channels_first", [normed], result, perm=[0, 3, 1, 2])
+
+
+def _group_norm(writer: _Writer, op: OpSpec, name: str, source: str, result: str, arrays: Any) -> None:
+    """Every group as one channel of an InstanceNormalization, then the weights: opset 17 has no operator for it."""
+    shapes = [("apart", [op.batch, op.groups, -1]), ("together", [op.batch, op.out_channels, op.height, op.width])]
+    split, joined = (writer.constant(f"{name}/{key}/shape", np.array(shape, np.int64)) for key, shape in shapes)
+    plain = [("ones", np.ones), ("zeros", np.zeros)]
+    ones, zeros = (writer.constant(f"{name}/{key}", made(op.groups, np.float32)) for key, made in plain)
+    weight, bias = (writer.vector(f"{name}.{part}", arrays[part], image=True) for part in _AFFINE)
+    writer.add("Reshape", f"{name}/apart", [source, split], f"{name}/apart")
+    normed = [f"{name}/apart", ones, zeros]
+    writer.add("InstanceNormalization", name, normed, f"{name}/normed", epsilon=float(arrays["eps"]))
+    writer.add("Reshape", f"{name}/together", [f"{name}/normed", joined], f"{name}/together")
+    writer.add("Mul", f"{name}/scaled", [f"{name}/together", weight], f"{name}/scaled")
+    writer.add("Add", f"{name}/shifted", [f"{name}/scaled", bias], result)

@@ -6,6 +6,7 @@ The flatbuffer is written directly with LiteRT's schema classes: milliseconds pe
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,23 @@ SCHEMA_VERSION = 3
 SIGNATURE = "serving_default"  #: under which inputs and outputs go by name
 #: Kernels read constants in place, with vector loads; the generated classes alone align them to 4 bytes.
 CONSTANT_ALIGNMENT = 16
+_ARITHMETIC = {"add": "ADD", "sub": "SUB", "mul": "MUL", "scale": "MUL"}
 _FUSED = {"none": "NONE", "relu": "RELU", "relu6": "RELU6"}
 _ACTIVATION_OPS = {"relu": "RELU", "relu6": "RELU6", "hardswish": "HARD_SWISH", "sigmoid": "LOGISTIC", "tanh": "TANH"}
 #: Kinds whose TFLite operator fuses no activation. (CONCATENATION has the field; XNNPACK ignores what it says.)
 _UNFUSED_KINDS = (
-    *("concat", "global_avg_pool", "flatten", "slice", "shuffle", "prelu", "softmax"),
+    *(
+        "concat",
+        "global_avg_pool",
+        "pad",
+        "flatten",
+        "slice",
+        "shuffle",
+        "pixel_shuffle",
+        "prelu",
+        "softmax",
+        "log_softmax",
+    ),
     *("upsample_nearest", "upsample_bilinear"),
 )
 _NEVER_NEGATIVE = ("relu", "relu6", "sigmoid", "hardsigmoid")
@@ -183,6 +196,15 @@ class _Network:
         node = self.by_name.get(name)
         return node is not None and node.op.kind == "flatten" and self.only_linear_reads(name)
 
+    def block_behind(self, name: str) -> int:
+        """The block of the DEPTH_TO_SPACE that alone reads a convolution, whose channels then leave in its order, as
+        its weights are; 0 where there is none."""
+        node = self.by_name.get(name)
+        alone = name not in self.outputs and self.readers.get(name) == ["pixel_shuffle"]
+        if not alone or node is None or node.op.kind != "conv" or node.op.fused_add:
+            return 0
+        return next(reader.op.stride[0] for reader in self.by_name.values() if name in reader.inputs)
+
     def activation_of(self, name: str) -> str:
         """The activation that made the tensor `name`, "none" for the input."""
         return self.by_name[name].op.activation if name in self.by_name else "none"
@@ -264,6 +286,9 @@ def _padded(network: _Network, node: OpNode, *, fill: float = 0.0, same: bool = 
 
 def _conv(network: _Network, node: OpNode, output: str, activation: str) -> None:
     op, writer, arrays = node.op, network.writer, network.weights[node.name]
+    if block := network.block_behind(node.name):
+        order = _blocks_first(op.out_channels, block)
+        arrays = {name: array[order] for name, array in arrays.items()}
     product, fused = (f"{node.name}/product", "none") if op.fused_add else (output, activation)
     source, window = _padded(network, node)
     window |= {"dilationHFactor": op.dilation[0], "dilationWFactor": op.dilation[1]}
@@ -316,8 +341,16 @@ def _linear(network: _Network, node: OpNode, output: str, activation: str) -> No
 def _elementwise(network: _Network, node: OpNode, output: str, activation: str) -> None:
     writer, operands = network.writer, network.operands(node.inputs)
     shape = np.broadcast_shapes(*(writer.shapes[name] for name in operands))
-    code = "ADD" if node.op.kind == "add" else "MUL"
+    code = _ARITHMETIC[node.op.kind]
     writer.operator(code, operands, output, shape, options=writer.fusing(f"{code.capitalize()}Options", activation))
+
+
+def _scalar(network: _Network, node: OpNode, output: str, activation: str) -> None:
+    writer, (source,) = network.writer, node.inputs
+    code = "ADD" if node.op.kind == "add_scalar" else "MUL"
+    value = writer.constant(f"{node.name}/value", network.weights[node.name]["value"].reshape(1))
+    options = writer.fusing(f"{code.capitalize()}Options", activation)
+    writer.operator(code, [source, value], output, writer.shapes[source], options=options)
 
 
 def _affine(network: _Network, node: OpNode, output: str, activation: str) -> None:
@@ -337,12 +370,28 @@ def _scaled(
     writer.operator("ADD", [product, bias], output, shape, options=writer.fusing("AddOptions", activation))
 
 
-def _layer_norm(network: _Network, node: OpNode, output: str, activation: str) -> None:
-    writer, arrays, (source,), name = network.writer, network.weights[node.name], node.inputs, node.name
+def _norm(network: _Network, node: OpNode, output: str, activation: str) -> None:
+    writer, arrays, (source,), name, op = network.writer, network.weights[node.name], node.inputs, node.name, node.op
+    if op.kind == "layer_norm":
+        axes = [len(writer.shapes[source]) - 1]
+    else:
+        source, axes = network.as_image(source), [1, 2]
+        batch, height, width, channels = writer.shapes[source]
+        if op.kind == "group_norm":
+            apart = (batch, height, width, op.groups, channels // op.groups)
+            source, axes = writer.reshape(source, f"{name}/apart", apart), [1, 2, 4]
+    normed = _normalised(writer, name, source, axes, float(arrays["eps"]))
+    if op.kind == "group_norm":
+        normed = writer.reshape(normed, f"{name}/together", network.image_shape(op))
+    _scaled(writer, name, normed, output, arrays, activation)
+
+
+def _normalised(writer: _Writer, name: str, source: str, axes: list[int], eps_value: float) -> str:
+    """source less its mean over the axes, over its deviation."""
     shape = writer.shapes[source]
-    one = (*shape[:-1], 1)
-    axis = writer.constant(f"{name}/axis", np.array([len(shape) - 1]), dtype="INT32")
-    eps = writer.constant(f"{name}/eps", np.array([float(arrays["eps"])]))
+    one = tuple(1 if axis in axes else size for axis, size in enumerate(shape))
+    axis = writer.constant(f"{name}/axis", np.array(axes), dtype="INT32")
+    eps = writer.constant(f"{name}/eps", np.array([eps_value]))
     mean_of = ("ReducerOptions", {"keepDims": True})
     mean = writer.operator("MEAN", [source, axis], f"{name}/mean", one, options=mean_of)
     centred = writer.operator(
@@ -354,8 +403,7 @@ def _layer_norm(network: _Network, node: OpNode, output: str, activation: str) -
     above = writer.operator("ADD", [variance, eps], f"{name}/above_zero", one, options=options)
     inverse = writer.operator("RSQRT", [above], f"{name}/inverse", one)
     options = writer.fusing("MulOptions", "none")
-    normed = writer.operator("MUL", [centred, inverse], f"{name}/normed", shape, options=options)
-    _scaled(writer, name, normed, output, arrays, activation)
+    return writer.operator("MUL", [centred, inverse], f"{name}/normed", shape, options=options)
 
 
 def _prelu(network: _Network, node: OpNode, output: str, activation: str) -> None:
@@ -372,6 +420,11 @@ def _prelu(network: _Network, node: OpNode, output: str, activation: str) -> Non
 def _softmax(network: _Network, node: OpNode, output: str, activation: str) -> None:
     writer, (source,) = network.writer, node.inputs
     writer.operator("SOFTMAX", [source], output, writer.shapes[source], options=("SoftmaxOptions", {"beta": 1.0}))
+
+
+def _log_softmax(network: _Network, node: OpNode, output: str, activation: str) -> None:
+    writer, (source,) = network.writer, node.inputs
+    writer.operator("LOG_SOFTMAX", [source], output, writer.shapes[source], options=("LogSoftmaxOptions", {}))
 
 
 def _slice(network: _Network, node: OpNode, output: str, activation: str) -> None:
@@ -394,6 +447,32 @@ def _shuffle(network: _Network, node: OpNode, output: str, activation: str) -> N
     writer.reshape(swapped, output, (batch, height, width, channels))
 
 
+def _pad(network: _Network, node: OpNode, output: str, activation: str) -> None:
+    source, (top, left), (bottom, right) = network.as_image(node.inputs[0]), node.op.padding, node.op.padding_after
+    around = np.array([(0, 0), (top, bottom), (left, right), (0, 0)])
+    pads = network.writer.constant(f"{node.name}/pads", around, dtype="INT32")
+    network.writer.operator("PAD", [source, pads], output, network.image_shape(node.op))
+
+
+def _blocks_first(channels: int, block: int) -> np.ndarray:
+    """PyTorch's channel (c, i, j) of a pixel shuffle at the place (i, j, c), where DEPTH_TO_SPACE reads it."""
+    return np.arange(channels).reshape(-1, block * block).T.reshape(-1)
+
+
+def _pixel_shuffle(network: _Network, node: OpNode, output: str, activation: str) -> None:
+    op, writer, block = node.op, network.writer, node.op.stride[0]
+    source = network.as_image(node.inputs[0])
+    if op.out_channels > 1 and not network.block_behind(node.inputs[0]):
+        shape = writer.shapes[source]
+        apart = writer.reshape(source, f"{node.name}/apart", (*shape[:-1], op.out_channels, block * block))
+        axes = writer.constant(f"{node.name}/order", np.array([0, 1, 2, 4, 3]), dtype="INT32")
+        turned = (*shape[:-1], block * block, op.out_channels)
+        swapped = writer.operator("TRANSPOSE", [apart, axes], f"{node.name}/swapped", turned)
+        source = writer.reshape(swapped, f"{node.name}/blocks_first", shape)
+    options = ("DepthToSpaceOptions", {"blockSize": block})
+    writer.operator("DEPTH_TO_SPACE", [source], output, network.image_shape(op), options=options)
+
+
 def _upsample(network: _Network, node: OpNode, output: str, activation: str) -> None:
     op, writer = node.op, network.writer
     size = writer.constant(f"{node.name}/size", np.array([op.out_height, op.out_width]), dtype="INT32")
@@ -408,16 +487,33 @@ def _upsample(network: _Network, node: OpNode, output: str, activation: str) -> 
 
 def _conv_transpose(network: _Network, node: OpNode, output: str, activation: str) -> None:
     op, writer, arrays = node.op, network.writer, network.weights[node.name]
-    if op.padding != (0, 0) or op.dilation != (1, 1):
-        raise UnsupportedOperatorError(f"{node.name}: TFLite has no padded or dilated transposed convolution ({op})")
-    size = writer.constant(f"{node.name}/size", np.array(network.image_shape(op)), dtype="INT32")
+    if op.dilation != (1, 1):
+        raise UnsupportedOperatorError(f"{node.name}: TFLite has no dilated transposed convolution ({op})")
+    wanted, cut, scheme = network.image_shape(op), any((*op.padding, *op.padding_after)), "VALID"
+    if cut and _is_cut_as_same(op, 0) and _is_cut_as_same(op, 1):
+        cut, scheme = False, "SAME"
+    whole = replace(op, padding=(0, 0), padding_end=()) if cut else op
+    shape, made = network.image_shape(whole), f"{node.name}/whole" if cut else output
+    size = writer.constant(f"{node.name}/size", np.array(shape), dtype="INT32")
     weight = writer.constant(f"{node.name}.weight", arrays["weight"].transpose(1, 2, 3, 0))  # (O, kh, kw, I)
     bias = writer.constant(f"{node.name}.bias", arrays["bias"])
-    window = {"padding": writer.schema.Padding.VALID, "strideH": op.stride[0], "strideW": op.stride[1]}
+    padding = getattr(writer.schema.Padding, scheme)
+    window = {"padding": padding, "strideH": op.stride[0], "strideW": op.stride[1]}
     inputs = [size, weight, network.as_image(node.inputs[0]), bias]
     options = writer.fusing("TransposeConvOptions", activation, **window)
     version = 3 if activation == "none" else 4
-    writer.operator("TRANSPOSE_CONV", inputs, output, network.image_shape(op), version=version, options=options)
+    writer.operator("TRANSPOSE_CONV", inputs, made, shape, version=version, options=options)
+    if cut:
+        ends = [("begin", np.array([0, *op.padding, 0])), ("extent", np.array(wanted))]
+        where = [writer.constant(f"{node.name}/{key}", value, dtype="INT32") for key, value in ends]
+        writer.operator("SLICE", [made, *where], output, wanted)
+
+
+def _is_cut_as_same(op: OpSpec, axis: int) -> bool:
+    """True where a transposed convolution with SAME cuts off what `op` does: the larger half behind the image."""
+    size, out = (op.height, op.out_height) if axis == 0 else (op.width, op.out_width)
+    total = op.padding[axis] + op.padding_after[axis]
+    return -(-out // op.stride[axis]) == size and total // 2 == op.padding[axis]
 
 
 def _concat(network: _Network, node: OpNode, output: str, activation: str) -> None:
@@ -436,12 +532,26 @@ def _pool(network: _Network, node: OpNode, output: str, activation: str) -> None
         zero = network.activation_of(node.inputs[0]) in _NEVER_NEGATIVE
         code = "MAX_POOL_2D"
         source, window = _padded(network, node, fill=0.0 if zero else float(np.finfo(np.float32).min))
-    else:  # SAME leaves the padding out of the mean, PyTorch counts it in
+    else:  # SAME leaves the padding out of the mean
         code = "AVERAGE_POOL_2D"
-        source, window = _padded(network, node, same=False)
+        source, window = _padded(network, node, same=op.exclude_pad)
     window |= {"filterHeight": op.kernel[0], "filterWidth": op.kernel[1]}
-    options = writer.fusing("Pool2DOptions", activation, **window)
-    writer.operator(code, [source], output, network.image_shape(op), options=options)
+    corrected = op.exclude_pad and any(op.padding) and window["padding"] == writer.schema.Padding.VALID
+    options = writer.fusing("Pool2DOptions", "none" if corrected else activation, **window)
+    pooled, shape = f"{node.name}/pooled" if corrected else output, network.image_shape(op)
+    writer.operator(code, [source], pooled, shape, options=options)
+    if corrected:
+        share = np.outer(*(_share_of_image(op, axis) for axis in (0, 1)))
+        factors = writer.constant(f"{node.name}/factors", (1.0 / share)[None, :, :, None])
+        writer.operator("MUL", [pooled, factors], output, shape, options=writer.fusing("MulOptions", activation))
+
+
+def _share_of_image(op: OpSpec, axis: int) -> np.ndarray:
+    """For every position along an axis, the share of a pooling's window that lies on the image."""
+    size, out = (op.height, op.out_height) if axis == 0 else (op.width, op.out_width)
+    first = np.arange(out) * op.stride[axis] - op.padding[axis]
+    inside = np.minimum(first + op.kernel[axis], size) - np.maximum(first, 0)
+    return np.asarray(inside / op.kernel[axis])
 
 
 def _global_avg_pool(network: _Network, node: OpNode, output: str, activation: str) -> None:
@@ -468,14 +578,22 @@ _EMITTERS: dict[str, Callable[[_Network, OpNode, str, str], None]] = {
     "channel_map": _channel_map,
     "linear": _linear,
     "add": _elementwise,
+    "sub": _elementwise,
     "mul": _elementwise,
     "scale": _elementwise,
+    "add_scalar": _scalar,
+    "mul_scalar": _scalar,
     "affine": _affine,
     "prelu": _prelu,
-    "layer_norm": _layer_norm,
+    "layer_norm": _norm,
+    "group_norm": _norm,
+    "instance_norm": _norm,
     "softmax": _softmax,
+    "log_softmax": _log_softmax,
     "slice": _slice,
+    "pad": _pad,
     "shuffle": _shuffle,
+    "pixel_shuffle": _pixel_shuffle,
     "upsample_nearest": _upsample,
     "upsample_bilinear": _upsample,
     "concat": _concat,

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from profilers.builders.weights import Weights, checked_weights
 from profilers.errors import UnsupportedOperatorError
-from profilers.ops import ANY_RANK_KINDS, OpGraph, OpNode, OpSpec
+from profilers.ops import ANY_RANK_KINDS, SCALAR_KINDS, OpGraph, OpNode, OpSpec
 
 LABEL = "node "  #: before a node's name: the profiler takes a bare "2.0" for a mangled C++ name, and shortens it
 ACTIVATIONS = {
@@ -96,11 +96,11 @@ class Network(nn.Module):
         if op.kind in ("conv", "depthwise_conv"):
             padding = op.padding
             if op.padding_end:
-                (top, left), (bottom, right) = op.padding, op.padding_end
-                x, padding = F.pad(x, (left, right, top, bottom)), (0, 0)
+                x, padding = _zeros_around(x, op), (0, 0)
             return F.conv2d(x, part("weight"), part("bias"), op.stride, padding, op.dilation, op.groups)
         if op.kind == "conv_transpose":
-            return F.conv_transpose2d(x, part("weight"), part("bias"), op.stride, op.padding, dilation=op.dilation)
+            more = tuple(first - end for first, end in zip(op.padding, op.padding_after, strict=True))
+            return F.conv_transpose2d(x, part("weight"), part("bias"), op.stride, op.padding, more, 1, op.dilation)
         if op.kind == "channel_map":
             index = part("index")
             kept = x[:, :, :: op.stride[0], :: op.stride[1]].index_select(1, index.clamp(min=0))
@@ -109,14 +109,26 @@ class Network(nn.Module):
             return F.linear(x.flatten(1), part("weight"), part("bias"))
         if op.kind == "add":
             return inputs[0] + inputs[1]
+        if op.kind == "sub":
+            return inputs[0] - inputs[1]
         if op.kind in ("mul", "scale"):
             return inputs[0] * inputs[1]
+        if op.kind in SCALAR_KINDS:
+            value = self.numbers[_key(name, "value")]
+            return x + value if op.kind == "add_scalar" else x * value
         if op.kind == "affine":
             return x * per_channel("weight") + per_channel("bias")
         if op.kind == "prelu":
             return F.prelu(x, part("weight"))
         if op.kind == "softmax":
             return x.softmax(1)
+        if op.kind == "log_softmax":
+            return x.log_softmax(1)
+        if op.kind == "group_norm":
+            return F.group_norm(x, op.groups, part("weight"), part("bias"), self.numbers[_key(name, "eps")])
+        if op.kind == "instance_norm":
+            eps = self.numbers[_key(name, "eps")]
+            return F.instance_norm(x, weight=part("weight"), bias=part("bias"), eps=eps)
         if op.kind == "layer_norm":
             last = x.permute(0, 2, 3, 1) if x.dim() == 4 else x
             eps = self.numbers[_key(name, "eps")]
@@ -128,6 +140,10 @@ class Network(nn.Module):
         if op.kind == "shuffle":
             apart = x.reshape(len(x), op.groups, op.out_channels // op.groups, *x.shape[2:])
             return apart.transpose(1, 2).reshape(x.shape)
+        if op.kind == "pad":
+            return _zeros_around(x, op)
+        if op.kind == "pixel_shuffle":
+            return F.pixel_shuffle(x, op.stride[0])
         if op.kind == "upsample_nearest":
             return F.interpolate(x, scale_factor=tuple(map(float, op.stride)), mode="nearest")
         if op.kind == "upsample_bilinear":
@@ -137,7 +153,7 @@ class Network(nn.Module):
         if op.kind == "max_pool":
             return F.max_pool2d(x, op.kernel, op.stride, op.padding, ceil_mode=op.ceil)
         if op.kind == "avg_pool":
-            return F.avg_pool2d(x, op.kernel, op.stride, op.padding)
+            return F.avg_pool2d(x, op.kernel, op.stride, op.padding, count_include_pad=not op.exclude_pad)
         if op.kind == "global_avg_pool":
             pooled = x.mean((2, 3), keepdim=True)
             return pooled.flatten(1) if name in self.vectors else pooled
@@ -151,6 +167,11 @@ class Network(nn.Module):
 def build(graph: OpGraph, weights: Weights) -> Network:
     """The network in eval mode, on the CPU."""
     return Network(graph, weights).eval()
+
+
+def _zeros_around(x: Tensor, op: OpSpec) -> Tensor:
+    (top, left), (bottom, right) = op.padding, op.padding_after
+    return F.pad(x, (left, right, top, bottom))
 
 
 def _key(name: str, part: str) -> str:

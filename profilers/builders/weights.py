@@ -7,9 +7,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from profilers.ops import OpGraph, OpNode
+from profilers.ops import NORM_KINDS, SCALAR_KINDS, OpGraph, OpNode
 
-#: node name -> {"weight": (O, I/groups, kh, kw), (O, I) or (C,), "bias": (O,), "index": (O,), "start": (), "eps": ()},
+#: node name -> {"weight": (O, I/groups, kh, kw), (O, I) or (C,), "bias": (O,), "index": (O,), "start": (), "eps": (),
+#: "value": ()},
 #: as far as its kind has them.
 Weights = Mapping[str, Mapping[str, np.ndarray]]
 
@@ -18,7 +19,8 @@ def weight_shapes(node: OpNode) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the arrays a node needs.
 
     `index` of a `channel_map` names, for every output channel, the input channel it copies; -1 is a zero channel.
-    `start` of a `slice` is its first channel. The weight of a `conv_transpose` is (I, O, kh, kw), as in PyTorch.
+    `start` of a `slice` is its first channel, `value` what a scalar operator adds or multiplies by. The weight of a
+    `conv_transpose` is (I, O, kh, kw), as in PyTorch.
     """
     op = node.op
     if op.kind in ("conv", "depthwise_conv"):
@@ -28,9 +30,11 @@ def weight_shapes(node: OpNode) -> dict[str, tuple[int, ...]]:
         return {"weight": (op.in_channels[0], op.out_channels, *op.kernel), "bias": (op.out_channels,)}
     if op.kind == "linear":
         return {"weight": (op.out_channels, op.in_channels[0]), "bias": (op.out_channels,)}
-    if op.kind in ("affine", "layer_norm"):
+    if op.kind in ("affine", *NORM_KINDS):
         arrays: dict[str, tuple[int, ...]] = {"weight": (op.out_channels,), "bias": (op.out_channels,)}
-        return arrays | ({"eps": ()} if op.kind == "layer_norm" else {})
+        return arrays | ({"eps": ()} if op.kind in NORM_KINDS else {})
+    if op.kind in SCALAR_KINDS:
+        return {"value": ()}
     if op.kind == "prelu":
         return {"weight": (op.out_channels,)}
     if op.kind == "slice":
@@ -57,8 +61,8 @@ def random_weights(graph: OpGraph, *, seed: int = 0) -> dict[str, dict[str, np.n
                 arrays[name] = np.array(0)
             elif name == "eps":
                 arrays[name] = np.array(1e-5, np.float32)
-            elif name == "weight" and len(shape) == 1:
-                arrays[name] = (1 + rng.standard_normal(shape) * 0.1).astype(np.float32)
+            elif name == "value" or (name == "weight" and len(shape) == 1):
+                arrays[name] = np.asarray(1 + rng.standard_normal(shape) * 0.1, np.float32)
             elif name == "weight":
                 fan_in = int(np.prod(shape[1:]))
                 arrays[name] = (rng.standard_normal(shape) * np.sqrt(2.0 / fan_in)).astype(np.float32)

@@ -117,17 +117,15 @@ def test_a_convolution_of_ones_own_is_compared_with_what_it_computes() -> None:
 @pytest.mark.parametrize(
     "forward",
     [
-        lambda net, x: net.b(F.relu(F.pad(net.a(x), (1, 1, 1, 1)))),
         lambda net, x: net.b(F.pad(net.a(x), (-1, 1))),
         lambda net, x: net.b(F.pad(net.a(x), (1, 1), value=0.5)),
         lambda net, x: net.b(F.pad(net.a(x), (1, 1, 1, 1), mode="replicate")),
         lambda net, x: net.b(F.pad(net.a(x), (0, 0, 0, 0, 0, 1))[:, :8]),
-        lambda net, x: F.pad(net.b(net.a(x)), (1, 1)),
     ],
 )
 def test_other_paddings_are_refused(forward) -> None:
     net = Net(forward, a=nn.Conv2d(3, 8, 3), b=nn.Conv2d(8, 4, 1))
-    with pytest.raises(UnsupportedOperatorError, match="not supported|before a convolution only"):
+    with pytest.raises(UnsupportedOperatorError, match="not supported"):
         build_graph(net, (3, 9, 9))
 
 

@@ -69,11 +69,20 @@ def reference_op(op: OpSpec, inputs: list[torch.Tensor], arrays: dict[str, torch
         kept = x[:, index.clamp(min=0), :: op.stride[0], :: op.stride[1]]
         return kept * (index >= 0)[None, :, None, None]
     if op.kind == "conv_transpose":
-        return F.conv_transpose2d(x, arrays["weight"], arrays["bias"], op.stride, op.padding, dilation=op.dilation)
+        whole = F.conv_transpose2d(x, arrays["weight"], arrays["bias"], op.stride, dilation=op.dilation)
+        (top, left), (bottom, right) = op.padding, op.padding_after
+        return whole[:, :, top : whole.shape[2] - bottom, left : whole.shape[3] - right]
     if op.kind == "prelu":
         return F.prelu(x, arrays["weight"])
     if op.kind == "softmax":
         return F.softmax(x, 1)
+    if op.kind == "log_softmax":
+        return F.log_softmax(x, 1)
+    if op.kind in ("group_norm", "instance_norm"):
+        groups = op.groups if op.kind == "group_norm" else op.out_channels
+        return F.group_norm(x, groups, arrays["weight"], arrays["bias"], float(arrays["eps"]))
+    if op.kind in ("add_scalar", "mul_scalar"):
+        return x + arrays["value"] if op.kind == "add_scalar" else x * arrays["value"]
     if op.kind == "slice":
         start = int(arrays["start"])
         return x[:, start : start + op.out_channels]
@@ -89,6 +98,13 @@ def reference_op(op: OpSpec, inputs: list[torch.Tensor], arrays: dict[str, torch
         return F.interpolate(x, scale_factor=op.stride, mode="nearest")
     if op.kind == "upsample_bilinear":
         return F.interpolate(x, scale_factor=op.stride, mode="bilinear", align_corners=False)
+    if op.kind == "pad":
+        (top, left), (bottom, right) = op.padding, op.padding_after
+        return F.pad(x, (left, right, top, bottom))
+    if op.kind == "pixel_shuffle":
+        return F.pixel_shuffle(x, op.stride[0])
+    if op.kind == "sub":
+        return inputs[0] - inputs[1]
     if op.kind in ("add", "mul", "scale"):
         if {value.ndim for value in inputs} == {2, 4}:
             inputs = [value if value.ndim == 4 else value[:, :, None, None] for value in inputs]
@@ -98,7 +114,7 @@ def reference_op(op: OpSpec, inputs: list[torch.Tensor], arrays: dict[str, torch
     if op.kind == "max_pool":
         return F.max_pool2d(x, op.kernel, op.stride, op.padding, ceil_mode=op.ceil)
     if op.kind == "avg_pool":
-        return F.avg_pool2d(x, op.kernel, op.stride, op.padding, count_include_pad=True)
+        return F.avg_pool2d(x, op.kernel, op.stride, op.padding, count_include_pad=not op.exclude_pad)
     if op.kind == "global_avg_pool":
         return x.mean((2, 3))
     return x.flatten(1) if op.kind == "flatten" else x
@@ -261,15 +277,23 @@ SMALL_OPS = {
     "conv": window_op("conv", 5, (6, 7), 3),
     "depthwise_conv": window_op("depthwise_conv", 5, (6, 7), 3),
     "add": OpSpec("add", (5, 5), 6, 7, 5),
+    "sub": OpSpec("sub", (5, 5), 6, 7, 5),
     "mul": OpSpec("mul", (5, 5), 6, 7, 5),
     "scale": OpSpec("scale", (5, 5), 6, 7, 5),
+    "add_scalar": OpSpec("add_scalar", (5,), 6, 7, 5),
+    "mul_scalar": OpSpec("mul_scalar", (5,), 6, 7, 5),
     "affine": OpSpec("affine", (5,), 6, 7, 5),
     "prelu": OpSpec("prelu", (5,), 6, 7, 5),
     "softmax": OpSpec("softmax", (5,), 6, 7, 5),
+    "log_softmax": OpSpec("log_softmax", (5,), 6, 7, 5),
     "layer_norm": OpSpec("layer_norm", (5,), 6, 7, 5),
+    "group_norm": OpSpec("group_norm", (6,), 6, 7, 6, groups=2),
+    "instance_norm": OpSpec("instance_norm", (5,), 6, 7, 5),
     "conv_transpose": OpSpec("conv_transpose", (5,), 6, 7, 11, kernel=(3, 3), stride=(2, 2)),
     "slice": OpSpec("slice", (5,), 6, 7, 3),
+    "pad": OpSpec("pad", (5,), 6, 7, 5, padding=(0, 1), padding_end=(2, 1)),
     "shuffle": OpSpec("shuffle", (6,), 6, 7, 6, groups=2),
+    "pixel_shuffle": OpSpec("pixel_shuffle", (12,), 6, 7, 3, stride=(2, 2)),
     "upsample_nearest": OpSpec("upsample_nearest", (5,), 6, 7, 5, stride=(2, 3)),
     "upsample_bilinear": OpSpec("upsample_bilinear", (5,), 6, 7, 5, stride=(2, 2)),
     "concat": OpSpec("concat", (5, 5, 5), 6, 7, 15),
@@ -307,7 +331,9 @@ def test_one_slope_does_for_all_channels(builder: ModuleType) -> None:
 
 
 @every_builder
-@pytest.mark.parametrize("kind", ["affine", "layer_norm", "prelu", "softmax"])
+@pytest.mark.parametrize(
+    "kind", ["affine", "layer_norm", "prelu", "softmax", "log_softmax", "add_scalar", "mul_scalar"]
+)
 def test_vectors_are_scaled_and_normalised_like_images(builder: ModuleType, kind: str) -> None:
     ops = (OpSpec("global_avg_pool", (5,), 6, 7, 5), OpSpec(kind, (5,), 1, 1, 5), linear(5, 3))
     check(builder, chain(*ops, input_shape=(5, 6, 7)))
@@ -330,6 +356,61 @@ def test_poolings_that_round_up_agree(
 def test_transposed_convolutions_agree(builder: ModuleType, kernel: int, stride: int) -> None:
     op = OpSpec("conv_transpose", (4,), 5, 6, 3, kernel=(kernel, kernel), stride=(stride, stride), activation="relu")
     check(builder, alone(op))
+
+
+@every_builder
+@pytest.mark.parametrize(
+    ("kernel", "stride", "cut", "end"),
+    [
+        (4, 2, (1, 1), ()),
+        (3, 2, (1, 1), (0, 0)),
+        (3, 2, (1, 1), ()),
+        (5, 2, (2, 2), (1, 1)),
+        (2, 2, (1, 0), ()),
+        (5, 3, (1, 2), (1, 0)),
+    ],
+)
+@pytest.mark.parametrize("activation", ["none", "relu6", "silu"])
+def test_transposed_convolutions_are_cut(
+    builder: ModuleType, kernel: int, stride: int, cut: tuple[int, int], end: tuple[int, ...], activation: str
+) -> None:
+    window = {"kernel": (kernel, kernel), "stride": (stride, stride), "padding": cut, "padding_end": end}
+    check(builder, alone(OpSpec("conv_transpose", (3,), 5, 6, 4, activation=activation, **window)))
+
+
+@every_builder
+@pytest.mark.parametrize("size", [(7, 8), (12, 13)])
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 1, 1), (3, 2, 1), (2, 2, 1), (5, 3, 2)])
+@pytest.mark.parametrize("activation", ["none", "relu"])
+def test_poolings_that_leave_their_padding_out_agree(
+    builder: ModuleType, size: tuple[int, int], kernel: int, stride: int, padding: int, activation: str
+) -> None:
+    window = {"stride": (stride, stride), "padding": (padding, padding), "exclude_pad": True}
+    check(builder, alone(window_op("avg_pool", 3, size, kernel, activation=activation, **window)))
+
+
+@every_builder
+@pytest.mark.parametrize("block", [2, 3])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("read_twice", [False, True])
+def test_pixels_are_shuffled_behind_a_convolution(
+    builder: ModuleType, block: int, channels: int, read_twice: bool
+) -> None:
+    wide = channels * block**2
+    graph = chain(
+        pointwise(3, wide, 5, "relu"),
+        OpSpec("pixel_shuffle", (wide,), 5, 5, channels, stride=(block, block)),
+        pointwise(channels, 2, 5 * block),
+        input_shape=(3, 5, 5),
+    )
+    check(builder, replace(graph, outputs=(*graph.outputs, "conv0")) if read_twice else graph)
+
+
+@every_builder
+@pytest.mark.parametrize("groups", [1, 3, 6])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_groups_of_channels_are_normalised_image_by_image(builder: ModuleType, groups: int, batch: int) -> None:
+    check(builder, alone(OpSpec("group_norm", (6,), 4, 5, 6, groups=groups, activation="silu", batch=batch)))
 
 
 @every_builder

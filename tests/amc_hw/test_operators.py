@@ -1,0 +1,408 @@
+"""Operators beside the convolutions: each pruned network is the masked one, and its files are it, too."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from networks import Net, frozen_of, mask_channels
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from amc_hw.errors import UnsupportedOperatorError, UserError
+from amc_hw.evaluate import fold_batch_norms
+from amc_hw.export import export_network
+from amc_hw.graph import LayerGraph, build_graph
+from amc_hw.prune import keep_channels, slice_channels
+from amc_hw.refit import reestimate_batch_norm, refit_faithful
+
+FORMATS = ["onnx"] + ["tflite"] * (importlib.util.find_spec("ai_edge_litert") is not None)
+
+
+def half_and_exported(net: nn.Module, image: Tensor, tmp_path: Path) -> LayerGraph:
+    """The graph of a network whose half is right, refits, and is what both files of it compute."""
+    torch.manual_seed(0)
+    for part in net.modules():
+        if isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d):
+            assert part.running_mean is not None and part.running_var is not None
+            part.running_mean.normal_(0, 0.1)
+            part.running_var.uniform_(0.5, 1.5)
+    graph = build_graph(net.eval(), tuple(image.shape[1:]))
+    half = [max(1, width // 2) for width in graph.full_widths]
+    kept = keep_channels(net, graph, half)
+    small, masked = slice_channels(net, graph, kept), mask_channels(net, graph, kept)
+    with torch.no_grad():
+        torch.testing.assert_close(small(image), masked(image), rtol=1e-4, atol=1e-5)
+    wanted, before = net(image), (small(image) - net(image)).square().mean()
+    refit_faithful(small, net, graph, kept, image, rows_per_layer=400)
+    assert (small(image) - wanted).square().mean() <= before
+    for file_format in FORMATS:
+        out = tmp_path / file_format
+        assert export_network(small, graph, graph.op_graph(half), image, file_format=file_format, out=out)["bytes"]
+    return graph
+
+
+def kinds(graph: LayerGraph) -> list[str]:
+    return [op.kind for op in graph.op_graph().ops]
+
+
+# Numbers
+
+
+@pytest.mark.parametrize(
+    ("between", "wanted"),
+    [
+        (lambda x: x * 0.5, ["mul_scalar"]),
+        (lambda x: 2 * x, ["mul_scalar"]),
+        (lambda x: x / 4, ["mul_scalar"]),
+        (lambda x: torch.div(x, 4), ["mul_scalar"]),
+        (lambda x: -x, ["mul_scalar"]),
+        (lambda x: x + 1, ["add_scalar"]),
+        (lambda x: x.add(other=1), ["add_scalar"]),
+        (lambda x: x - 0.25, ["add_scalar"]),
+        (lambda x: 1 - x, ["mul_scalar", "add_scalar"]),
+        (lambda x: 0 + x * 1, []),
+        (lambda x: x * F.relu6(x + 3) / 6, ["add_scalar", "mul", "mul_scalar"]),
+        (lambda x: x.mul_(2).sub_(1), ["mul_scalar", "add_scalar"]),
+    ],
+)
+def test_numbers_take_part_in_arithmetic(tmp_path: Path, between, wanted: list[str]) -> None:
+    net = Net(lambda net, x: net.b(between(net.a(x))), a=nn.Conv2d(3, 8, 3), b=nn.Conv2d(8, 4, 1))
+    graph = half_and_exported(net, torch.randn(8, 3, 9, 9), tmp_path)
+    assert kinds(graph) == ["conv", *wanted, "conv"]
+    assert [group.name for group in graph.groups] == ["a"]
+    assert graph.params() == 8 * 28 + 4 * 9
+
+
+def test_an_activation_after_a_sum_with_a_number_is_fused() -> None:
+    net = Net(lambda net, x: net.b(F.relu6(net.a(x) + 3)), a=nn.Conv2d(3, 8, 3), b=nn.Conv2d(8, 4, 1))
+    _, shifted, _ = build_graph(net.eval(), (3, 9, 9)).op_graph().ops
+    assert (shifted.kind, shifted.activation) == ("add_scalar", "relu6")
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda x: 1 / x,
+        lambda x: x**2,
+        lambda x: x / x,
+        lambda x: torch.div(x, 2, rounding_mode="floor"),
+        lambda x: x / 0,
+    ],
+)
+def test_other_arithmetic_is_refused(between) -> None:
+    net = Net(lambda net, x: net.b(between(net.a(x))), a=nn.Conv2d(3, 8, 3), b=nn.Conv2d(8, 4, 1))
+    with pytest.raises(UnsupportedOperatorError, match=r"operator (truediv|pow|div) \(.*\) is not supported"):
+        build_graph(net.eval(), (3, 9, 9))
+
+
+def test_a_difference_from_the_input_is_an_operator(tmp_path: Path) -> None:
+    """A denoiser that predicts the noise (DnCNN)."""
+    net = Net(lambda net, x: x - net.b(F.relu(net.a(x))), a=nn.Conv2d(3, 8, 3, padding=1), b=nn.Conv2d(8, 3, 1))
+    graph = half_and_exported(net, torch.randn(4, 3, 7, 7), tmp_path)
+    assert kinds(graph) == ["conv", "conv", "sub"]
+
+
+class Gain(nn.Module):
+    """A learned factor and a learned offset of the whole tensor, as in PP-HGNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.bias = nn.Parameter(torch.tensor([0.5])), nn.Parameter(torch.tensor([0.25]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * x + self.bias
+
+
+def test_a_learned_number_is_exported_as_it_was_trained(tmp_path: Path) -> None:
+    parts = dict(a=nn.Conv2d(3, 8, 1), gain=Gain(), b=nn.Conv2d(8, 4, 1))
+    net = Net(lambda net, x: net.b(net.gain(F.relu(net.gain(net.a(x))))), **parts)
+    image = torch.randn(8, 3, 5, 5)
+    graph = half_and_exported(net, image, tmp_path)
+    assert [layer.name for layer in graph.layers] == ["a", "gain.scale", "gain.bias", "mul_1", "add_1", "b"]
+    assert [group.name for group in graph.groups] == ["a"] and graph.params() == 8 * 4 + 4 * 9
+    with torch.no_grad():
+        net.gain.scale.fill_(3.0)
+        net.gain.bias.fill_(-2.0)
+    export_network(net, graph, graph.op_graph(), image, file_format="onnx", out=tmp_path / "trained")
+
+
+@pytest.mark.parametrize("shaped", ["view", "reshape", "unsqueeze"])
+def test_a_gain_per_channel_may_be_given_its_shape_on_the_way(tmp_path: Path, shaped: str) -> None:
+    def forward(net, x):
+        column = net.gain.unsqueeze(-1).unsqueeze(-1)
+        return net.b(net.a(x) * (column if shaped == "unsqueeze" else getattr(net.gain, shaped)(1, -1, 1, 1)))
+
+    net = Net(forward, a=nn.Conv2d(3, 4, 1), b=nn.Conv2d(4, 6, 1), c=nn.Conv2d(6, 2, 1))
+    net.gain = nn.Parameter(torch.rand(4) + 0.5)
+    graph = half_and_exported(net, torch.randn(4, 3, 5, 5), tmp_path)
+    assert frozen_of(graph)["a"] == "scaled by the parameter gain" and kinds(graph)[1] == "affine"
+
+
+# Norms
+
+
+def test_a_batch_norm_of_vectors_is_folded_or_an_operator(tmp_path: Path) -> None:
+    parts = dict(a=nn.Conv2d(3, 8, 3), n=nn.BatchNorm1d(8), b=nn.Linear(8, 12, bias=False), m=nn.BatchNorm1d(12))
+    net = Net(lambda net, x: net.c(F.relu(net.m(net.b(net.n(net.a(x).mean((2, 3))))))), **parts, c=nn.Linear(12, 4))
+    images = torch.randn(64, 3, 6, 6)
+    graph = half_and_exported(net, images, tmp_path)
+    assert kinds(graph) == ["conv", "global_avg_pool", "affine", "linear", "linear"]
+    assert [(layer.module, layer.batch_norm) for layer in graph.layers if layer.batch_norm] == [("b", "m")]
+    assert [group.name for group in graph.groups] == ["a", "b"]
+    wanted = net(images)
+    fold_batch_norms(net, graph)  # of convolutions alone
+    torch.testing.assert_close(net(images), wanted)
+    reestimate_batch_norm(net, images)
+    assert net.m.running_mean is not None
+    torch.testing.assert_close(
+        net.m.running_mean, net.b(net.n(net.a(images).mean((2, 3)))).mean(0), rtol=1e-3, atol=1e-4
+    )
+
+
+def test_an_instance_norm_goes_with_its_channels_and_a_group_norm_keeps_them(tmp_path: Path) -> None:
+    norms = dict(i=nn.InstanceNorm2d(8), j=nn.InstanceNorm2d(8, affine=True), g=nn.GroupNorm(4, 8))
+    parts = dict(a=nn.Conv2d(3, 8, 3), b=nn.Conv2d(8, 8, 1), c=nn.Conv2d(8, 8, 1), d=nn.Conv2d(8, 2, 1))
+    net = Net(lambda net, x: net.d(net.g(net.c(net.j(net.b(F.relu(net.i(net.a(x)))))))), **norms, **parts)
+    with torch.no_grad():
+        for norm in (net.j, net.g):
+            norm.weight.uniform_(0.5, 1.5)
+            norm.bias.normal_()
+    graph = half_and_exported(net, torch.randn(8, 3, 9, 9), tmp_path)
+    assert kinds(graph) == [
+        "conv",
+        "instance_norm",
+        "activation",
+        "conv",
+        "instance_norm",
+        "conv",
+        "group_norm",
+        "conv",
+    ]
+    assert [group.name for group in graph.groups] == ["a", "b"]
+    assert frozen_of(graph)["c"] == "normalised together at g"
+    tracked = nn.Sequential(parts["a"], nn.InstanceNorm2d(8, track_running_stats=True), parts["b"])
+    with pytest.raises(UnsupportedOperatorError, match="1: an instance-norm with running statistics"):
+        build_graph(tracked.eval(), (3, 9, 9))
+
+
+def test_a_log_softmax_may_end_a_network(tmp_path: Path) -> None:
+    def forward(net, x):
+        return F.log_softmax(net.c(net.b(F.relu(net.a(x))).flatten(1)), dim=1)
+
+    net = Net(forward, a=nn.Conv2d(3, 8, 3), b=nn.Conv2d(8, 4, 1), c=nn.Linear(4 * 25, 10))
+    assert kinds(half_and_exported(net, torch.randn(16, 3, 7, 7), tmp_path))[-1] == "log_softmax"
+    across = Net(lambda net, x: F.log_softmax(net.a(x), 2), a=nn.Conv2d(3, 8, 3))
+    with pytest.raises(UnsupportedOperatorError, match="only a log_softmax over the channels is supported"):
+        build_graph(across.eval(), (3, 7, 7))
+
+
+class Normed(nn.BatchNorm2d):
+    """With its activation inside, as timm has it."""
+
+    def __init__(self, channels: int, act: nn.Module) -> None:
+        super().__init__(channels)
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(super().forward(x))
+
+
+class Grouped(nn.GroupNorm):
+    def __init__(self, channels: int, act: nn.Module) -> None:
+        super().__init__(2, channels)
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(super().forward(x))
+
+
+class OwnGelu(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(x)
+
+
+class Tanhed(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(x, approximate="tanh")
+
+
+@pytest.mark.parametrize("norm", [Normed, Grouped])
+@pytest.mark.parametrize("act", [nn.LeakyReLU(0.2), OwnGelu(), nn.SiLU(), nn.Identity()])
+def test_the_activation_inside_of_a_norm_is_computed(tmp_path: Path, norm: type[nn.Module], act: nn.Module) -> None:
+    parts = dict(a=nn.Conv2d(3, 8, 3, bias=False), n=norm(8, act), b=nn.Conv2d(8, 6, 1), c=nn.Conv2d(6, 2, 1))
+    net = Net(lambda net, x: net.c(F.relu(net.b(net.n(net.a(x))))), **parts)
+    half_and_exported(net, torch.randn(8, 3, 7, 7), tmp_path)
+
+
+@pytest.mark.parametrize("norm", [Normed, Grouped])
+def test_an_unknown_activation_inside_of_a_norm_is_refused(norm: type[nn.Module]) -> None:
+    net = Net(lambda net, x: net.b(net.n(net.a(x))), a=nn.Conv2d(3, 8, 3), n=norm(8, Tanhed()), b=nn.Conv2d(8, 2, 1))
+    with pytest.raises(UnsupportedOperatorError, match="operator Tanhed in n is not supported"):
+        build_graph(net.eval(), (3, 7, 7))
+
+
+# Pixels
+
+
+@pytest.mark.parametrize(("kernel", "cut", "more"), [(3, 1, 1), (4, 1, 0), (5, 2, 1), (3, 0, 0)])
+@pytest.mark.parametrize("side", [5, 6])
+def test_transposed_convolutions_are_cut_and_refitted(
+    tmp_path: Path, kernel: int, cut: int, more: int, side: int
+) -> None:
+    up = nn.ConvTranspose2d(8, 6, kernel, stride=2, padding=cut, output_padding=more)
+    net = Net(lambda net, x: net.b(F.relu(net.up(F.relu(net.a(x))))), a=nn.Conv2d(3, 8, 1), up=up, b=nn.Conv2d(6, 2, 1))
+    graph = half_and_exported(net, torch.randn(8, 3, side, side), tmp_path)
+    assert [group.name for group in graph.groups] == ["a", "up"]
+    assert graph.op_graph().ops[1].out_height == (side - 1) * 2 - 2 * cut + kernel + more
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"groups": 2}, "up: a transposed convolution with groups is not supported"),
+        ({"output_padding": 1}, "up: a transposed convolution with more output padding than padding"),
+    ],
+)
+def test_transposed_convolutions_that_are_refused(options: dict[str, int], words: str) -> None:
+    up = nn.ConvTranspose2d(8, 6, 3, stride=2, **options)
+    net = Net(lambda net, x: net.up(net.a(x)), a=nn.Conv2d(3, 8, 1), up=up)
+    with pytest.raises(UnsupportedOperatorError, match=words):
+        build_graph(net.eval(), (3, 5, 5))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("by_module", [True, False])
+def test_super_resolution_by_pixel_shuffle(tmp_path: Path, channels: int, by_module: bool) -> None:
+    """ESPCN, Shi et al., CVPR 2016."""
+
+    def forward(net, x):
+        x = net.c(F.tanh(net.b(F.tanh(net.a(x)))))
+        return net.shuffle(x) if by_module else F.pixel_shuffle(x, 3)
+
+    parts = dict(a=nn.Conv2d(channels, 8, 5, padding=2), b=nn.Conv2d(8, 6, 3, padding=1))
+    net = Net(forward, **parts, c=nn.Conv2d(6, channels * 9, 3, padding=1), shuffle=nn.PixelShuffle(3))
+    graph = half_and_exported(net, torch.randn(4, channels, 6, 7), tmp_path)
+    assert [group.name for group in graph.groups] == ["a", "b"] and kinds(graph)[-1] == "pixel_shuffle"
+    assert graph.op_graph().nodes[-1].op.out_width == 21
+
+
+def test_what_is_shuffled_to_pixels_stays_as_wide(tmp_path: Path) -> None:
+    parts = dict(a=nn.Conv2d(3, 16, 3, padding=1), b=nn.Conv2d(4, 8, 3, padding=1), c=nn.Conv2d(8, 2, 1))
+    net = Net(lambda net, x: net.c(net.b(F.relu(F.pixel_shuffle(net.a(x), 2)))), **parts)
+    graph = half_and_exported(net, torch.randn(4, 3, 6, 7), tmp_path)
+    assert frozen_of(graph)["a"] == "split or shuffled at pixel_shuffle"
+    assert [group.name for group in graph.groups] == ["b"]
+
+
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 1, 1), (3, 2, 1)])
+def test_average_poolings_may_leave_their_padding_out(tmp_path: Path, kernel: int, stride: int, padding: int) -> None:
+    def forward(net, x):
+        return net.b(F.avg_pool2d(net.pool(net.a(x)), 3, 1, 1, count_include_pad=False))
+
+    pool = nn.AvgPool2d(kernel, stride, padding, count_include_pad=False)
+    net = Net(forward, a=nn.Conv2d(3, 8, 1), pool=pool, b=nn.Conv2d(8, 2, 1))
+    graph = half_and_exported(net, torch.randn(4, 3, 8, 8), tmp_path)
+    assert [op.exclude_pad for op in graph.op_graph().ops] == [False, True, True, False]
+
+
+def test_zeros_that_no_convolution_takes_over_are_an_operator(tmp_path: Path) -> None:
+    """As in PP-HGNet's stem, whose padded image a convolution and a pooling read."""
+
+    def forward(net, x):
+        padded = F.pad(F.relu(net.a(x)), (0, 1, 0, 1))
+        pooled = F.max_pool2d(padded, 2, 1)
+        return F.pad(net.c(torch.cat([pooled, net.b(padded)], 1)), (1, 1))
+
+    net = Net(forward, a=nn.Conv2d(3, 8, 1), b=nn.Conv2d(8, 6, 2), c=nn.Conv2d(14, 2, 1))
+    graph = half_and_exported(net, torch.randn(4, 3, 8, 8), tmp_path)
+    assert kinds(graph) == ["conv", "pad", "max_pool", "conv", "concat", "conv", "pad"]
+    assert [op.padding_end for op in graph.op_graph().ops if op.kind == "conv"] == [(), (1, 1), ()]
+
+
+# Code that asks for sizes
+
+
+def halved_if_large(net, x):
+    x = net.a(x)
+    if x.shape[-1] >= 8 and x.size(2) % 2 == 0 and len(x.shape) == 4:
+        x = F.max_pool2d(x, 2)
+    return net.b(x)
+
+
+def checked(net, x):
+    batch, _, height, width = x.shape
+    assert height == width, f"{height} {width} {batch}"
+    x = net.a(x)
+    return net.b(F.interpolate(x, size=(int(height / 2) * 2, width)))
+
+
+def repeated(net, x):
+    x = net.a(x)
+    for _ in range(x.shape[2] // 4):
+        x = F.relu(x)
+    return net.b(x)
+
+
+def smaller_side(net, x):
+    x = net.a(x)
+    side = min(tuple(x.shape[2:]))
+    return net.b(x * float(side))
+
+
+@pytest.mark.parametrize(
+    ("forward", "large", "small"),
+    [
+        (halved_if_large, ["conv", "max_pool", "conv"], ["conv", "conv"]),
+        (checked, ["conv", "conv"], ["conv", "conv"]),
+        (repeated, ["conv", "activation", "conv"], ["conv", "conv"]),
+        (smaller_side, ["conv", "mul_scalar", "conv"], ["conv", "mul_scalar", "conv"]),
+    ],
+)
+def test_code_may_branch_on_the_size_of_images(tmp_path: Path, forward, large: list[str], small: list[str]) -> None:
+    net = Net(forward, a=nn.Conv2d(3, 8, 1), b=nn.Conv2d(8, 2, 1))
+    for side, wanted in ((8, large), (4, small)):
+        graph = half_and_exported(net, torch.randn(8, 3, side, side), tmp_path)
+        assert kinds(graph) == wanted and [group.name for group in graph.groups] == ["a"]
+
+
+@pytest.mark.parametrize(
+    "asks",
+    [
+        lambda x: x.shape[1] == 8,
+        lambda x: x.size(-3) > 4,
+        lambda x: tuple(x.shape) == (1, 8, 6, 6),
+        lambda x: x.numel() > 10,
+        lambda x: x.shape[1:][0] // 2 == 4,
+    ],
+)
+def test_channels_that_code_asks_for_are_frozen(asks) -> None:
+    def forward(net, x):
+        x = net.a(x)
+        return net.b(F.relu(x) if asks(x) else x)
+
+    net = Net(forward, a=nn.Conv2d(3, 8, 1), b=nn.Conv2d(8, 6, 1), c=nn.Conv2d(6, 2, 1))
+    graph = build_graph(net.eval(), (3, 6, 6))
+    assert frozen_of(graph)["a"] == "the network's code asks for the channels of a"
+    assert graph.layers[0].op.activation == "relu"
+
+
+@pytest.mark.parametrize(
+    "asks", [lambda x: x.mean() > 0, lambda x: x.max().item() > 3, lambda x: bool(x.shape[0] + x.sum())]
+)
+def test_code_that_branches_on_values_cannot_be_traced(asks) -> None:
+    net = Net(lambda net, x: net.a(x) if asks(x) else x, a=nn.Conv2d(3, 8, 1))
+    with pytest.raises(UserError, match="cannot be traced by torch.fx .*control flow"):
+        build_graph(net.eval(), (3, 6, 6))
+
+
+def test_weights_are_as_before_where_sizes_were_asked_for() -> None:
+    """Layers ran in the middle of the trace."""
+    net = Net(halved_if_large, a=nn.Conv2d(3, 8, 1), b=nn.Conv2d(8, 2, 1))
+    image = torch.randn(1, 3, 8, 8)
+    call, wanted = nn.Module.__call__, net.eval()(image)
+    build_graph(net, (3, 8, 8), examples=[image])
+    assert nn.Module.__call__ is call
+    torch.testing.assert_close(net(image), wanted)
