@@ -24,11 +24,25 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     "FULLY_CONNECTED": ("linear", "conv"),
     "DEPTHWISE_CONV_2D": ("depthwise_conv",),
     "AVERAGE_POOL_2D": ("global_avg_pool", "avg_pool"),
+    "TRANSPOSE_CONV": ("conv_transpose",),
     "MEAN": ("global_avg_pool",),
     "MAX_POOL_2D": ("max_pool",),
-    "ADD": ("add",),
-    "MUL": ("mul", "scale"),
+    "ADD": ("add", "add_scalar"),
+    "SUB": ("sub", "add_scalar"),
+    "MUL": ("mul", "scale", "mul_scalar"),
+    "DIV": ("mul_scalar",),
+    "NEG": ("mul_scalar",),
     "CONCATENATION": ("concat",),
+    "PAD": ("pad",),
+    "PRELU": ("prelu",),
+    "LEAKY_RELU": ("prelu",),
+    "SOFTMAX": ("softmax",),
+    "LOG_SOFTMAX": ("log_softmax",),
+    "DEPTH_TO_SPACE": ("pixel_shuffle",),
+    "RESIZE_BILINEAR": ("upsample_bilinear",),
+    "RESIZE_NEAREST_NEIGHBOR": ("upsample_nearest",),
+    "RESHAPE": ("flatten",),
+    "SQUEEZE": ("flatten",),
 }
 #: Activations as operators of their own, in the log alone or in the network, too.
 ACTIVATIONS: Mapping[str, tuple[str, ...]] = {
@@ -122,14 +136,14 @@ def _laid_beside(log: Log, graph: OpGraph) -> Iterator[tuple[OpNode, OpRow]]:
     rows = list(log.run.ops)
     place = 0
     for node in graph.nodes:
-        while rows and rows[0].type in ASIDE and not (node.op.kind == "flatten" and rows[0].type in FLATTENS):
+        while rows and rows[0].type in ASIDE and node.op.kind not in KINDS.get(rows[0].type, ()):
             rows.pop(0)
         if node.op.kind == "flatten":
             yield node, rows.pop(0) if rows and rows[0].type in FLATTENS else OpRow(FLATTENS[0], node.name, 0.0, 1, 0.0)
             continue
         place += 1
         where = f"{log.path} is of another network: its operator {place}"
-        padded = any((*node.op.padding, *node.op.padding_after))
+        padded = node.op.kind != "pad" and any((*node.op.padding, *node.op.padding_after))
         own = [rows.pop(0)] if padded and rows and rows[0].type in PADS else []
         if not rows:
             raise UserError(f"{where} should be {node.op} ({node.name}), the log ends before it")
@@ -143,7 +157,7 @@ def _laid_beside(log: Log, graph: OpGraph) -> Iterator[tuple[OpNode, OpRow]]:
             del rows[: len(follow)]
         elif node.op.kind == "activation":
             raise UserError(f"{where} is {rows[0].type} ({rows[0].name}), the network has {node.op} ({node.name})")
-        yield node, replace(own[0], mean_ms=sum(row.mean_ms for row in own))
+        yield node, own[0] if len(own) == 1 else replace(own[0], mean_ms=sum(row.mean_ms for row in own))
     for row in rows:
         if row.type not in ASIDE:
             where = f"{log.path} is of another network: its operator {place + 1}"

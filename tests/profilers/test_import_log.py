@@ -247,6 +247,25 @@ def test_padding_and_activations_of_their_own_belong_to_their_operator(desk: Des
         desk.rows(new_log([*log[:8], Op("RELU", 9)]), graph=graph)
 
 
+def test_operators_that_move_or_shift_values_have_rows_of_their_own(desk: Desk) -> None:
+    nodes = (
+        OpNode("pad", OpSpec("pad", (3,), 16, 16, 3, padding=(1, 1)), (OpGraph.INPUT,)),
+        OpNode("conv", OpSpec("conv", (3,), 18, 18, 12, (3, 3)), ("pad",)),
+        OpNode("shift", OpSpec("add_scalar", (12,), 16, 16, 12, activation="relu6"), ("conv",)),
+        OpNode("third", OpSpec("mul_scalar", (12,), 16, 16, 12), ("shift",)),
+        OpNode("leaky", OpSpec("prelu", (12,), 16, 16, 12), ("third",)),
+        OpNode("pixels", OpSpec("pixel_shuffle", (12,), 16, 16, 3, stride=(2, 2)), ("leaky",)),
+        OpNode("noise", OpSpec("conv_transpose", (3,), 32, 32, 3, (3, 3), padding=(1, 1)), ("pixels",)),
+        OpNode("clean", OpSpec("sub", (3, 3), 32, 32, 3), ("pixels", "noise")),
+        OpNode("likely", OpSpec("softmax", (3,), 32, 32, 3), ("clean",)),
+    )
+    graph = OpGraph(nodes, (3, 16, 16), ("likely",))
+    kinds = ["PAD", "CONV_2D", "ADD", "DIV", "LEAKY_RELU", "DEPTH_TO_SPACE", "TRANSPOSE_CONV", "SUB", "SOFTMAX"]
+    *ops, whole = desk.rows(new_log([Op(kind, 1 << place) for place, kind in enumerate(kinds)]), graph=graph)
+    assert [row.op for row in ops] == list(graph.ops) and whole.details["aside_ms"] == 0
+    assert [1000 * row.median_ms for row in ops] == pytest.approx([1 << place for place in range(9)])
+
+
 def test_a_flatten_is_a_reshape_or_nothing(desk: Desk) -> None:
     """Weights are read in the order in which the values lie, or the log has a RESHAPE."""
     conv = OpSpec("conv", (3,), 16, 16, 8, (3, 3), (2, 2), (1, 1))
