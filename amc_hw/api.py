@@ -203,7 +203,12 @@ def describe_graph(
     return {
         "model": model,
         "groups": [
-            {"name": group.name, "width": group.width, "consumers": list(group.modules("consumer"))}
+            {
+                "name": group.name,
+                "width": group.width,
+                "consumers": list(group.modules("consumer")),
+                "block": group.block,
+            }
             for group in graph.groups
         ],
         "frozen": frozen,

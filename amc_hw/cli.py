@@ -201,11 +201,15 @@ def graph(model: str, input_shape: tuple[int, ...] | None, keep: tuple[str, ...]
         api.describe_graph(model, input_shape=input_shape, keep=keep, device=device),
         as_json,
         lambda r: [
-            *(f"{g['width']:>6}  {g['name']} -> {', '.join(g['consumers'])}" for g in r["groups"]),
+            *(f"{g['width']:>6}  {g['name']} -> {', '.join(g['consumers'])}{_blocks(g)}" for g in r["groups"]),
             *(f"frozen {f['name']} ({f['width']}): {f['reason']}{_locked(f)}" for f in r["frozen"]),
             f"{r['macs'] / 1e6:.1f} MMACs, {r['params'] / 1e6:.2f} M parameters (batch-norms folded)",
         ],
     )
+
+
+def _blocks(group: dict[str, Any]) -> str:
+    return f"; {group['block']} at a time" if group["block"] > 1 else ""
 
 
 def _locked(frozen: dict[str, Any]) -> str:

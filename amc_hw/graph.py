@@ -7,6 +7,7 @@ What cannot be pruned is frozen, with the reason.
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from amc_hw.errors import UserError
 from amc_hw.symbolic import eval_mode, has_computed_weight, holds_any, shared_tensors
 from amc_hw.tracing import TracedOp, TracedOps, trace_ops
-from profilers.ops import PRODUCER_KINDS, SCALAR_KINDS, OpGraph, OpNode, OpSpec
+from profilers.ops import GROUPED_KINDS, PRODUCER_KINDS, SCALAR_KINDS, OpGraph, OpNode, OpSpec
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Layer:
         """The operator at the given widths (one number per group)."""
         channels = tuple(part.count(widths) for part in self.sources)
         out = self.out.count(widths)
-        groups = channels[0] if self.op.kind == "depthwise_conv" else self.op.groups
+        groups = channels[0] // self.op.step if self.op.kind in GROUPED_KINDS else self.op.groups
         return replace(self.op, in_channels=channels, out_channels=out, groups=groups)
 
 
@@ -71,8 +72,8 @@ class Layer:
 class Member:
     """One axis of one module that follows a group.
 
-    role: "producer" (its outputs are the group), "through" (batch-norm or depthwise convolution: channel for
-    channel), or "consumer" (its inputs are the group).
+    role: "producer" (its outputs are the group), "through" (batch-norm, depthwise or grouped convolution: channel
+    for channel), or "consumer" (its inputs are the group).
     channel_of: for every position on the module's axis, the group channel it belongs to; -1: of another group.
     """
 
@@ -87,11 +88,15 @@ class Member:
 
 @dataclass(frozen=True)
 class ChannelGroup:
-    """A set of tensors that keep the same channels. `name` is its first producer, `width` its channels."""
+    """A set of tensors that keep the same channels. `name` is its first producer, `width` its channels.
+
+    block: so many channels in a row stay or go together, a group of a convolution; widths are multiples of it.
+    """
 
     name: str
     width: int
     members: tuple[Member, ...]
+    block: int = 1
 
     def modules(self, role: str) -> tuple[str, ...]:
         return tuple(member.module for member in self.members if member.role == role)
@@ -153,6 +158,9 @@ class LayerGraph:
         for group, width in zip(self.groups, widths, strict=True):
             if not 1 <= width <= group.width:
                 raise UserError(f"width {width} for group {group.name}: it must be between 1 and {group.width}")
+            if width % group.block:
+                of = f"{group.block}, the channels of one group of a convolution"
+                raise UserError(f"width {width} for group {group.name}: it must be a multiple of {of}")
         return tuple(int(width) for width in widths)
 
     def _group_named(self, name: str) -> str:
@@ -181,9 +189,12 @@ class LayerGraph:
             raise UserError(f"--widths {text!r}: expected numbers such as 24,48 or names such as conv1=24") from None
 
 
-def width_grid(full: int, *, multiple: int = 8, floor: float = 0.2) -> tuple[int, ...]:
-    """The widths a group may take: multiples of min(multiple, full // 8) from `floor` on, and the full width."""
-    step = max(1, min(multiple, full // 8))
+def width_grid(full: int, *, multiple: int = 8, floor: float = 0.2, block: int = 1) -> tuple[int, ...]:
+    """The widths a group may take: multiples of min(multiple, full // 8) from `floor` on, and the full width.
+
+    block: of the group; the step is rounded up to a multiple of it.
+    """
+    step = -(-max(1, min(multiple, full // 8)) // block) * block
     return tuple(width for width in range(step, full, step) if width >= floor * full - 1e-9) + (full,)
 
 
@@ -269,6 +280,7 @@ class _Couplings:
         self._count = 0
         self._ties: list[tuple[np.ndarray, np.ndarray]] = []
         self._fixed: dict[int, str] = {}  # label -> why it cannot be pruned
+        self._blocks: list[tuple[TracedOp, np.ndarray]] = []  # grouped convolutions, and the labels that they read
         self.labels: dict[str, np.ndarray] = {}  # tensor -> label of every channel
         self._producers: dict[str, np.ndarray] = {}  # module -> labels of its outputs
         self._readers: dict[tuple[str, str], np.ndarray] = {}  # (module, "through" or "consumer") -> labels
@@ -318,6 +330,8 @@ class _Couplings:
             out = first
             for source in op.inputs[1:]:
                 self._ties.append((out, self.labels[source]))
+            if kind == "grouped_conv":
+                self._blocks.append((op, out))
             if kind in ("layer_norm", "group_norm", "softmax", "log_softmax"):
                 self._fix(out, f"normalised together at {op.name}")
             elif kind == "affine" and op.parameter:
@@ -350,13 +364,30 @@ class _Couplings:
                 if (of >= 0).any():
                     members.append(Member(module, role, of))
             members.sort(key=lambda member: (order.get(member.module, len(order)), member.role))
-            why = self._reason(producers, members, fixed, keep)
+            block, unaligned = self._block(index)
+            why = self._reason(producers, members, fixed, keep) or unaligned
             if why is None:
                 self._group_of |= dict.fromkeys(index, len(found))
-                found.append(ChannelGroup(name, len(roots), tuple(members)))
+                found.append(ChannelGroup(name, len(roots), tuple(members), block))
             else:
                 frozen.append(FrozenGroup(name, len(roots), why, tuple(member.module for member in members)))
         return tuple(found), tuple(frozen)
+
+    def _block(self, index: Mapping[int, int]) -> tuple[int, str | None]:
+        """Channels of a group that stay or go together, and why it cannot be pruned: where the groups of a convolution
+        that reads it do not divide it. index: root -> channel."""
+        block = 1
+        for op, labels in self._blocks:
+            channels = np.array([index.get(root, -1) for root in self._roots[labels].tolist()])
+            read_together = channels.reshape(-1, op.op.step)
+            mine = read_together[(read_together >= 0).any(1)]
+            if not len(mine):
+                continue
+            block = math.lcm(block, op.op.step)
+            first = mine[:, :1]
+            if (mine != first + np.arange(op.op.step)).any() or (first % op.op.step).any() or len(index) % block:
+                return 1, f"grouped convolution {op.module}"
+        return block, None
 
     def _reason(
         self, producers: Sequence[str], members: Sequence[Member], fixed: Mapping[int, str], keep: Sequence[str]

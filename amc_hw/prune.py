@@ -55,7 +55,8 @@ def keep_channels(
     *,
     magnitudes: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Group name -> indices of the channels to keep, ascending: the `widths[i]` of largest magnitude.
+    """Group name -> indices of the channels to keep, ascending: the `widths[i]` of largest magnitude, whole blocks of
+    them where the group has some.
 
     Of channels with equal magnitude those with the lower index stay. A search passes `magnitudes`, made once by
     `channel_magnitudes`. Raises UserError on widths that do not fit the graph.
@@ -65,8 +66,9 @@ def keep_channels(
         magnitudes = channel_magnitudes(module, graph)
     kept = {}
     for group, width in zip(graph.groups, widths, strict=True):
-        ranked = np.argsort(-magnitudes[group.name], kind="stable")
-        kept[group.name] = np.sort(ranked[:width])
+        ranked = np.argsort(-magnitudes[group.name].reshape(-1, group.block).sum(1), kind="stable")
+        blocks = np.sort(ranked[: width // group.block])
+        kept[group.name] = (blocks[:, None] * group.block + np.arange(group.block)).reshape(-1)
     return kept
 
 
@@ -84,6 +86,11 @@ def kept_axes(graph: LayerGraph, kept: Kept) -> dict[str, KeptAxes]:
             raise ValueError(f"group {group.name} has channels 0..{group.width - 1}, cannot keep {channels.tolist()}")
         if len(np.unique(channels)) == group.width:
             continue
+        blocks = channels.reshape(-1, group.block) if len(channels) % group.block == 0 else channels[:, None]
+        if (blocks != blocks[:, :1] // group.block * group.block + np.arange(group.block)).any():
+            raise ValueError(
+                f"group {group.name} keeps whole blocks of {group.block} channels, not {channels.tolist()}"
+            )
         for member in group.members:
             mask = np.isin(np.arange(len(member.channel_of)), member.kept_positions(channels))
             mask |= member.channel_of < 0  # another group decides about these
@@ -148,8 +155,8 @@ def _sliced_attributes(part: nn.Module, name: str, axes: KeptAxes) -> dict[str, 
         sizes = {"in_features": into, "out_features": out}
     elif isinstance(part, nn.Conv2d | nn.ConvTranspose2d) and part.groups == 1:
         sizes = {"in_channels": into, "out_channels": out}
-    elif isinstance(part, nn.Conv2d) and part.groups == part.in_channels == part.out_channels:
-        sizes = {"in_channels": out, "out_channels": out, "groups": out}
+    elif isinstance(part, nn.Conv2d) and part.in_channels == part.out_channels and out is not None:
+        sizes = {"in_channels": out, "out_channels": out, "groups": out * part.groups // part.in_channels}
     else:
         raise UserError(f"{name}: a {type(part).__name__} with these options cannot be sliced")
     if not isinstance(part, nn.modules.batchnorm._NormBase):

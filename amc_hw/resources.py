@@ -232,7 +232,7 @@ def _counted(
             first, second = (quantity(layer.op.with_axes((inputs, 1))) for inputs in (1, 2))
             values = np.outer(first + (counts[0] - 1) * (second - first), counts[1])
         else:
-            values = counts[0] * quantity(layer.op.with_axes((1,)))
+            values = counts[0] / layer.op.step * quantity(layer.op.with_axes((layer.op.step,)))
         parts.append((axes, values.astype(float).reshape([len(axis.levels) for axis in axes])))
     return _model(checked, parts, 0.0, unit, 0.0)
 

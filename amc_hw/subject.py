@@ -67,8 +67,11 @@ class Subject:
     def job(self, *, seed: int = 0, way: str = "auto") -> ProfileJob:
         """What its table should hold: widths on and off the channel multiple. way: of `profilers.profile.WAYS`."""
         smallest = [max(1, math.ceil(self.floor * group.width - 1e-9)) for group in self.graph.groups]
-        pairs = zip(smallest, self.grids, strict=True)
-        fine = tuple(tuple(range(min(low, grid[0]), grid[-1] + 1)) for low, grid in pairs)
+        blocks = [group.block for group in self.graph.groups]
+        fine = tuple(
+            tuple(range(-(-min(low, grid[0]) // block) * block, grid[-1] + 1, block))
+            for low, grid, block in zip(smallest, self.grids, blocks, strict=True)
+        )
         return ProfileJob(self.network_at, self.grids, fine, seed, way=way)
 
     def network_at(self, widths: Sequence[int] | None) -> OpGraph:
@@ -193,9 +196,9 @@ def open_subject(
     if base is not None:  # the widths of the network that was unpruned at first, as far as they are left
         full |= {group.name: group.width for group in base.graph.groups if group.name in full}
     grids = tuple(
-        tuple(width for width in width_grid(full[group.name], multiple=multiple, floor=floor) if width < group.width)
-        + (group.width,)
+        (*(width for width in allowed if width < group.width), group.width)
         for group in graph.groups
+        for allowed in [width_grid(full[group.name], multiple=multiple, floor=floor, block=group.block)]
     )
     return Subject(
         loaded, graph, config, target, grids, floor, tuple(keep), base.policy if base else None, tuple(targets)

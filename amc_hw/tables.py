@@ -18,7 +18,7 @@ from amc_hw.plots import save_staircase
 from profilers.device import device_names, load_device
 from profilers.files import write_whole
 from profilers.multiple import channel_multiple
-from profilers.ops import OpSpec
+from profilers.ops import CONV_KINDS, OpSpec
 from profilers.predictor import Predictor
 from profilers.store import begun, table_files
 from profilers.table import LatencyTable, merged
@@ -98,7 +98,7 @@ def _family_name(family: OpSpec) -> str:
     _, _, size = rest.partition("x")
     height_width, _, tail = size.partition("->")
     name = f"{kind} {height_width}" + (f" {tail.partition(' ')[2]}" if " " in tail else "")
-    if family.kind in ("conv", "conv_transpose", "depthwise_conv", "max_pool", "avg_pool"):
+    if family.kind in (*CONV_KINDS, "conv_transpose", "max_pool", "avg_pool"):
         usual = tuple(d * (k - 1) // 2 for d, k in zip(family.dilation, family.kernel, strict=True))
         name += f" p{_by(family.padding)}" if family.padding != usual else ""
         name += f"-{_by(family.padding_after)}" if family.padding_after != family.padding else ""

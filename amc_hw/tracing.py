@@ -23,7 +23,7 @@ from amc_hw.models.channel_map import ChannelMap
 from amc_hw.padding import Pads, around, padding_of
 from amc_hw.specs import one_line
 from amc_hw.symbolic import BATCH_NORMS, PERMUTE, Asked, gives, origin, readers, trace_fx
-from profilers.ops import KINDS, SCALAR_KINDS, OpGraph, OpSpec
+from profilers.ops import CONV_KINDS, KINDS, SCALAR_KINDS, OpGraph, OpSpec
 
 ACTIVATION_MODULES: dict[type[nn.Module], str] = {
     nn.ReLU: "relu",
@@ -534,6 +534,8 @@ class _Lowering:
             before, after = ((own[end][0] + pads[end][0], own[end][1] + pads[end][1]) for end in (0, 1))
             if groups == module.in_channels == module.out_channels:  # one channel, too, which pruning may have left
                 kind = "depthwise_conv"
+            elif groups > 1 and module.in_channels == module.out_channels:
+                kind = "grouped_conv"
         self._emit(
             node,
             kind,
@@ -553,7 +555,7 @@ class _Lowering:
             raise UnsupportedOperatorError(f"{name}: a batch-norm without running statistics cannot be folded")
         before = self._only_reader(node)
         op = None if before is None else self.ops[before]
-        folds = ("conv", "depthwise_conv", "linear")
+        folds = (*CONV_KINDS, "linear")
         plain = op is not None and op.op.kind in folds and op.op.activation == "none"
         if op is not None and plain and not op.batch_norm and not self._called_again(op.module, name):
             self.ops[op.name] = replace(op, batch_norm=name)
@@ -591,7 +593,7 @@ class _Lowering:
 
     def _activation(self, node: fx.Node, activation: str) -> None:
         before = self._only_reader(node)
-        fusable = ("conv", "conv_transpose", "depthwise_conv", "linear", "add", "sub", "affine", *SCALAR_KINDS)
+        fusable = (*CONV_KINDS, "conv_transpose", "linear", "add", "sub", "affine", *SCALAR_KINDS)
         if before is not None and self.ops[before].op.activation == "none" and self.ops[before].op.kind in fusable:
             self._same(node)
             self._activate(node, activation)

@@ -20,7 +20,7 @@ from profilers.table import LatencyTable, Measurement
 
 #: What TFLite calls an operator, and the kinds that it may be here: a dense layer is often a convolution of one pixel.
 KINDS: Mapping[str, tuple[str, ...]] = {
-    "CONV_2D": ("conv", "linear"),
+    "CONV_2D": ("conv", "linear", "grouped_conv"),
     "FULLY_CONNECTED": ("linear", "conv"),
     "DEPTHWISE_CONV_2D": ("depthwise_conv",),
     "AVERAGE_POOL_2D": ("global_avg_pool", "avg_pool"),

@@ -24,6 +24,10 @@ ANY_RANK_KINDS = (
 SCALAR_KINDS = ("add_scalar", "mul_scalar")
 #: Operators that subtract a mean and divide by a deviation of the tensor they read, then multiply and add weights.
 NORM_KINDS = ("layer_norm", "group_norm", "instance_norm")
+#: A `depthwise_conv` reads every channel alone, a `grouped_conv` several together that give as many: narrower ones have
+#: fewer groups of the same size. Any other convolution in groups is a `conv`, whose widths nothing changes.
+CONV_KINDS = ("conv", "depthwise_conv", "grouped_conv")
+GROUPED_KINDS = ("depthwise_conv", "grouped_conv")
 #: Operators whose output has the channels of their first input: one axis.
 #: `scale` multiplies an image by one number per channel, its second input (N, C); `affine` multiplies and adds weights
 #: of its own (a batch-norm that nothing folds); `prelu` multiplies what is below zero by a weight per channel;
@@ -33,6 +37,7 @@ NORM_KINDS = ("layer_norm", "group_norm", "instance_norm")
 #: `stride`; `pixel_shuffle` (depth to space, channel by channel) does, too, and takes as many times fewer channels.
 ONE_AXIS_KINDS = (
     "depthwise_conv",
+    "grouped_conv",
     "add",
     "sub",
     "mul",
@@ -75,7 +80,7 @@ class OpSpec:
     padding_end: the padding behind the image, (bottom, right), of a convolution or a `pad`, where that differs from
     `padding`; else ().
     Of a transposed convolution `padding` and `padding_end` are cut off its output.
-    groups: 1, or in_channels for `depthwise_conv`.
+    groups: 1, or in_channels for `depthwise_conv`, or what divides in_channels.
     ceil: the output size of a pooling is rounded up: a last window may reach beyond the padding.
     exclude_pad: an `avg_pool` divides by the pixels of the image in a window, without those of the padding.
     activation: fused into the operator, one of ACTIVATIONS.
@@ -108,7 +113,7 @@ class OpSpec:
         sizes = (*self.in_channels, self.height, self.width, self.out_channels, *self.kernel, *self.stride, self.batch)
         if not self.in_channels or any(not isinstance(size, int) or size < 1 for size in sizes):
             raise ValueError(f"operator sizes must be positive integers: {self}")
-        has_ends = self.kind in ("conv", "depthwise_conv", "conv_transpose", "pad")
+        has_ends = self.kind in (*CONV_KINDS, "conv_transpose", "pad")
         if self.padding_end and (self.padding_end == self.padding or not has_ends):
             raise ValueError(f"padding_end is for convolutions and pads, where it differs from padding: {self}")
         if self.exclude_pad and self.kind != "avg_pool":
@@ -122,6 +127,10 @@ class OpSpec:
             raise ValueError("an activation operator needs an activation")
         if self.kind == "pixel_shuffle" and self.in_channels[0] != self.out_channels * self.stride[0] * self.stride[1]:
             raise ValueError(f"a pixel shuffle makes pixels of all its channels: {self}")
+        if self.kind == "grouped_conv" and (
+            self.in_channels[0] % self.groups or self.out_channels != self.in_channels[0]
+        ):
+            raise ValueError(f"a convolution in groups divides its channels and gives as many: {self}")
         if self.kind == "depthwise_conv" and not self.in_channels[0] == self.out_channels == self.groups:
             raise ValueError(f"a depthwise convolution has as many groups and outputs as inputs: {self}")
 
@@ -148,7 +157,7 @@ class OpSpec:
             return (size - 1) * self.stride[axis] - self.padding[axis] - self.padding_after[axis] + reach
         if self.kind in ("upsample_nearest", "upsample_bilinear", "pixel_shuffle"):
             return size * self.stride[axis]
-        if self.kind not in ("conv", "depthwise_conv", "max_pool", "avg_pool", "pad"):
+        if self.kind not in (*CONV_KINDS, "max_pool", "avg_pool", "pad"):
             return size
         padding = self.padding[axis] + self.padding_after[axis]
         steps, rest = divmod(size + padding - reach, self.stride[axis])
@@ -161,7 +170,7 @@ class OpSpec:
         """Multiply-accumulates of the convolution or matrix product for one image; 0 for the others."""
         if self.kind == "conv_transpose":
             return self.in_channels[0] * self.out_channels * self.kernel[0] * self.kernel[1] * self.height * self.width
-        if self.kind not in ("conv", "depthwise_conv", "linear"):
+        if self.kind not in (*CONV_KINDS, "linear"):
             return 0
         per_output = self.in_channels[0] // self.groups * self.kernel[0] * self.kernel[1]
         return per_output * self.out_channels * self.out_height * self.out_width
@@ -171,7 +180,7 @@ class OpSpec:
         """Weights and one bias per output (what is left of a batch-norm once folded)."""
         if self.kind in ("affine", "prelu", *NORM_KINDS):
             return (1 if self.kind == "prelu" else 2) * self.out_channels
-        if self.kind not in ("conv", "conv_transpose", "depthwise_conv", "linear"):
+        if self.kind not in (*CONV_KINDS, "conv_transpose", "linear"):
             return 0
         return (self.in_channels[0] // self.groups * self.kernel[0] * self.kernel[1] + 1) * self.out_channels
 
@@ -182,10 +191,16 @@ class OpSpec:
             return self.in_channels[0], self.out_channels
         return (sum(self.in_channels) if self.kind == "concat" else self.in_channels[0],)
 
+    @property
+    def step(self) -> int:
+        """Widths are multiples of it: channels of one group of a depthwise or grouped convolution, else 1."""
+        return self.in_channels[0] // self.groups if self.kind in GROUPED_KINDS else 1
+
     def family(self) -> OpSpec:
         """The same operator with its widths taken out: operators of one family interpolate."""
-        # channels in groups keep their widths: a family of one
-        if (self.groups > 1 and self.kind != "depthwise_conv") or self.kind == "pixel_shuffle":
+        if self.kind in GROUPED_KINDS:  # one group
+            return replace(self, in_channels=(self.step,), out_channels=self.step, groups=1)
+        if self.groups > 1 or self.kind == "pixel_shuffle":  # such channels keep their widths: a family of one
             return self
         ones = (1,) * len(self.in_channels)
         return replace(self, in_channels=ones, out_channels=1, groups=1)
@@ -200,7 +215,7 @@ class OpSpec:
             share, count = divmod(channels, len(self.in_channels))
             parts = tuple(share + (index < count) for index in range(len(self.in_channels)))
             return replace(self, in_channels=parts, out_channels=channels)
-        groups = channels if self.kind == "depthwise_conv" else self.groups
+        groups = channels // self.step if self.kind in GROUPED_KINDS else self.groups
         out = channels * self.height * self.width if self.kind == "flatten" else channels
         out = channels // (self.stride[0] * self.stride[1]) if self.kind == "pixel_shuffle" else out
         return replace(self, in_channels=(channels,) * len(self.in_channels), out_channels=out, groups=groups)

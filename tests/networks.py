@@ -25,6 +25,11 @@ class Net(nn.Module):
         return self.function(self, x)
 
 
+def halved(graph: LayerGraph) -> list[int]:
+    """Half the channels of every group, or as near below as its blocks allow; one block at least."""
+    return [max(1, group.width // 2 // group.block) * group.block for group in graph.groups]
+
+
 def frozen_of(graph: LayerGraph) -> dict[str, str]:
     return {frozen.name: frozen.reason for frozen in graph.frozen}
 

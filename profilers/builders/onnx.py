@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from profilers.builders.weights import Weights, checked_weights, map_as_convolution
 from profilers.errors import UnsupportedOperatorError
-from profilers.ops import ANY_RANK_KINDS, SCALAR_KINDS, OpGraph, OpNode, OpSpec
+from profilers.ops import ANY_RANK_KINDS, CONV_KINDS, SCALAR_KINDS, OpGraph, OpNode, OpSpec
 
 OPSET = 17
 #: Read by every ONNX Runtime since 1.14; newer IR versions are refused by the older runtimes that phones have.
@@ -107,7 +107,7 @@ def _emit(writer: _Writer, node: OpNode, weights: Weights, *, leaves: bool) -> N
     arrays = weights.get(name, {})
     result = name if op.activation == "none" else f"{name}/linear"
     window = {"kernel_shape": list(op.kernel), "strides": list(op.stride), "pads": [*op.padding, *op.padding_after]}
-    if op.kind in ("conv", "depthwise_conv"):
+    if op.kind in CONV_KINDS:
         parts = [writer.constant(f"{name}.{part}", arrays[part]) for part in ("weight", "bias")]
         writer.add("Conv", name, inputs + parts, result, **window, dilations=list(op.dilation), group=op.groups)
     elif op.kind == "conv_transpose":

@@ -575,6 +575,7 @@ _EMITTERS: dict[str, Callable[[_Network, OpNode, str, str], None]] = {
     "conv": _conv,
     "conv_transpose": _conv_transpose,
     "depthwise_conv": _conv,
+    "grouped_conv": _conv,
     "channel_map": _channel_map,
     "linear": _linear,
     "add": _elementwise,

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from profilers.builders.weights import Weights, checked_weights
 from profilers.errors import UnsupportedOperatorError
-from profilers.ops import ANY_RANK_KINDS, SCALAR_KINDS, OpGraph, OpNode, OpSpec
+from profilers.ops import ANY_RANK_KINDS, CONV_KINDS, SCALAR_KINDS, OpGraph, OpNode, OpSpec
 
 LABEL = "node "  #: before a node's name: the profiler takes a bare "2.0" for a mangled C++ name, and shortens it
 ACTIVATIONS = {
@@ -93,7 +93,7 @@ class Network(nn.Module):
             return part(which).reshape(-1, 1, 1) if x.dim() == 4 else part(which)
 
         x = inputs[0]
-        if op.kind in ("conv", "depthwise_conv"):
+        if op.kind in CONV_KINDS:
             padding = op.padding
             if op.padding_end:
                 x, padding = _zeros_around(x, op), (0, 0)

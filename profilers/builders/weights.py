@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from profilers.ops import NORM_KINDS, SCALAR_KINDS, OpGraph, OpNode
+from profilers.ops import CONV_KINDS, NORM_KINDS, SCALAR_KINDS, OpGraph, OpNode
 
 #: node name -> {"weight": (O, I/groups, kh, kw), (O, I) or (C,), "bias": (O,), "index": (O,), "start": (), "eps": (),
 #: "value": ()},
@@ -23,7 +23,7 @@ def weight_shapes(node: OpNode) -> dict[str, tuple[int, ...]]:
     `conv_transpose` is (I, O, kh, kw), as in PyTorch.
     """
     op = node.op
-    if op.kind in ("conv", "depthwise_conv"):
+    if op.kind in CONV_KINDS:
         shape = (op.out_channels, op.in_channels[0] // op.groups, *op.kernel)
         return {"weight": shape, "bias": (op.out_channels,)}
     if op.kind == "conv_transpose":

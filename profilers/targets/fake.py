@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from profilers.device import DeviceConfig
-from profilers.ops import OpGraph, OpSpec
+from profilers.ops import GROUPED_KINDS, OpGraph, OpSpec
 from profilers.table import Identity
 from profilers.targets import Network, Probe
 from profilers.timing import TimingPlan
@@ -35,7 +35,7 @@ def op_latency_ms(op: OpSpec, formula: str = "formula") -> float:
     if op.macs == 0:
         return DISPATCH_MS + sum(op.in_channels) * op.height * op.width * 1e-8
     full_in, full_out = (-(-channels // STEP) * STEP for channels in (op.in_channels[0], op.out_channels))
-    share = full_out / op.out_channels * (1 if op.kind == "depthwise_conv" else full_in / op.in_channels[0])
+    share = full_out / op.out_channels * (1 if op.kind in GROUPED_KINDS else full_in / op.in_channels[0])
     slow = 3.0 if op.kind == "depthwise_conv" else 1.0
     return DISPATCH_MS + op.macs * share * slow / MACS_PER_MS
 

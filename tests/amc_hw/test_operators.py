@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from networks import Net, frozen_of, mask_channels
+from networks import Net, frozen_of, halved, mask_channels
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from amc_hw.errors import UnsupportedOperatorError, UserError
 from amc_hw.evaluate import fold_batch_norms
 from amc_hw.export import export_network
-from amc_hw.graph import LayerGraph, build_graph
+from amc_hw.graph import LayerGraph, build_graph, width_grid
 from amc_hw.prune import keep_channels, slice_channels
 from amc_hw.refit import reestimate_batch_norm, refit_faithful
+from amc_hw.resources import macs_model
 
 FORMATS = ["onnx"] + ["tflite"] * (importlib.util.find_spec("ai_edge_litert") is not None)
 
@@ -30,7 +33,7 @@ def half_and_exported(net: nn.Module, image: Tensor, tmp_path: Path) -> LayerGra
             part.running_mean.normal_(0, 0.1)
             part.running_var.uniform_(0.5, 1.5)
     graph = build_graph(net.eval(), tuple(image.shape[1:]))
-    half = [max(1, width // 2) for width in graph.full_widths]
+    half = halved(graph)
     kept = keep_channels(net, graph, half)
     small, masked = slice_channels(net, graph, kept), mask_channels(net, graph, kept)
     with torch.no_grad():
@@ -242,6 +245,75 @@ def test_an_unknown_activation_inside_of_a_norm_is_refused(norm: type[nn.Module]
     net = Net(lambda net, x: net.b(net.n(net.a(x))), a=nn.Conv2d(3, 8, 3), n=norm(8, Tanhed()), b=nn.Conv2d(8, 2, 1))
     with pytest.raises(UnsupportedOperatorError, match="operator Tanhed in n is not supported"):
         build_graph(net.eval(), (3, 7, 7))
+
+
+# Groups
+
+
+def in_groups(groups: int, more: int = 8) -> nn.Module:
+    """A stem of 8 channels, a convolution in groups, a squeeze-and-excite gate, and a sum around all of it."""
+
+    def forward(net, x):
+        x = F.relu(net.stem(x))
+        y = F.relu(net.bn(net.grouped(F.relu(net.widen(x)))))
+        y = y * torch.sigmoid(net.gate(y.mean((2, 3), keepdim=True)))
+        return net.head(x + net.narrow(y))
+
+    parts = dict(stem=nn.Conv2d(3, 8, 1), widen=nn.Conv2d(8, 24, 1), bn=nn.BatchNorm2d(24), gate=nn.Conv2d(24, 24, 1))
+    grouped = nn.Conv2d(24, 24, 3, padding=1, groups=groups, bias=False)
+    return Net(forward, **parts, grouped=grouped, narrow=nn.Conv2d(24, 8, 1), head=nn.Conv2d(8, 2, 1))
+
+
+@pytest.mark.parametrize(("groups", "block"), [(3, 8), (6, 4), (12, 2)])
+def test_convolutions_in_groups_lose_whole_groups(tmp_path: Path, groups: int, block: int) -> None:
+    net = in_groups(groups)
+    graph = half_and_exported(net, torch.randn(8, 3, 7, 7), tmp_path)
+    assert [(group.name, group.block) for group in graph.groups] == [("stem", 1), ("widen", block)]
+    small = slice_channels(net, graph, keep_channels(net, graph, [8, block]))
+    assert (small.grouped.groups, small.grouped.in_channels, small.grouped.out_channels) == (1, block, block)
+    assert small.grouped.weight.shape == (block, block, 3, 3) and small.bn.num_features == block
+    (op,) = (op for op in graph.op_graph([8, 2 * block]).ops if op.kind == "grouped_conv")
+    assert (op.groups, op.out_channels, op.step) == (2, 2 * block, block)
+    assert op.macs == 2 * block * block * 9 * 49 and op.family() == graph.op_graph([8, block]).ops[2].family()
+    grids = [width_grid(group.width, block=group.block) for group in graph.groups]
+    model = macs_model(graph, grids)
+    assert all(model.cost(widths) == graph.macs(widths) for widths in itertools.product(*grids))
+    with pytest.raises(UserError, match=f"width 9 for group widen: it must be a multiple of {block}, the channels of"):
+        graph.checked([8, 9])
+    with pytest.raises(ValueError, match=f"group widen keeps whole blocks of {block} channels"):
+        slice_channels(net, graph, {"widen": np.arange(1, block + 1)})
+
+
+def test_the_groups_that_stay_are_those_of_largest_magnitude() -> None:
+    net = in_groups(6)
+    with torch.no_grad():
+        for reader in (net.narrow, net.gate):
+            reader.weight.fill_(0.1)
+            reader.weight[:, 9] = 1.0  # of the third group
+            reader.weight[:, 20:24] = 0.2
+    kept = keep_channels(net, build_graph(net.eval(), (3, 7, 7)), [8, 8])
+    assert kept["widen"].tolist() == [8, 9, 10, 11, 20, 21, 22, 23]
+
+
+def test_groups_that_lie_across_a_concatenation_are_frozen(tmp_path: Path) -> None:
+    def forward(net, x):
+        return net.c(net.grouped(torch.cat([net.a(x), net.b(x)], 1)))
+
+    def parts(first: int) -> dict[str, nn.Module]:
+        convolutions = dict(a=nn.Conv2d(3, first, 1), b=nn.Conv2d(3, 12 - first, 1), c=nn.Conv2d(12, 2, 1))
+        return convolutions | {"grouped": nn.Conv2d(12, 12, 3, groups=3)}
+
+    graph = half_and_exported(Net(forward, **parts(8)), torch.randn(8, 3, 7, 7), tmp_path)
+    assert [(group.name, group.width, group.block) for group in graph.groups] == [("a", 8, 4), ("b", 4, 4)]
+    graph = build_graph(Net(forward, **parts(6)).eval(), (3, 7, 7))
+    assert frozen_of(graph) == dict.fromkeys("ab", "grouped convolution grouped") | {"c": "network output"}
+
+
+def test_two_sizes_of_groups_go_together_in_their_common_multiple(tmp_path: Path) -> None:
+    parts = dict(a=nn.Conv2d(3, 24, 1), b=nn.Conv2d(24, 24, 3, groups=6), c=nn.Conv2d(24, 24, 3, groups=4))
+    net = Net(lambda net, x: net.d(net.c(net.b(net.a(x)))), **parts, d=nn.Conv2d(24, 2, 1))
+    (group,) = half_and_exported(net, torch.randn(8, 3, 9, 9), tmp_path).groups
+    assert (group.width, group.block) == (24, 12)
 
 
 # Pixels

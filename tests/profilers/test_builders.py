@@ -22,7 +22,7 @@ from profilers.builders import tflite as tflite_builder
 from profilers.builders import torch as torch_builder
 from profilers.builders.weights import Weights, random_weights
 from profilers.errors import DeviceError, UnsupportedOperatorError
-from profilers.ops import ACTIVATIONS, KINDS, OpGraph, OpNode, OpSpec
+from profilers.ops import ACTIVATIONS, CONV_KINDS, KINDS, OpGraph, OpNode, OpSpec
 
 needs_litert = pytest.mark.skipif(importlib.util.find_spec("ai_edge_litert") is None, reason="LiteRT is not installed")
 FILES = [pytest.param(onnx_builder, id="onnx"), pytest.param(tflite_builder, id="tflite", marks=needs_litert)]
@@ -56,7 +56,7 @@ def reference(graph: OpGraph, weights: Weights, inputs: dict[str, np.ndarray]) -
 
 def reference_op(op: OpSpec, inputs: list[torch.Tensor], arrays: dict[str, torch.Tensor]) -> torch.Tensor:
     x = inputs[0]
-    if op.kind in ("conv", "depthwise_conv"):
+    if op.kind in CONV_KINDS:
         spatial = x if x.ndim == 4 else x[:, :, None, None]
         (top, left), (bottom, right) = op.padding, op.padding_after
         spatial = F.pad(spatial, (left, right, top, bottom))
@@ -276,6 +276,7 @@ def test_grouped_convolutions_agree(builder: ModuleType) -> None:
 SMALL_OPS = {
     "conv": window_op("conv", 5, (6, 7), 3),
     "depthwise_conv": window_op("depthwise_conv", 5, (6, 7), 3),
+    "grouped_conv": window_op("grouped_conv", 6, (6, 7), 3, groups=3),
     "add": OpSpec("add", (5, 5), 6, 7, 5),
     "sub": OpSpec("sub", (5, 5), 6, 7, 5),
     "mul": OpSpec("mul", (5, 5), 6, 7, 5),
