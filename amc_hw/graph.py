@@ -18,7 +18,7 @@ from scipy.sparse import coo_array, csgraph
 from torch import Tensor, nn
 
 from amc_hw.errors import UserError
-from amc_hw.symbolic import eval_mode, has_computed_weight, holds_any, shared_tensors
+from amc_hw.symbolic import eval_mode, has_computed_weight, holds_any, own_tensors, shared_tensors
 from amc_hw.tracing import TracedOp, TracedOps, trace_ops
 from profilers.ops import GROUPED_KINDS, PRODUCER_KINDS, SCALAR_KINDS, OpGraph, OpNode, OpSpec
 
@@ -245,6 +245,13 @@ def _whole(module: nn.Module, traced: TracedOps) -> dict[str, str]:
     shared, found = shared_tensors(module), dict[str, str]()
     modules = dict(module.named_modules())
     for op in traced.ops:
+        if op.parameter and op.op.kind == "affine":
+            owner, _, key = str(op.module).rpartition(".")
+            tensor = own_tensors(modules[owner]).get(key) if owner in modules else None
+            if tensor is None:
+                found[op.name] = f"{op.module} is no parameter of the network"
+            elif id(tensor) in shared:
+                found[op.name] = f"{op.module} is shared with another layer"
         for name in (op.module, op.batch_norm):
             if name not in modules:
                 continue
@@ -331,11 +338,10 @@ class _Couplings:
             for source in op.inputs[1:]:
                 self._ties.append((out, self.labels[source]))
             if kind == "grouped_conv":
-                self._blocks.append((op, out))
+                self._blocks.append((op, first))
+                out = np.repeat(first, op.op.out_channels // len(first))
             if kind in ("layer_norm", "group_norm", "softmax", "log_softmax"):
                 self._fix(out, f"normalised together at {op.name}")
-            elif kind == "affine" and op.parameter:
-                self._fix(out, f"scaled by the parameter {op.module}")
         for module in (None if kind in PRODUCER_KINDS or _is_one_for_all(op) else op.module, op.batch_norm):
             if module is not None:
                 self._reads(module, "through", out)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -37,8 +38,10 @@ def channel_magnitudes(module: nn.Module, graph: LayerGraph) -> dict[str, np.nda
     for group in graph.groups:
         total = np.zeros(group.width)
         for member in group.members:
+            if member.role != "consumer":
+                continue
             reader = module.get_submodule(member.module)
-            if member.role != "consumer" or isinstance(reader, ChannelMap):
+            if isinstance(reader, ChannelMap):
                 continue
             weight = oriented_weight(reader, member.module)  # (out, in) or (out, in, kh, kw)
             per_position = weight.abs().transpose(0, 1).flatten(1).sum(1, dtype=torch.float64).cpu().numpy()
@@ -107,15 +110,20 @@ def kept_axes(graph: LayerGraph, kept: Kept) -> dict[str, KeptAxes]:
 def slice_channels(module: nn.Module, graph: LayerGraph, kept: Kept) -> nn.Module:
     """A smaller copy without the removed channels; `module` is left as it is, and shares nothing with the copy.
 
-    Convolutions, linear layers, depthwise convolutions, batch-norms (running statistics too) and `ChannelMap`s are
+    Convolutions, linear layers, batch-norms (running statistics too), gains and `ChannelMap`s are
     sliced, and their attributes (`in_channels`, `num_features`, ...) say so. Sizes written into the network's own
     forward() are not. Raises UserError where a weight is shared between layers, or not a plain parameter.
     """
     shared = shared_tensors(module)
     smaller: dict[int, Any] = {}  # what deepcopy takes in place of a copy, by id
     attributes: dict[str, dict[str, int]] = {}
+    modules = dict(module.named_modules())
     for name, axes in kept_axes(graph, kept).items():
-        part = module.get_submodule(name)
+        if name not in modules:
+            gain = attrgetter(name)(module)
+            smaller[id(gain)] = _like(gain, gain.index_select(int(np.argmax(gain.shape)), _index(axes.out, gain)))
+            continue
+        part = modules[name]
         if isinstance(part, ChannelMap):
             smaller[id(part)] = _sliced_map(part, axes)
             continue
@@ -133,14 +141,19 @@ def slice_channels(module: nn.Module, graph: LayerGraph, kept: Kept) -> nn.Modul
                 sliced = sliced.index_select(1 if turned else 0, _index(axes.out, tensor))
             elif axes.into is None or key != "weight":
                 continue
-            parameter = isinstance(tensor, nn.Parameter)
-            smaller[id(tensor)] = nn.Parameter(sliced, tensor.requires_grad) if parameter else sliced
+            smaller[id(tensor)] = _like(tensor, sliced)
     copied = copy.deepcopy(module, smaller)
     for name, values in attributes.items():
         part = copied.get_submodule(name)
         for attribute, value in values.items():
             setattr(part, attribute, value)
     return copied
+
+
+def _like(tensor: Tensor, sliced: Tensor) -> Tensor:
+    """What was cut out of a tensor, a parameter where that is one."""
+    sliced = sliced.detach()
+    return nn.Parameter(sliced, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else sliced
 
 
 def _sliced_attributes(part: nn.Module, name: str, axes: KeptAxes) -> dict[str, int]:
@@ -155,8 +168,9 @@ def _sliced_attributes(part: nn.Module, name: str, axes: KeptAxes) -> dict[str, 
         sizes = {"in_features": into, "out_features": out}
     elif isinstance(part, nn.Conv2d | nn.ConvTranspose2d) and part.groups == 1:
         sizes = {"in_channels": into, "out_channels": out}
-    elif isinstance(part, nn.Conv2d) and part.in_channels == part.out_channels and out is not None:
-        sizes = {"in_channels": out, "out_channels": out, "groups": out * part.groups // part.in_channels}
+    elif isinstance(part, nn.Conv2d) and out is not None and part.out_channels % part.in_channels == 0:
+        groups = out * part.groups // part.out_channels
+        sizes = {"in_channels": groups * (part.in_channels // part.groups), "out_channels": out, "groups": groups}
     else:
         raise UserError(f"{name}: a {type(part).__name__} with these options cannot be sliced")
     if not isinstance(part, nn.modules.batchnorm._NormBase):
@@ -190,5 +204,6 @@ def oriented_weight(part: nn.Module, name: str) -> Tensor:
     return weight.transpose(0, 1) if isinstance(part, nn.ConvTranspose2d) else weight
 
 
-def _index(positions: np.ndarray, like: Tensor) -> Tensor:
+def _index(positions: np.ndarray | None, like: Tensor) -> Tensor:
+    assert positions is not None
     return torch.from_numpy(positions).to(like.device)

@@ -162,7 +162,7 @@ def refit_faithful(
                 out = axes.get(str(node.target), KeptAxes()).out
                 channels = None if out is None else torch.from_numpy(out)
                 _fit(run, node, channels, rows=rows_per_layer, generator=generator, ridge=ridge)
-            run.pruned(node, touched=node.op == "call_module" and str(node.target) in touched)
+            run.pruned(node, touched=node.op in ("call_module", "get_attr") and str(node.target) in touched)
 
 
 class _Lockstep:

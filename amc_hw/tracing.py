@@ -220,6 +220,7 @@ class _Lowering:
         self.halved: dict[fx.Node, tuple[fx.Node, int]] = {}  # mean over one side: the image, dimension of the other
         self.padded: dict[fx.Node, tuple[fx.Node, Pads]] = {}  # zero-padded: the image, what is around it
         self.parameters: dict[fx.Node, str] = {}
+        self.rigid: set[fx.Node] = set()  # of those, that the network's code gives a shape of so many channels
         self.fixed: dict[str, str] = {}
         self.outputs: list[str] = []
         self.input_shapes: dict[str, tuple[int, ...]] = {}
@@ -360,7 +361,7 @@ class _Lowering:
         if "tensor_meta" not in node.meta:
             return  # computed of sizes: no tensor
         if node.all_input_nodes and node.all_input_nodes[0] in self.parameters and target in SAME_NUMBERS:
-            self.parameters[node] = self.parameters[node.all_input_nodes[0]]
+            self._reshaped_parameter(node)
         elif node.all_input_nodes and node.all_input_nodes[0] in self.apart:
             self._shuffled(node)
         elif target in ACTIVATION_FUNCTIONS:
@@ -534,7 +535,7 @@ class _Lowering:
             before, after = ((own[end][0] + pads[end][0], own[end][1] + pads[end][1]) for end in (0, 1))
             if groups == module.in_channels == module.out_channels:  # one channel, too, which pruning may have left
                 kind = "depthwise_conv"
-            elif groups > 1 and module.in_channels == module.out_channels:
+            elif groups > 1 and module.out_channels % module.in_channels == 0:
                 kind = "grouped_conv"
         self._emit(
             node,
@@ -682,6 +683,13 @@ class _Lowering:
             raise self._unsupported(node)
         self._emit(node, "scale", sources=tensors)
 
+    def _reshaped_parameter(self, node: fx.Node) -> None:
+        source = node.all_input_nodes[0]
+        self.parameters[node] = self.parameters[source]
+        counted = node.target in RESHAPES and any(isinstance(size, int) and size > 1 for size in self._listed(node))
+        if counted or source in self.rigid:
+            self.rigid.add(node)
+
     def _and_parameter(self, node: fx.Node, kind: str, source: fx.Node, parameter: fx.Node) -> None:
         """A product with a parameter of one number per channel; either with one of a single number."""
         shape, channels = _shape(parameter), self._image(source)[0]
@@ -692,6 +700,8 @@ class _Lowering:
             self._emit(node, f"{kind}_scalar", sources=[source], module=name, parameter=True)
         elif kind == "mul" and shape in per_channel:
             self._emit(node, "affine", sources=[source], module=name, parameter=True)
+            if parameter in self.rigid:
+                self.fixed[self.value[node]] = f"{name} is reshaped to {channels} channels"
         else:
             raise self._unsupported(node)
 
@@ -724,6 +734,9 @@ class _Lowering:
         first, _, step = keys[1].indices(self._image(source)[0])
         if step != 1 or source in self.last:
             raise self._unsupported(node)
+        if out[1] == self._image(source)[0]:  # of fewer channels it is all of them, too
+            self._same(node)
+            return
         self._emit(node, "slice", sources=[source], out_channels=out[1], start=first)
 
     def _shuffled(self, node: fx.Node) -> None:

@@ -24,8 +24,9 @@ ANY_RANK_KINDS = (
 SCALAR_KINDS = ("add_scalar", "mul_scalar")
 #: Operators that subtract a mean and divide by a deviation of the tensor they read, then multiply and add weights.
 NORM_KINDS = ("layer_norm", "group_norm", "instance_norm")
-#: A `depthwise_conv` reads every channel alone, a `grouped_conv` several together that give as many: narrower ones have
-#: fewer groups of the same size. Any other convolution in groups is a `conv`, whose widths nothing changes.
+#: A `depthwise_conv` reads every channel alone and gives as many, a `grouped_conv` some together that give as many or a
+#: whole multiple: narrower ones have fewer groups of the same size. Any other convolution in groups is a `conv`, whose
+#: widths nothing changes.
 CONV_KINDS = ("conv", "depthwise_conv", "grouped_conv")
 GROUPED_KINDS = ("depthwise_conv", "grouped_conv")
 #: Operators whose output has the channels of their first input: one axis.
@@ -128,9 +129,9 @@ class OpSpec:
         if self.kind == "pixel_shuffle" and self.in_channels[0] != self.out_channels * self.stride[0] * self.stride[1]:
             raise ValueError(f"a pixel shuffle makes pixels of all its channels: {self}")
         if self.kind == "grouped_conv" and (
-            self.in_channels[0] % self.groups or self.out_channels != self.in_channels[0]
+            self.in_channels[0] % self.groups or self.out_channels % self.in_channels[0]
         ):
-            raise ValueError(f"a convolution in groups divides its channels and gives as many: {self}")
+            raise ValueError(f"a convolution in groups divides its channels and gives a multiple of them: {self}")
         if self.kind == "depthwise_conv" and not self.in_channels[0] == self.out_channels == self.groups:
             raise ValueError(f"a depthwise convolution has as many groups and outputs as inputs: {self}")
 
@@ -199,7 +200,7 @@ class OpSpec:
     def family(self) -> OpSpec:
         """The same operator with its widths taken out: operators of one family interpolate."""
         if self.kind in GROUPED_KINDS:  # one group
-            return replace(self, in_channels=(self.step,), out_channels=self.step, groups=1)
+            return replace(self, in_channels=(self.step,), out_channels=self.out_channels // self.groups, groups=1)
         if self.groups > 1 or self.kind == "pixel_shuffle":  # such channels keep their widths: a family of one
             return self
         ones = (1,) * len(self.in_channels)
@@ -218,6 +219,7 @@ class OpSpec:
         groups = channels // self.step if self.kind in GROUPED_KINDS else self.groups
         out = channels * self.height * self.width if self.kind == "flatten" else channels
         out = channels // (self.stride[0] * self.stride[1]) if self.kind == "pixel_shuffle" else out
+        out = channels * self.out_channels // self.in_channels[0] if self.kind == "grouped_conv" else out
         return replace(self, in_channels=(channels,) * len(self.in_channels), out_channels=out, groups=groups)
 
     def to_json(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from profilers.builders.weights import Weights, checked_weights, map_as_convolution
 from profilers.errors import DeviceError, UnsupportedOperatorError
-from profilers.ops import OpGraph, OpNode, OpSpec
+from profilers.ops import GROUPED_KINDS, OpGraph, OpNode, OpSpec
 
 SCHEMA_VERSION = 3
 SIGNATURE = "serving_default"  #: under which inputs and outputs go by name
@@ -293,9 +293,9 @@ def _conv(network: _Network, node: OpNode, output: str, activation: str) -> None
     source, window = _padded(network, node)
     window |= {"dilationHFactor": op.dilation[0], "dilationWFactor": op.dilation[1]}
     bias = writer.constant(f"{node.name}.bias", arrays["bias"])
-    if op.kind == "depthwise_conv":  # (C, 1, kh, kw) -> (1, kh, kw, C)
+    if op.kind in GROUPED_KINDS and op.step == 1:  # (O, 1, kh, kw) -> (1, kh, kw, O)
         weight = writer.constant(f"{node.name}.weight", arrays["weight"].transpose(1, 2, 3, 0))
-        options = writer.fusing("DepthwiseConv2DOptions", fused, depthMultiplier=1, **window)
+        options = writer.fusing("DepthwiseConv2DOptions", fused, depthMultiplier=op.out_channels // op.groups, **window)
         code, version = "DEPTHWISE_CONV_2D", 1 if op.dilation == (1, 1) else 2
     else:  # (O, I/groups, kh, kw) -> (O, kh, kw, I/groups)
         weight = writer.constant(f"{node.name}.weight", arrays["weight"].transpose(0, 2, 3, 1))

@@ -19,7 +19,7 @@ from amc_hw.export import export_network
 from amc_hw.graph import LayerGraph, build_graph, width_grid
 from amc_hw.prune import keep_channels, slice_channels
 from amc_hw.refit import reestimate_batch_norm, refit_faithful
-from amc_hw.resources import macs_model
+from amc_hw.resources import macs_model, params_model
 
 FORMATS = ["onnx"] + ["tflite"] * (importlib.util.find_spec("ai_edge_litert") is not None)
 
@@ -141,7 +141,40 @@ def test_a_gain_per_channel_may_be_given_its_shape_on_the_way(tmp_path: Path, sh
     net = Net(forward, a=nn.Conv2d(3, 4, 1), b=nn.Conv2d(4, 6, 1), c=nn.Conv2d(6, 2, 1))
     net.gain = nn.Parameter(torch.rand(4) + 0.5)
     graph = half_and_exported(net, torch.randn(4, 3, 5, 5), tmp_path)
-    assert frozen_of(graph)["a"] == "scaled by the parameter gain" and kinds(graph)[1] == "affine"
+    assert [group.name for group in graph.groups] == ["a"] and kinds(graph)[1] == "affine"
+    assert slice_channels(net, graph, keep_channels(net, graph, [3])).gain.shape == (3,)
+
+
+def test_gains_that_cannot_be_cut_keep_their_channels(tmp_path: Path) -> None:
+    def forward(net, x):
+        x = net.b(net.a(x) * net.gain.view(1, 4, 1, 1))
+        return net.d(net.c(x * net.other) * net.part.other)
+
+    parts = dict(a=nn.Conv2d(3, 4, 1), b=nn.Conv2d(4, 6, 1), c=nn.Conv2d(6, 6, 1), d=nn.Conv2d(6, 2, 1))
+    net = Net(forward, **parts, part=nn.Identity())
+    net.gain, net.other = nn.Parameter(torch.rand(4) + 0.5), nn.Parameter(torch.rand(1, 6, 1, 1))
+    net.part.other = net.other
+    graph = half_and_exported(net, torch.randn(4, 3, 5, 5), tmp_path)
+    assert frozen_of(graph)["a"] == "gain is reshaped to 4 channels"
+    assert frozen_of(graph)["b"] == "other is shared with another layer" and graph.groups == ()
+
+
+@pytest.mark.parametrize("times", [2, 3])
+@pytest.mark.parametrize("groups", [3, 12])
+def test_convolutions_in_groups_may_widen(tmp_path: Path, times: int, groups: int) -> None:
+    """Depthwise with a multiplier, too, as in FastViT."""
+    parts = dict(a=nn.Conv2d(3, 12, 1), g=nn.Conv2d(12, 12 * times, 3, groups=groups), bn=nn.BatchNorm2d(12 * times))
+    net = Net(lambda net, x: net.b(F.relu(net.bn(net.g(net.a(x))))), **parts, b=nn.Conv2d(12 * times, 2, 1))
+    graph = half_and_exported(net, torch.randn(8, 3, 7, 7), tmp_path)
+    block = 12 // groups
+    assert [(group.name, group.width, group.block) for group in graph.groups] == [("a", 12, block)]
+    (_, op, _) = graph.op_graph([2 * block]).ops
+    assert (op.kind, op.groups, op.in_channels, op.out_channels) == ("grouped_conv", 2, (2 * block,), 2 * block * times)
+    grid = width_grid(12, block=block)
+    model = macs_model(graph, [grid])
+    assert all(model.cost((width,)) == graph.macs((width,)) for width in grid)
+    assert params_model(graph, [grid]).cost(grid[:1]) == graph.params(grid[:1])
+    assert op.family().with_axes((block,)) == op.family()
 
 
 # Norms
@@ -314,6 +347,18 @@ def test_two_sizes_of_groups_go_together_in_their_common_multiple(tmp_path: Path
     net = Net(lambda net, x: net.d(net.c(net.b(net.a(x)))), **parts, d=nn.Conv2d(24, 2, 1))
     (group,) = half_and_exported(net, torch.randn(8, 3, 9, 9), tmp_path).groups
     assert (group.width, group.block) == (24, 12)
+
+
+def test_a_slice_of_all_channels_is_none(tmp_path: Path) -> None:
+    """A ghost module, Han et al., CVPR 2020: as many channels of the concatenation as are wanted."""
+
+    def forward(net, x):
+        x = net.a(x)
+        return net.c(torch.cat([x, net.cheap(x)], 1)[:, :16])
+
+    parts = dict(a=nn.Conv2d(3, 8, 1), cheap=nn.Conv2d(8, 8, 3, padding=1, groups=8), c=nn.Conv2d(16, 2, 1))
+    graph = half_and_exported(Net(forward, **parts), torch.randn(4, 3, 5, 5), tmp_path)
+    assert [group.name for group in graph.groups] == ["a"] and "slice" not in kinds(graph)
 
 
 # Pixels
