@@ -362,21 +362,29 @@ class _Couplings:
         found: list[ChannelGroup] = []
         frozen: list[FrozenGroup] = []
         for producers in self._tied():
-            name, roots = producers[0], self._roots[self._producers[producers[0]]]
-            index = {root: channel for channel, root in enumerate(roots.tolist())}
-            members = [Member(module, "producer", np.arange(len(roots))) for module in producers]
+            roots = {module: self._roots[self._producers[module]].tolist() for module in producers}
+            every = set().union(*roots.values())
+            # named after the first that has every channel once: others may have each several times
+            name = next(
+                (module for module, own in roots.items() if len(own) == len(every) == len(set(own))), producers[0]
+            )
+            index = {root: channel for channel, root in enumerate(roots[name])}
+            members = [
+                Member(each, "producer", np.array([index.get(r, -1) for r in own])) for each, own in roots.items()
+            ]
             for (module, role), labels in self._readers.items():
                 of = np.array([index.get(root, -1) for root in self._roots[labels].tolist()])
                 if (of >= 0).any():
                     members.append(Member(module, role, of))
             members.sort(key=lambda member: (order.get(member.module, len(order)), member.role))
             block, unaligned = self._block(index)
-            why = self._reason(producers, members, fixed, keep) or unaligned
+            why = self._reason(roots, index, members, fixed, keep) or unaligned
             if why is None:
                 self._group_of |= dict.fromkeys(index, len(found))
-                found.append(ChannelGroup(name, len(roots), tuple(members), block))
+                found.append(ChannelGroup(name, len(index), tuple(members), block))
             else:
-                frozen.append(FrozenGroup(name, len(roots), why, tuple(member.module for member in members)))
+                modules = tuple(member.module for member in members)
+                frozen.append(FrozenGroup(producers[0], len(roots[producers[0]]), why, modules))
         return tuple(found), tuple(frozen)
 
     def _block(self, index: Mapping[int, int]) -> tuple[int, str | None]:
@@ -396,19 +404,25 @@ class _Couplings:
         return block, None
 
     def _reason(
-        self, producers: Sequence[str], members: Sequence[Member], fixed: Mapping[int, str], keep: Sequence[str]
+        self,
+        roots: Mapping[str, Sequence[int]],
+        index: Mapping[int, int],
+        members: Sequence[Member],
+        fixed: Mapping[int, str],
+        keep: Sequence[str],
     ) -> str | None:
-        """Why a group cannot be pruned; None where it can."""
-        roots = [self._roots[self._producers[module]].tolist() for module in producers]
-        for root in (root for each in roots for root in each):
+        """Why a group cannot be pruned; None where it can. roots: of every producer's channels."""
+        for root in (root for own in roots.values() for root in own):
             if root in fixed:
                 return "added to the network's input" if fixed[root] == "network input" else fixed[root]
         if not any(member.role == "consumer" for member in members):
             return "nothing reads these channels through a weight"
         if any(_named_by(member.module, pattern) for member in members for pattern in keep):
             return "kept by request"
-        if any(each != roots[0] for each in roots) or len(set(roots[0])) < len(roots[0]):
-            return f"tied only in part to {producers[-1]}"
+        for own in roots.values():
+            times = Counter(own)
+            if times.keys() != index.keys() or len(set(times.values())) > 1:
+                return f"tied only in part to {list(roots)[-1]}"
         return None
 
     def _tied(self) -> list[list[str]]:

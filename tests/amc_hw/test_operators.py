@@ -361,6 +361,33 @@ def test_a_slice_of_all_channels_is_none(tmp_path: Path) -> None:
     assert [group.name for group in graph.groups] == ["a"] and "slice" not in kinds(graph)
 
 
+def test_channels_that_others_have_several_times_over_go_with_them(tmp_path: Path) -> None:
+    """Ghost modules in a residual network: what is added to [x, cheap(x)] keeps its channels in pairs."""
+
+    def forward(net, x):
+        x = F.relu(net.stem(x))
+        y = net.ghost(x)
+        x = x + torch.cat([y, net.cheap(y)], 1)
+        return net.head(net.after(x) * torch.sigmoid(net.gate(x.mean((2, 3), keepdim=True))))
+
+    parts = dict(stem=nn.Conv2d(3, 16, 1), ghost=nn.Conv2d(16, 8, 1), cheap=nn.Conv2d(8, 8, 3, padding=1, groups=8))
+    more = dict(after=nn.Conv2d(16, 12, 1), gate=nn.Conv2d(16, 12, 1), head=nn.Conv2d(12, 2, 1))
+    net = Net(forward, **parts, **more)
+    graph = half_and_exported(net, torch.randn(8, 3, 7, 7), tmp_path)
+    assert [(group.name, group.width) for group in graph.groups] == [("ghost", 8), ("after", 12)]
+    producers = {
+        member.module: member.channel_of.tolist() for member in graph.groups[0].members if member.role == "producer"
+    }
+    assert producers == {"stem": [*range(8), *range(8)], "ghost": list(range(8))}
+    small = slice_channels(net, graph, {"ghost": np.array([1, 6])})
+    assert (small.stem.out_channels, small.ghost.in_channels, small.ghost.out_channels) == (4, 4, 2)
+    torch.testing.assert_close(small.stem.weight, net.stem.weight[[1, 6, 9, 14]])
+    grids = [width_grid(group.width) for group in graph.groups]
+    macs, params = macs_model(graph, grids), params_model(graph, grids)
+    for widths in itertools.product(*grids):
+        assert (macs.cost(widths), params.cost(widths)) == (graph.macs(widths), graph.params(widths))
+
+
 # Pixels
 
 
