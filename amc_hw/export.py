@@ -38,8 +38,8 @@ def folded_weights(module: nn.Module, graph: LayerGraph) -> dict[str, dict[str, 
     """
     weights: dict[str, dict[str, np.ndarray]] = {}
     for layer in graph.layers:
-        if layer.op.kind == "slice":
-            weights[layer.name] = {"start": np.array(layer.start)}
+        if layer.op.kind in ("slice", "chunk"):
+            weights[layer.name] = {"start" if layer.op.kind == "slice" else "part": np.array(layer.start)}
         elif layer.op.kind == "prelu":
             named = layer.module and (layer.module if layer.parameter else f"{layer.module}.weight")
             slope = attrgetter(named)(module) if named else torch.tensor([layer.number])

@@ -329,6 +329,10 @@ class _Couplings:
             out = np.concatenate([self.labels[source] for source in op.inputs])
         elif kind == "flatten":
             out = np.repeat(first, op.op.height * op.op.width)
+        elif kind == "chunk":
+            parts = first.reshape(op.op.groups, -1)
+            self._ties += [(parts[0], part) for part in parts[1:]]
+            out = parts[op.start]
         elif kind in ("slice", "shuffle", "pixel_shuffle"):
             out = first[op.start : op.start + op.op.out_channels] if kind == "slice" else first
             out = first[:: op.op.stride[0] * op.op.stride[1]] if kind == "pixel_shuffle" else out
@@ -364,11 +368,11 @@ class _Couplings:
         for producers in self._tied():
             roots = {module: self._roots[self._producers[module]].tolist() for module in producers}
             every = set().union(*roots.values())
-            # named after the first that has every channel once: others may have each several times
+            # named after the first that has every channel once, if there is one: others have each several times
             name = next(
                 (module for module, own in roots.items() if len(own) == len(every) == len(set(own))), producers[0]
             )
-            index = {root: channel for channel, root in enumerate(roots[name])}
+            index = {root: channel for channel, root in enumerate(dict.fromkeys(roots[name]))}
             members = [
                 Member(each, "producer", np.array([index.get(r, -1) for r in own])) for each, own in roots.items()
             ]

@@ -91,8 +91,8 @@ class TracedOp:
     """An operator with the modules it came from; `inputs` are names of earlier ones or of the network's inputs.
 
     module: dotted name of the module that holds the weights, or of a `parameter` that is read as it is.
-    start: a slice's first channel. number: the slope of a `prelu` without weights, what a scalar operator without a
-    parameter adds or multiplies by.
+    start: a slice's first channel, a chunk's number. number: the slope of a `prelu` without weights, what a scalar
+    operator without a parameter adds or multiplies by.
     """
 
     name: str
@@ -725,6 +725,10 @@ class _Lowering:
             raise self._unsupported(node)
         if isinstance(key, int) and source.target in (torch.chunk, "chunk", torch.split, "split"):
             tensor, sizes = source.all_input_nodes[0], [meta.shape[1] for meta in source.meta["tensor_meta"]]
+            if source.target in (torch.chunk, "chunk") and len(set(sizes)) == 1:
+                part = {"groups": len(sizes), "start": key % len(sizes)}
+                self._emit(node, "chunk", sources=[tensor], out_channels=out[1], **part)
+                return
             self._emit(node, "slice", sources=[tensor], out_channels=out[1], start=sum(sizes[:key]))
             return
         whole = slice(None, None, None)

@@ -18,7 +18,7 @@ TWO_AXIS_KINDS = ("conv", "conv_transpose", "linear", "channel_map", "slice")
 #: Operators that work on vectors (N, C) as they do on images (N, C, H, W).
 ANY_RANK_KINDS = (
     *("add", "sub", "mul", "scale", "add_scalar", "mul_scalar", "concat", "activation", "affine", "prelu"),
-    *("layer_norm", "softmax", "log_softmax", "slice"),
+    *("layer_norm", "softmax", "log_softmax", "slice", "chunk"),
 )
 #: Operators with one number of their own for the whole tensor.
 SCALAR_KINDS = ("add_scalar", "mul_scalar")
@@ -34,8 +34,9 @@ GROUPED_KINDS = ("depthwise_conv", "grouped_conv")
 #: of its own (a batch-norm that nothing folds); `prelu` multiplies what is below zero by a weight per channel;
 #: `layer_norm`, `softmax` and `log_softmax` normalise over the channels at every position, `group_norm` over each of
 #: `groups` groups of channels, `instance_norm` over every channel alone;
-#: `pad` puts zeros around an image; `shuffle` interleaves `groups` groups of channels; `upsample_*` enlarge by
-#: `stride`; `pixel_shuffle` (depth to space, channel by channel) does, too, and takes as many times fewer channels.
+#: `chunk` gives one of `groups` equal runs of its input's channels; `pad` puts zeros around an image; `shuffle`
+#: interleaves `groups` groups of channels; `upsample_*` enlarge by `stride`; `pixel_shuffle` (depth to space, channel
+#: by channel) does, too, and takes as many times fewer channels.
 ONE_AXIS_KINDS = (
     "depthwise_conv",
     "grouped_conv",
@@ -58,6 +59,7 @@ ONE_AXIS_KINDS = (
     "global_avg_pool",
     "upsample_nearest",
     "upsample_bilinear",
+    "chunk",
     "pad",
     "shuffle",
     "pixel_shuffle",
@@ -132,6 +134,8 @@ class OpSpec:
             self.in_channels[0] % self.groups or self.out_channels % self.in_channels[0]
         ):
             raise ValueError(f"a convolution in groups divides its channels and gives a multiple of them: {self}")
+        if self.kind == "chunk" and self.in_channels[0] != self.out_channels * self.groups:
+            raise ValueError(f"a chunk is one of equal parts: {self}")
         if self.kind == "depthwise_conv" and not self.in_channels[0] == self.out_channels == self.groups:
             raise ValueError(f"a depthwise convolution has as many groups and outputs as inputs: {self}")
 
@@ -194,13 +198,18 @@ class OpSpec:
 
     @property
     def step(self) -> int:
-        """Widths are multiples of it: channels of one group of a depthwise or grouped convolution, else 1."""
+        """Widths are multiples of it: channels of one group of a depthwise or grouped convolution, the parts of a
+        `chunk`, else 1."""
+        if self.kind == "chunk":
+            return self.groups
         return self.in_channels[0] // self.groups if self.kind in GROUPED_KINDS else 1
 
     def family(self) -> OpSpec:
         """The same operator with its widths taken out: operators of one family interpolate."""
         if self.kind in GROUPED_KINDS:  # one group
             return replace(self, in_channels=(self.step,), out_channels=self.out_channels // self.groups, groups=1)
+        if self.kind == "chunk":
+            return replace(self, in_channels=(self.groups,), out_channels=1)
         if self.groups > 1 or self.kind == "pixel_shuffle":  # such channels keep their widths: a family of one
             return self
         ones = (1,) * len(self.in_channels)
@@ -219,7 +228,7 @@ class OpSpec:
         groups = channels // self.step if self.kind in GROUPED_KINDS else self.groups
         out = channels * self.height * self.width if self.kind == "flatten" else channels
         out = channels // (self.stride[0] * self.stride[1]) if self.kind == "pixel_shuffle" else out
-        out = channels * self.out_channels // self.in_channels[0] if self.kind == "grouped_conv" else out
+        out = channels * self.out_channels // self.in_channels[0] if self.kind in ("grouped_conv", "chunk") else out
         return replace(self, in_channels=(channels,) * len(self.in_channels), out_channels=out, groups=groups)
 
     def to_json(self) -> dict[str, Any]:

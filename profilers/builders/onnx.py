@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from profilers.builders.weights import Weights, checked_weights, map_as_convolution
+from profilers.builders.weights import Weights, checked_weights, first_channel, map_as_convolution
 from profilers.errors import UnsupportedOperatorError
 from profilers.ops import ANY_RANK_KINDS, CONV_KINDS, SCALAR_KINDS, OpGraph, OpNode, OpSpec
 
@@ -143,8 +143,8 @@ def _emit(writer: _Writer, node: OpNode, weights: Weights, *, leaves: bool) -> N
     elif op.kind == "instance_norm":
         parts = [writer.constant(f"{name}.{part}", arrays[part]) for part in _AFFINE]
         writer.add("InstanceNormalization", name, [*inputs, *parts], result, epsilon=float(arrays["eps"]))
-    elif op.kind == "slice":
-        first = int(arrays["start"])
+    elif op.kind in ("slice", "chunk"):
+        first = first_channel(op, arrays)
         ends = [("starts", first), ("ends", first + op.out_channels), ("axes", 1)]
         where = [writer.constant(f"{name}/{key}", np.array([value], np.int64)) for key, value in ends]
         writer.add("Slice", name, inputs + where, result)

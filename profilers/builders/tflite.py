@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from profilers.builders.weights import Weights, checked_weights, map_as_convolution
+from profilers.builders.weights import Weights, checked_weights, first_channel, map_as_convolution
 from profilers.errors import DeviceError, UnsupportedOperatorError
 from profilers.ops import GROUPED_KINDS, OpGraph, OpNode, OpSpec
 
@@ -24,19 +24,8 @@ _FUSED = {"none": "NONE", "relu": "RELU", "relu6": "RELU6"}
 _ACTIVATION_OPS = {"relu": "RELU", "relu6": "RELU6", "hardswish": "HARD_SWISH", "sigmoid": "LOGISTIC", "tanh": "TANH"}
 #: Kinds whose TFLite operator fuses no activation. (CONCATENATION has the field; XNNPACK ignores what it says.)
 _UNFUSED_KINDS = (
-    *(
-        "concat",
-        "global_avg_pool",
-        "pad",
-        "flatten",
-        "slice",
-        "shuffle",
-        "pixel_shuffle",
-        "prelu",
-        "softmax",
-        "log_softmax",
-    ),
-    *("upsample_nearest", "upsample_bilinear"),
+    *("concat", "global_avg_pool", "pad", "flatten", "slice", "chunk", "shuffle", "pixel_shuffle", "prelu", "softmax"),
+    *("log_softmax", "upsample_nearest", "upsample_bilinear"),
 )
 _NEVER_NEGATIVE = ("relu", "relu6", "sigmoid", "hardsigmoid")
 
@@ -430,7 +419,7 @@ def _log_softmax(network: _Network, node: OpNode, output: str, activation: str) 
 def _slice(network: _Network, node: OpNode, output: str, activation: str) -> None:
     writer, (source,) = network.writer, node.inputs
     *rest, _ = writer.shapes[source]
-    begin = np.array([*(0 for _ in rest), int(network.weights[node.name]["start"])])
+    begin = np.array([*(0 for _ in rest), first_channel(node.op, network.weights[node.name])])
     size = np.array([*rest, node.op.out_channels])
     where = [writer.constant(f"{node.name}/{k}", v, dtype="INT32") for k, v in (("begin", begin), ("size", size))]
     writer.operator("SLICE", [source, *where], output, (*rest, node.op.out_channels))
@@ -592,6 +581,7 @@ _EMITTERS: dict[str, Callable[[_Network, OpNode, str, str], None]] = {
     "softmax": _softmax,
     "log_softmax": _log_softmax,
     "slice": _slice,
+    "chunk": _slice,
     "pad": _pad,
     "shuffle": _shuffle,
     "pixel_shuffle": _pixel_shuffle,

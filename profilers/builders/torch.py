@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from profilers.builders.weights import Weights, checked_weights
+from profilers.builders.weights import Weights, checked_weights, first_channel
 from profilers.errors import UnsupportedOperatorError
 from profilers.ops import ANY_RANK_KINDS, CONV_KINDS, SCALAR_KINDS, OpGraph, OpNode, OpSpec
 
@@ -34,6 +34,7 @@ class Network(nn.Module):
         super().__init__()
         checked_weights(graph, weights)
         self.graph, self.labelled = graph, labelled
+        self.starts: dict[str, int] = {}  # of nodes that read a run of channels
         self.numbers: dict[str, float] = {}  # of nodes that have them, by buffer name
         self.vectors = {name for name, shape in graph.inputs.items() if len(shape) == 1}
         last = {source: node.name for node in graph.nodes for source in node.inputs if source not in graph.outputs}
@@ -48,6 +49,8 @@ class Network(nn.Module):
                 raise UnsupportedOperatorError(f"{node.name}: {node.op} cannot be run by PyTorch")
             if self._gives_vector(node):
                 self.vectors.add(node.name)
+            if node.op.kind in ("slice", "chunk"):
+                self.starts[node.name] = first_channel(node.op, weights[node.name])
             for part, array in weights.get(node.name, {}).items():
                 if array.ndim:
                     value = torch.tensor(array.astype("int64") if part == "index" else array)
@@ -134,8 +137,8 @@ class Network(nn.Module):
             eps = self.numbers[_key(name, "eps")]
             normed = F.layer_norm(last, (op.out_channels,), part("weight"), part("bias"), eps)
             return normed.permute(0, 3, 1, 2) if x.dim() == 4 else normed
-        if op.kind == "slice":
-            start = int(self.numbers[_key(name, "start")])
+        if op.kind in ("slice", "chunk"):
+            start = self.starts[name]
             return x[:, start : start + op.out_channels]
         if op.kind == "shuffle":
             apart = x.reshape(len(x), op.groups, op.out_channels // op.groups, *x.shape[2:])

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from profilers.ops import CONV_KINDS, NORM_KINDS, SCALAR_KINDS, OpGraph, OpNode
+from profilers.ops import CONV_KINDS, NORM_KINDS, SCALAR_KINDS, OpGraph, OpNode, OpSpec
 
 #: node name -> {"weight": (O, I/groups, kh, kw), (O, I) or (C,), "bias": (O,), "index": (O,), "start": (), "eps": (),
-#: "value": ()},
+#: "value": (), "part": ()},
 #: as far as its kind has them.
 Weights = Mapping[str, Mapping[str, np.ndarray]]
 
@@ -19,8 +19,8 @@ def weight_shapes(node: OpNode) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the arrays a node needs.
 
     `index` of a `channel_map` names, for every output channel, the input channel it copies; -1 is a zero channel.
-    `start` of a `slice` is its first channel, `value` what a scalar operator adds or multiplies by. The weight of a
-    `conv_transpose` is (I, O, kh, kw), as in PyTorch.
+    `start` of a `slice` is its first channel, `part` the number of a `chunk`, from 0, `value` what a scalar operator
+    adds or multiplies by. The weight of a `conv_transpose` is (I, O, kh, kw), as in PyTorch.
     """
     op = node.op
     if op.kind in CONV_KINDS:
@@ -37,8 +37,8 @@ def weight_shapes(node: OpNode) -> dict[str, tuple[int, ...]]:
         return {"value": ()}
     if op.kind == "prelu":
         return {"weight": (op.out_channels,)}
-    if op.kind == "slice":
-        return {"start": ()}
+    if op.kind in ("slice", "chunk"):
+        return {"start" if op.kind == "slice" else "part": ()}
     return {"index": (op.out_channels,)} if op.kind == "channel_map" else {}
 
 
@@ -57,7 +57,7 @@ def random_weights(graph: OpGraph, *, seed: int = 0) -> dict[str, dict[str, np.n
                 before = max(out - source, 0) // 2
                 index = np.arange(out) - before
                 arrays[name] = np.where((index >= 0) & (index < source), index, -1)
-            elif name == "start":
+            elif name in ("start", "part"):
                 arrays[name] = np.array(0)
             elif name == "eps":
                 arrays[name] = np.array(1e-5, np.float32)
@@ -97,3 +97,8 @@ def map_as_convolution(index: np.ndarray, in_channels: int) -> np.ndarray:
     kept = index >= 0
     weight[np.nonzero(kept)[0], index[kept], 0, 0] = 1.0
     return weight
+
+
+def first_channel(op: OpSpec, arrays: Mapping[str, np.ndarray]) -> int:
+    """Where a `slice` or a `chunk` begins."""
+    return int(arrays["start"]) if op.kind == "slice" else int(arrays["part"]) * op.out_channels

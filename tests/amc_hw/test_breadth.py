@@ -55,7 +55,7 @@ def test_a_sum_with_a_part_of_a_concatenation_is_frozen() -> None:
 
 def test_a_split_freezes_what_it_divides_and_nothing_else() -> None:
     def forward(net, x):
-        first, second = net.a(x).chunk(2, dim=1)
+        first, second = torch.split(net.a(x), [4, 4], dim=1)
         return net.d(torch.cat([first, net.c(net.b(second))], 1))
 
     parts = dict(a=nn.Conv2d(3, 8, 1), b=nn.Conv2d(4, 6, 1), c=nn.Conv2d(6, 4, 1), d=nn.Conv2d(8, 2, 1))

@@ -388,6 +388,48 @@ def test_channels_that_others_have_several_times_over_go_with_them(tmp_path: Pat
         assert (macs.cost(widths), params.cost(widths)) == (graph.macs(widths), graph.params(widths))
 
 
+def test_equal_chunks_keep_the_same_channels(tmp_path: Path) -> None:
+    """As in YOLOv8's C2f: two halves, of which one goes on, and all of them together at last."""
+
+    def forward(net, x):
+        first, second = net.a(x).chunk(2, dim=1)
+        third = second + F.relu(net.b(second))
+        return net.c(torch.cat([first, second, third], 1))
+
+    parts = dict(a=nn.Conv2d(3, 16, 1), b=nn.Conv2d(8, 8, 3, padding=1), c=nn.Conv2d(24, 2, 1))
+    net = Net(forward, **parts)
+    graph = half_and_exported(net, torch.randn(8, 3, 5, 5), tmp_path)
+    (group,) = graph.groups
+    assert (group.name, group.width, group.modules("producer")) == ("b", 8, ("a", "b"))
+    assert [op.axes for op in graph.op_graph([3]).ops if op.kind == "chunk"] == [(6,), (6,)]
+    assert graph.macs([3]) == 25 * (3 * 6 + 3 * 3 * 9 + 9 * 2)
+
+
+def test_the_gate_of_two_halves_is_one_group(tmp_path: Path) -> None:
+    """NAFNet, Chen et al., ECCV 2022: nothing but the product of both halves is read."""
+
+    def forward(net, x):
+        first, second = net.depthwise(net.a(x)).chunk(2, dim=1)
+        return net.b(first * second)
+
+    parts = dict(a=nn.Conv2d(3, 12, 1), depthwise=nn.Conv2d(12, 12, 3, padding=1, groups=12), b=nn.Conv2d(6, 3, 1))
+    graph = half_and_exported(Net(forward, **parts), torch.randn(8, 3, 5, 5), tmp_path)
+    (group,) = graph.groups
+    assert (group.name, group.width) == ("a", 6)
+    assert [op.out_channels for op in graph.op_graph([2]).ops] == [4, 4, 2, 2, 2, 3]
+
+
+def test_parts_that_are_not_equal_are_frozen(tmp_path: Path) -> None:
+    def forward(net, x):
+        first, second, third = net.a(x).chunk(3, dim=1)  # of 4, 4 and 2
+        return net.b(torch.cat([first * second, third], 1))
+
+    graph = half_and_exported(
+        Net(forward, a=nn.Conv2d(3, 10, 1), b=nn.Conv2d(6, 2, 1)), torch.randn(2, 3, 4, 4), tmp_path
+    )
+    assert frozen_of(graph)["a"].startswith("split or shuffled at ")
+
+
 # Pixels
 
 

@@ -83,8 +83,8 @@ def reference_op(op: OpSpec, inputs: list[torch.Tensor], arrays: dict[str, torch
         return F.group_norm(x, groups, arrays["weight"], arrays["bias"], float(arrays["eps"]))
     if op.kind in ("add_scalar", "mul_scalar"):
         return x + arrays["value"] if op.kind == "add_scalar" else x * arrays["value"]
-    if op.kind == "slice":
-        start = int(arrays["start"])
+    if op.kind in ("slice", "chunk"):
+        start = int(arrays["start"]) if op.kind == "slice" else int(arrays["part"]) * op.out_channels
         return x[:, start : start + op.out_channels]
     if op.kind == "shuffle":
         return F.channel_shuffle(x, op.groups)
@@ -292,6 +292,7 @@ SMALL_OPS = {
     "instance_norm": OpSpec("instance_norm", (5,), 6, 7, 5),
     "conv_transpose": OpSpec("conv_transpose", (5,), 6, 7, 11, kernel=(3, 3), stride=(2, 2)),
     "slice": OpSpec("slice", (5,), 6, 7, 3),
+    "chunk": OpSpec("chunk", (6,), 6, 7, 2, groups=3),
     "pad": OpSpec("pad", (5,), 6, 7, 5, padding=(0, 1), padding_end=(2, 1)),
     "shuffle": OpSpec("shuffle", (6,), 6, 7, 6, groups=2),
     "pixel_shuffle": OpSpec("pixel_shuffle", (12,), 6, 7, 3, stride=(2, 2)),
@@ -324,6 +325,7 @@ def test_every_kind_with_every_activation_agrees(builder: ModuleType, kind: str,
 @pytest.mark.parametrize("start", [0, 2])
 def test_slices_begin_where_they_say(builder: ModuleType, start: int) -> None:
     check(builder, alone(SMALL_OPS["slice"]), {"slice0": {"start": np.array(start)}})
+    check(builder, alone(SMALL_OPS["chunk"]), {"chunk0": {"part": np.array(start)}})
 
 
 @every_builder
