@@ -208,6 +208,7 @@ def describe_graph(
                 "width": group.width,
                 "consumers": list(group.modules("consumer")),
                 "block": group.block,
+                "each": group.each,
             }
             for group in graph.groups
         ],

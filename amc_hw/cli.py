@@ -209,7 +209,8 @@ def graph(model: str, input_shape: tuple[int, ...] | None, keep: tuple[str, ...]
 
 
 def _blocks(group: dict[str, Any]) -> str:
-    return f"; {group['block']} at a time" if group["block"] > 1 else ""
+    each = f"; {group['each']} channels each" if group["each"] > 1 else ""
+    return each + (f"; {group['block']} at a time" if group["block"] > 1 else "")
 
 
 def _locked(frozen: dict[str, Any]) -> str:

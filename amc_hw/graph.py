@@ -91,12 +91,19 @@ class ChannelGroup:
     """A set of tensors that keep the same channels. `name` is its first producer, `width` its channels.
 
     block: so many channels in a row stay or go together, a group of a convolution; widths are multiples of it.
+    Of other producers, where chunks or ghost modules tie them, a channel of the group may be several.
     """
 
     name: str
     width: int
     members: tuple[Member, ...]
     block: int = 1
+
+    @property
+    def each(self) -> int:
+        """Channels of the producer `name` for one of the group's."""
+        own = next(member for member in self.members if (member.module, member.role) == (self.name, "producer"))
+        return len(own.channel_of) // self.width
 
     def modules(self, role: str) -> tuple[str, ...]:
         return tuple(member.module for member in self.members if member.role == role)

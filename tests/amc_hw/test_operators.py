@@ -415,7 +415,7 @@ def test_the_gate_of_two_halves_is_one_group(tmp_path: Path) -> None:
     parts = dict(a=nn.Conv2d(3, 12, 1), depthwise=nn.Conv2d(12, 12, 3, padding=1, groups=12), b=nn.Conv2d(6, 3, 1))
     graph = half_and_exported(Net(forward, **parts), torch.randn(8, 3, 5, 5), tmp_path)
     (group,) = graph.groups
-    assert (group.name, group.width) == ("a", 6)
+    assert (group.name, group.width, group.each) == ("a", 6, 2)
     assert [op.out_channels for op in graph.op_graph([2]).ops] == [4, 4, 2, 2, 2, 3]
 
 
