@@ -489,7 +489,7 @@ def export(
             stacklevel=2,
         )
     evaluate, calibrate, images = (
-        text and found_near(text, Path(policy)) for text in (found.evaluate, found.calibrate, found.data)
+        text and found_near(text, Path(policy), found) for text in (found.evaluate, found.calibrate, found.data)
     )
     calibrate = calibrate if data is None else None
     task = load_task(pruned.model, data=data or images, evaluate=evaluate, calibrate=calibrate)

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from amc_hw import api
-from amc_hw.console import PATH, SUBJECT, TASK, Group, Progress, options, run, show
+from amc_hw.console import PATH, POLICY, SUBJECT, TASK, Group, Progress, options, run, show
 from amc_hw.errors import UserError
 from amc_hw.settings import FILE, extend_settings, read_settings, record_settings, write_settings
 
@@ -281,8 +281,16 @@ def _search_time(r: dict[str, Any]) -> str:
     type=click.Choice(api.WAYS),
     help="How operators are measured: in context, alone, or whole networks only.",
 )
+@click.pass_context
 def profile(
-    as_json: bool, seed: int, dry_run: bool, tolerance: float, max_minutes: float, way: str, **arguments: Any
+    context: click.Context,
+    as_json: bool,
+    seed: int,
+    dry_run: bool,
+    tolerance: float,
+    max_minutes: float,
+    way: str,
+    **arguments: Any,
 ) -> None:
     """Measure what the latency table lacks; resumes where it stopped. Ends when predictions are within --tolerance.
 
@@ -300,7 +308,14 @@ def profile(
         return
     result = api.profile(subject, seed=seed, tolerance=tolerance, max_minutes=max_minutes, way=way, progress=Progress())
     if recorded := record_settings(chosen):
-        click.echo(f"{', '.join(recorded)} recorded in {FILE}: the commands that follow need no flags for it", err=True)
+        again = [
+            f"--{name.replace('_shape', '')}"
+            for name in ("input_shape", "keep", "threads", "dtype")
+            if _typed(context, name)
+        ]
+        but = f" (repeat {', '.join(again)})" if again else ""
+        names = f"{', '.join(recorded)} recorded in {FILE}"
+        click.echo(f"{names}: the commands that follow need no flags for it{but}", err=True)
     show(result, as_json, _profile_lines)
 
 
@@ -550,7 +565,7 @@ def measure(context: click.Context, as_json: bool, seed: int, max_ms: float | No
 )
 @click.option("--slack", default=0.02, show_default=True, help="How far a measurement may exceed the budget.")
 @options("expect")
-@click.option("--from-policy", type=PATH, help="Go on from a pruned, perhaps fine-tuned network: a policy.json.")
+@click.option("--from-policy", type=POLICY, help="Go on from a pruned, perhaps fine-tuned network: a policy.json.")
 @click.option("--out", type=PATH, help="Folder of the run; an interrupted one goes on.")
 @click.pass_context
 def search(
@@ -733,7 +748,7 @@ def report(runs: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
 
 
 @cli.command()
-@click.option("--policy", type=PATH, help="A policy.json of a search.")
+@click.option("--policy", type=POLICY, help="A policy.json of a search, or its folder.")
 @click.option("--unpruned", is_flag=True, help="The network that searches begin with, of --model and --checkpoint.")
 @click.option("--format", "file_format", type=click.Choice(api.FORMATS), required=True, help="Format of the file.")
 @click.option("--out", type=PATH, required=True, help="The file to write.")
@@ -768,12 +783,13 @@ def _export_lines(r: dict[str, Any]) -> list[str]:
     several = f" ({', '.join(r['outputs'])})" if len(r.get("outputs", ())) > 1 else ""
     line = f"{r['file']}: {r['bytes']} bytes, outputs{several} within {r['max_abs_diff']:.2g} of PyTorch's"
     if "accuracy" in r:
-        line += f"; accuracy {r['float_accuracy']:.4f} -> {r['accuracy']:.4f} ({r['accuracy_split']})"
+        metric = "score" if r["accuracy_split"] == "evaluate" else "accuracy"
+        line += f"; {metric} {r['float_accuracy']:.4f} -> {r['accuracy']:.4f} ({r['accuracy_split']})"
     return [line]
 
 
 @cli.command()
-@click.option("--policy", type=PATH, required=True, help="A policy.json of a search.")
+@click.option("--policy", type=POLICY, required=True, help="A policy.json of a search, or its folder.")
 @click.option("--data", help="Images with labels; default: those of the search.")
 @click.option("--checkpoint", type=PATH, help="The unpruned network: reported beside, and teacher of --distill.")
 @click.option("--epochs", default=30, show_default=True, type=click.IntRange(1), help="Passes over the training split.")

@@ -30,6 +30,17 @@ def _shape(_context: Any, _parameter: Any, value: str | None) -> tuple[int, ...]
 
 
 PATH = click.Path(path_type=Path)
+
+
+class PolicyFile(click.Path):
+    """A policy.json, also by its folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        return path / "policy.json" if path.is_dir() else path
+
+
+POLICY = PolicyFile(path_type=Path)
 _OPTIONS = {
     "json": click.option("--json", "as_json", is_flag=True, help="JSON on stdout, messages on stderr."),
     "device": click.option("--device", default="host", show_default=True, help="A name from `amc-hw devices`."),
@@ -58,7 +69,9 @@ _OPTIONS = {
         help="Random seed.",
     ),
     "widths": click.option("--widths", help="24,48,... one per group, or conv1=24,..."),
-    "policy": click.option("--policy", type=PATH, help="A policy.json of a search, in place of --model and --widths."),
+    "policy": click.option(
+        "--policy", type=POLICY, help="A policy.json of a search or its folder, in place of --model and --widths."
+    ),
     "checkpoint": click.option("--checkpoint", type=PATH, help="Trained weights (a state dict)."),
     "data": click.option(
         "--data", default=api.DEFAULT_DATA, show_default=True, help="digits, imagefolder:PATH, cifar10:PATH, npz:PATH."

@@ -42,10 +42,13 @@ def folded_weights(module: nn.Module, graph: LayerGraph) -> dict[str, dict[str, 
             weights[layer.name] = {"start" if layer.op.kind == "slice" else "part": np.array(layer.start)}
         elif layer.op.kind == "prelu":
             named = layer.module and (layer.module if layer.parameter else f"{layer.module}.weight")
-            slope = attrgetter(named)(module) if named else torch.tensor([layer.number])
+            slope = attrgetter(named)(module) if named else torch.tensor(layer.numbers)
             weights[layer.name] = {"weight": _float32(slope.detach())}
+        elif layer.op.kind == "clip":
+            bounds = zip(("low", "high"), layer.numbers, strict=True)
+            weights[layer.name] = {key: np.array(bound, np.float32) for key, bound in bounds}
         elif layer.op.kind in SCALAR_KINDS:
-            value = attrgetter(layer.module)(module) if layer.module else torch.tensor(layer.number)
+            value = attrgetter(layer.module)(module) if layer.module else torch.tensor(layer.numbers)
             weights[layer.name] = {"value": _float32(value.detach().reshape(()))}
         elif layer.op.kind == "affine" and layer.parameter:
             scale = attrgetter(str(layer.module))(module).detach().flatten()

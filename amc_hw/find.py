@@ -47,7 +47,7 @@ from amc_hw.runs import (
     whole_lines,
 )
 from amc_hw.search.loop import AUTO, CANDIDATES, FREE, METHODS, Outcome, Problem, Timed, run_search
-from amc_hw.specs import source_sha256, unknown_name
+from amc_hw.specs import parse_spec, source_sha256, unknown_name
 from amc_hw.subject import Subject, read_predictor, read_table
 from amc_hw.task import Judged, Task, check_eval_device, load_task
 from amc_hw.workers import Recipe, Workers, free_memory
@@ -303,6 +303,15 @@ class _Search:
         named = {name: getattr(self.config, name) for name in ("data", "evaluate", "calibrate")}
         return named | {"sources": [source_sha256(each) if each else None for each in named.values()]}
 
+    def _sources(self) -> dict[str, str]:
+        """Checksums of the Python files that a policy names."""
+        named = {
+            self.model.spec: self.model.found,
+            **{each: each for each in (self.config.evaluate, self.config.calibrate)},
+        }
+        found = {parse_spec(text).name: source_sha256(where) for text, where in named.items() if text and where}
+        return {name: checksum for name, checksum in found.items() if checksum}
+
     def confirm(self, widths: tuple[int, ...]) -> tuple[list[float], list[float]]:
         network = self.network(widths, self.refitted(widths))
         baseline, pruned = timed_anew(self.subject, self.steady, [self.baseline, network], seed=self.config.seed)
@@ -513,6 +522,7 @@ class _Search:
             dtype=self.subject.device.dtype,
             threads=self.subject.device.threads,
             network=digest(self.graph.op_graph()) if base is None else base.network,
+            sources=self._sources() if base is None else base.sources | self._sources(),
         )
         save_weights(self.out / policy.weights, module.state_dict())
         policy.save(self.out / POLICY)

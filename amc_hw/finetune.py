@@ -161,7 +161,7 @@ def plan_finetune(policy: Path, config: FinetuneConfig) -> dict[str, Any]:
 def _opened(policy: Path, config: FinetuneConfig) -> tuple[Pruned, str, Any]:
     """The pruned network, its data and an Accelerator; UserError where one of them cannot be had."""
     pruned = open_pruned(policy)
-    data = config.data or (pruned.policy.data and found_near(pruned.policy.data, policy))
+    data = config.data or (pruned.policy.data and found_near(pruned.policy.data, policy, pruned.policy))
     if data is None:
         raise UserError(
             "fine-tuning needs images with labels (--data): for another task put amc_hw.load_pruned(policy) "

@@ -22,6 +22,8 @@ from amc_hw.symbolic import eval_mode, has_computed_weight, holds_any, own_tenso
 from amc_hw.tracing import TracedOp, TracedOps, trace_ops
 from profilers.ops import GROUPED_KINDS, PRODUCER_KINDS, SCALAR_KINDS, OpGraph, OpNode, OpSpec
 
+TOLD = 8  #: of the groups, by name
+
 
 @dataclass(frozen=True)
 class Channels:
@@ -41,7 +43,7 @@ class Layer:
     name: the module's dotted name, or a name made from the operation where there is no module.
     module, batch_norm: dotted names of the modules that hold the weights, None where there are none.
     inputs: names of earlier layers, or of the network's inputs. sources: channels of every input.
-    start: the first channel of a slice. parameter: `module` names a parameter. number: as of `TracedOp`.
+    start: the first channel of a slice. parameter: `module` names a parameter. numbers: as of `TracedOp`.
     """
 
     name: str
@@ -53,7 +55,7 @@ class Layer:
     batch_norm: str | None = None
     start: int = 0
     parameter: bool = False
-    number: float = 0.0
+    numbers: tuple[float, ...] = ()
 
     @property
     def groups(self) -> tuple[int, ...]:
@@ -160,7 +162,8 @@ class LayerGraph:
     def checked(self, widths: Sequence[int]) -> tuple[int, ...]:
         """`widths` as a tuple, one number per group and within 1..full; UserError if not."""
         if len(widths) != len(self.groups):
-            names = ", ".join(group.name for group in self.groups)
+            names = ", ".join(group.name for group in self.groups[:TOLD])
+            names += ", ... ('amc-hw graph' has all)" if len(self.groups) > TOLD else ""
             raise UserError(f"{len(widths)} widths given, the network has {len(self.groups)} groups: {names}")
         for group, width in zip(self.groups, widths, strict=True):
             if not 1 <= width <= group.width:
@@ -239,7 +242,7 @@ def build_graph(
             op.batch_norm,
             op.start,
             op.parameter,
-            op.number,
+            op.numbers,
         )
         for op in traced.ops
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ class Policy:
 
     mean, std: what images in [0, 1] are normalised by. data: where the network's images come from, None where
     evaluate and calibrate, functions of the user's own, do without. keep: patterns of modules left at full width.
-    threads: of the runtime that it was searched for. network: digest of the unpruned network's operators. Older
-    policies say neither.
+    threads: of the runtime that it was searched for. network: digest of the unpruned network's operators. sources:
+    SHA-256 of the Python files that model, evaluate and calibrate name. Older policies say none of these three.
     """
 
     model: str
@@ -41,6 +41,7 @@ class Policy:
     keep: tuple[str, ...] = ()
     threads: int | None = None
     network: str | None = None
+    sources: dict[str, str] = field(default_factory=dict)
 
     def kept_arrays(self) -> dict[str, np.ndarray]:
         return {name: np.array(channels, dtype=np.int64) for name, channels in self.kept.items()}
@@ -64,6 +65,8 @@ def load_policy(path: Path) -> Policy:
         found = Policy(**data | tuples | {"keep": tuple(data.get("keep", ()))})
         if not all(isinstance(text, str) for text in (found.model, found.device, found.dtype, found.weights)):
             raise ValueError("model, device, dtype and weights must be strings")
+        if not all(isinstance(digest, str) for digest in found.sources.values()):
+            raise ValueError("sources must be checksums by name")
         if not isinstance(found.threads, int | None):
             raise ValueError("threads must be a number or null")
         if not all(

@@ -19,7 +19,7 @@ from amc_hw.models.checkpoint import checkpoint_sha256, load_checkpoint
 from amc_hw.policy import Policy, load_policy
 from amc_hw.prune import slice_channels
 from amc_hw.resources import Grids
-from amc_hw.specs import parse_spec
+from amc_hw.specs import parse_spec, source_sha256
 from profilers.device import DeviceConfig, load_device
 from profilers.multiple import channel_multiple as detect_multiple
 from profilers.ops import OpGraph, digest
@@ -92,15 +92,28 @@ def load_graph(
     return loaded, build_graph(loaded.module, loaded.input_shape, examples=loaded.example_inputs, keep=keep)
 
 
-def found_near(text: str, policy: Path) -> str:
+def found_near(text: str, path: Path, policy: Policy) -> str:
     """A spec; the file or folder of the user's own that it names is looked for in the working directory, then in the
-    folders above the policy: where its search was run."""
+    folders above the policy at `path`: where its search was run. Of several Python files the one that is as it was.
+
+    UserError where there is none; a warning where none is as it was.
+    """
     spec = parse_spec(text)
     named = spec.name if spec.is_file else spec.path if spec.name in DATASETS else None
-    if named is None or Path(named).expanduser().exists():
+    if named is None:
         return text
-    above = (str(folder / named) for folder in policy.resolve().parents if (folder / named).exists())
-    return next((str(replace(spec, name=at) if spec.is_file else replace(spec, path=at)) for at in above), text)
+    places = [Path(named).expanduser(), *(folder / named for folder in path.resolve().parents)]
+    there = [place for place in dict.fromkeys(places) if place.exists()]
+    if not there:
+        raise UserError(f"{path} names {named!r}: there is none here, and none in a folder above the policy")
+    wanted = policy.sources.get(named)
+    same = [place for place in there if wanted in (None, source_sha256(str(place)))]
+    if not same:
+        warnings.warn(f"{there[0]} is not as it was when {path} was found", stacklevel=2)
+    at = str([*same, *there][0])
+    if at == str(places[0]):
+        return text
+    return str(replace(spec, name=at) if spec.is_file else replace(spec, path=at))
 
 
 @dataclass(frozen=True)
@@ -125,7 +138,7 @@ def open_pruned(path: Path) -> Pruned:
     """The network of a `policy.json` and the weights beside it; UserError where they do not fit each other."""
     found = load_policy(path)
     model, graph = load_graph(
-        found_near(found.model, path),
+        found_near(found.model, path, found),
         input_shape=found.input_shape,
         keep=found.keep,
         mean=found.mean,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
 from typing import Any
@@ -62,6 +62,8 @@ class _Tracer(fx.Tracer):
     asked: (name of a node, dimensions of its tensor) whose sizes decided something.
     """
 
+    record_stack_traces = True
+
     def __init__(self, examples: Sequence[torch.Tensor], constants: Mapping[str, Any]) -> None:
         super().__init__()
         self.examples, self.constants = list(examples), constants
@@ -91,9 +93,15 @@ class _Tracer(fx.Tracer):
                     self.values[each] = self._run(each)
                 if each is node:
                     break
-        if isinstance(self.values[node], torch.Tensor) or not self._of_sizes(node, key):
+        asked = None if isinstance(self.values[node], torch.Tensor) else sizes_asked(node, self._rank, key)
+        if asked is None:
             return super().to_bool(proxy)  # raises
+        self.asked |= asked
         return self.values[node]
+
+    def _rank(self, node: fx.Node) -> int | None:
+        value = self.values[node]
+        return value.dim() if isinstance(value, torch.Tensor) else None
 
     @torch.no_grad()
     def _run(self, node: fx.Node) -> Any:
@@ -107,27 +115,6 @@ class _Tracer(fx.Tracer):
             return self.root.get_submodule(str(node.target))(*args, **kwargs)
         function: Any = getattr(args[0], str(node.target)) if node.op == "call_method" else node.target
         return function(*(args[1:] if node.op == "call_method" else args), **kwargs)
-
-    def _of_sizes(self, node: fx.Node, key: Any) -> bool:
-        """Whether a value that is no tensor follows from sizes alone; notes which. key: what is read of a shape."""
-        for source in node.all_input_nodes:
-            value = self.values[source]
-            if not isinstance(value, torch.Tensor):
-                whole = node.target is not operator.getitem
-                if not self._of_sizes(source, slice(None) if whole else node.args[1]):
-                    return False
-                continue
-            if not asks_for_size(node):
-                return False
-            what = str(node.target if node.op == "call_method" else node.args[1])
-            every = range(value.dim())
-            if what == "size" and len(node.args) > 1:
-                key = node.args[1]
-            elif what not in ("size", "shape"):
-                key = slice(None) if what == "numel" else slice(0)
-            dims = every[key] if isinstance(key, int | slice) else every
-            self.asked.add((source.name, (dims,) if isinstance(dims, int) else tuple(dims)))
-        return True
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         # classes derived of them, too
@@ -190,6 +177,32 @@ def _drop_questions(graph: fx.Graph) -> None:
     for node in reversed(list(graph.nodes)):
         if not node.users and (asks_for_size(node) or node.target is torch._assert or _is_pure(node.target)):
             graph.erase_node(node)
+
+
+def sizes_asked(node: fx.Node, rank: Callable[[fx.Node], int | None], key: Any = slice(None)) -> Asked | None:
+    """The sizes that a value which is no tensor follows from; None where it depends on what is in a tensor.
+
+    rank: of a node's tensor, None where it has none. key: what is read of a shape.
+    """
+    asked: Asked = set()
+    for source in node.all_input_nodes:
+        dims = rank(source)
+        if dims is None:
+            more = sizes_asked(source, rank, node.args[1] if node.target is operator.getitem else slice(None))
+            if more is None:
+                return None
+            asked |= more
+            continue
+        if not asks_for_size(node):
+            return None
+        what = str(node.target if node.op == "call_method" else node.args[1])
+        if what == "size" and len(node.args) > 1:
+            key = node.args[1]
+        elif what not in ("size", "shape"):
+            key = slice(None) if what == "numel" else slice(0)
+        read = range(dims)[key] if isinstance(key, int | slice) else range(dims)
+        asked.add((source.name, (read,) if isinstance(read, int) else tuple(read)))
+    return asked
 
 
 def _is_pure(target: Any) -> bool:

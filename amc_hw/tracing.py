@@ -9,8 +9,10 @@ from __future__ import annotations
 import itertools
 import math
 import operator
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from amc_hw.errors import UnsupportedOperatorError, UserError
 from amc_hw.models.channel_map import ChannelMap
 from amc_hw.padding import Pads, around, padding_of
 from amc_hw.specs import one_line
-from amc_hw.symbolic import BATCH_NORMS, PERMUTE, Asked, gives, origin, readers, trace_fx
+from amc_hw.symbolic import BATCH_NORMS, PERMUTE, Asked, gives, origin, readers, sizes_asked, trace_fx
 from profilers.ops import CONV_KINDS, KINDS, SCALAR_KINDS, OpGraph, OpSpec
 
 ACTIVATION_MODULES: dict[type[nn.Module], str] = {
@@ -64,6 +66,7 @@ ARITHMETIC: dict[str, tuple[Any, ...]] = {
     "div": (operator.truediv, operator.itruediv, torch.div, "div", "div_"),
 }
 KIND_OF = {target: kind for kind, targets in ARITHMETIC.items() for target in targets}
+CLIPS: tuple[Any, ...] = (torch.clamp, "clamp", "clamp_", torch.clip, "clip", F.hardtanh)
 NEGATIONS: tuple[Any, ...] = (operator.neg, torch.neg, "neg")
 MEANS: tuple[Any, ...] = (torch.mean, "mean")
 RESHAPES: tuple[Any, ...] = ("view", "reshape", torch.reshape)
@@ -91,8 +94,8 @@ class TracedOp:
     """An operator with the modules it came from; `inputs` are names of earlier ones or of the network's inputs.
 
     module: dotted name of the module that holds the weights, or of a `parameter` that is read as it is.
-    start: a slice's first channel, a chunk's number. number: the slope of a `prelu` without weights, what a scalar
-    operator without a parameter adds or multiplies by.
+    start: a slice's first channel, a chunk's number. numbers: the slope of a `prelu` without weights, what a scalar
+    operator without a parameter adds or multiplies by, the bounds of a `clip`.
     """
 
     name: str
@@ -102,7 +105,7 @@ class TracedOp:
     batch_norm: str | None = None
     start: int = 0
     parameter: bool = False
-    number: float = 0.0
+    numbers: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -121,12 +124,22 @@ def trace_ops(module: nn.Module, *examples: torch.Tensor) -> TracedOps:
     graph_module, asked = trace_fx(module, examples)
     try:
         with torch.no_grad():
-            ShapeProp(graph_module).propagate(*examples)
+            _Shapes(graph_module).propagate(*examples)
     except Exception as error:
         name, shapes = type(module).__name__, " and ".join(str(tuple(example.shape)) for example in examples)
         raise UserError(f"{name} fails on an input of shape {shapes}: {one_line(error)}") from error
     _read_what_is_written(graph_module)
     return _Lowering(graph_module, len(examples), asked).run()
+
+
+class _Shapes(ShapeProp):
+    """Notes what is no tensor, too."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if "tensor_meta" not in n.meta:
+            n.meta["known"] = result
+        return result
 
 
 def _read_what_is_written(graph_module: fx.GraphModule) -> None:
@@ -160,6 +173,14 @@ def _in_place(graph_module: fx.GraphModule, node: fx.Node) -> bool:
         return True
     called = getattr(node.target, "__name__", "")
     return bool(node.op == "call_function" and (node.kwargs.get("inplace") or called.endswith("_")))
+
+
+def _line_of(node: fx.Node) -> str:
+    """The line of the network's own code that made a node."""
+    frames = re.findall(r'File "([^"]+)", line (\d+)', node.stack_trace or "")
+    libraries = Path(torch.__file__).parent, Path(__file__).parent
+    own = [(Path(file), line) for file, line in frames if not any(map(Path(file).is_relative_to, libraries))]
+    return f"at {own[-1][0].name}:{own[-1][1]}" if own else ""
 
 
 @torch.no_grad()
@@ -325,7 +346,9 @@ class _Lowering:
             else:
                 self._emit(node, "prelu", module=name)
         elif isinstance(module, nn.LeakyReLU):
-            self._emit(node, "prelu", number=float(module.negative_slope))
+            self._emit(node, "prelu", numbers=(float(module.negative_slope),))
+        elif isinstance(module, nn.Hardtanh):
+            self._clip(node, module.min_val, module.max_val)
         elif isinstance(module, nn.Softmax | nn.LogSoftmax):
             self._softmax(node, SOFTMAXES[type(module)], module.dim)
         elif isinstance(module, nn.GroupNorm | nn.InstanceNorm2d):
@@ -348,7 +371,7 @@ class _Lowering:
         elif isinstance(module, nn.Flatten):
             self._flatten(node)
         elif isinstance(module, nn.Upsample):
-            self._upsample(node, module.mode, module.align_corners)
+            self._upsample(node, module.mode, module.align_corners, module.scale_factor)
         elif isinstance(module, nn.ChannelShuffle):
             self._emit(node, "shuffle", groups=module.groups)
         elif origin(type(module)) == PERMUTE:
@@ -370,7 +393,7 @@ class _Lowering:
             self._activation(node, ACTIVATION_FUNCTIONS[target])
         elif target is F.leaky_relu:
             slope = node.kwargs.get("negative_slope", node.args[1] if len(node.args) > 1 else 0.01)
-            self._emit(node, "prelu", number=float(slope))  # type: ignore[arg-type]
+            self._emit(node, "prelu", numbers=(float(slope),))  # type: ignore[arg-type]
         elif target in SOFTMAXES:
             dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
             self._softmax(node, SOFTMAXES[target], dim)
@@ -378,6 +401,11 @@ class _Lowering:
             self._same(node)
         elif target in KIND_OF:
             self._arithmetic(node, KIND_OF[target])
+        elif target in CLIPS:
+            names = ("input", "min_val", "max_val") if target is F.hardtanh else ("input", "min", "max")
+            given = dict(zip(names, node.args, strict=False), **node.kwargs)
+            default = (-1.0, 1.0) if target is F.hardtanh else (None, None)
+            self._clip(node, *(given.get(key, usual) for key, usual in zip(names[1:], default, strict=True)))
         elif target in NEGATIONS:
             self._with_number(node, "mul_scalar", node.all_input_nodes[0], -1.0)
         elif target is F.pixel_shuffle:
@@ -402,13 +430,30 @@ class _Lowering:
             named: Any = node.kwargs.get("dims")
             self._permute(node, self._listed(node) if named is None else tuple(named))
         elif target is F.interpolate:
-            self._upsample(node, node.kwargs.get("mode", "nearest"), node.kwargs.get("align_corners"))
+            self._interpolate(node)
         elif target in POOL_FUNCTIONS:
             self._pool_function(node)
         elif target is F.pad:
             self._pad_function(node)
         else:
             raise self._unsupported(node)
+
+    def _interpolate(self, node: fx.Node) -> None:
+        names = ("input", "size", "scale_factor", "mode", "align_corners", "recompute_scale_factor", "antialias")
+        arguments = dict(zip(names, node.args, strict=False), **node.kwargs)
+        if arguments.get("antialias") or arguments.get("recompute_scale_factor"):
+            raise self._unsupported(node)
+        mode, corners = arguments.get("mode", "nearest"), arguments.get("align_corners")
+        self._upsample(node, mode, corners, arguments.get("scale_factor"))
+
+    def _clip(self, node: fx.Node, low: Any, high: Any) -> None:
+        low, high = (-math.inf if low is None else low), (math.inf if high is None else high)
+        if not isinstance(low, int | float) or not isinstance(high, int | float):
+            raise self._unsupported(node)
+        if low == 0 and high in (6, math.inf):
+            self._activation(node, "relu6" if high == 6 else "relu")
+        else:
+            self._emit(node, "clip", numbers=(float(low), float(high)))
 
     def _mean(self, node: fx.Node) -> None:
         """Over height and width, in one call or in two."""
@@ -440,8 +485,8 @@ class _Lowering:
         else:
             called = getattr(what, "__name__", what)
             stack = list(node.meta.get("nn_module_stack", {}).values())
-            place = stack[-1][0] if stack else ""
-            what = f"{called} ({node.name}{f' in {place}' if place else ''})"
+            place = f"in {stack[-1][0]}" if stack else _line_of(node)
+            what = f"{called} ({node.name}{f' {place}' if place else ''})"
         form = " in this form" if str(getattr(node.target, "__name__", node.target)) in KINDS else ""
         why = "it has no operator kind to be timed as"
         return UnsupportedOperatorError(f"operator {what} is not supported{form}: {why}")
@@ -449,7 +494,7 @@ class _Lowering:
     def _emit(self, node: fx.Node, kind: str, *, sources: Sequence[fx.Node] | None = None, **sizes: Any) -> None:
         """One operator that reads `sources` (default: all that the node reads), named after its module or its node."""
         module = sizes.pop("module", None)
-        more = {key: sizes.pop(key) for key in ("start", "parameter", "number") if key in sizes}
+        more = {key: sizes.pop(key) for key in ("start", "parameter", "numbers") if key in sizes}
         if sources is None:
             sources = [source for source in node.all_input_nodes if source in self.value]
         channels, height, width = self._image(sources[0])
@@ -505,16 +550,34 @@ class _Lowering:
         """Zeros around an image have an operator of their own for readers that are no convolutions: those take them
         over."""
         source = node.all_input_nodes[0]
-        if not all(isinstance(side, int) for side in sides):
-            raise self._unsupported(node)
+        sides = [self._number(side, node) for side in sides]
         sides = (*sides, *[0] * (4 - len(sides)))
         if not any(sides):
-            self._same(node)
-        elif len(sides) > 4 or min(sides) < 0 or mode != "constant" or value != 0 or source in self.last:
+            self.value[node] = self.value[source]
+            self.last |= {node} if source in self.last else set()
+        elif len(sides) > 4 or mode != "constant" or source in self.last or len(_shape(source) or ()) != 4:
+            raise self._unsupported(node)
+        elif max(sides) <= 0:
+            self._crop(node, source, around(tuple(-side for side in sides)))
+        elif min(sides) < 0 or value != 0:
             raise self._unsupported(node)
         else:
-            self._image(source)
             self.padded[node] = source, around(sides)
+
+    def _crop(self, node: fx.Node, source: fx.Node, cut: Pads) -> None:
+        before, after = cut
+        self._emit(node, "crop", sources=[source], padding=before, padding_end=() if after == before else after)
+
+    def _number(self, given: Any, node: fx.Node) -> int:
+        """A whole number that a call of `node` is given, or that the network's code computed of sizes."""
+        if isinstance(given, fx.Node):
+            shapes = {each: _shape(each) for each in self.graph.nodes}
+            asked = sizes_asked(given, lambda each: None if (shape := shapes[each]) is None else len(shape))
+            self.asked |= asked or set()
+            given = None if asked is None else given.meta.get("known")
+        if not isinstance(given, int):
+            raise self._unsupported(node)
+        return given
 
     def _takes_padding(self, node: fx.Node) -> bool:
         return node.op == "call_module" and isinstance(self.modules[str(node.target)], nn.Conv2d)
@@ -580,7 +643,7 @@ class _Lowering:
         if activation := _activation_of(act):
             self._activate(node, activation)
         elif isinstance(act, nn.LeakyReLU):
-            self._emit(node, "prelu", sources=[node], number=float(act.negative_slope))
+            self._emit(node, "prelu", sources=[node], numbers=(float(act.negative_slope),))
         elif not isinstance(act, IDENTITY_MODULES):
             raise UnsupportedOperatorError(f"operator {type(act).__name__} in {node.target} is not supported")
 
@@ -665,7 +728,7 @@ class _Lowering:
             self.value[node] = self.value[source]
             self.last |= {node} if source in self.last else set()
         else:
-            self._emit(node, kind, sources=[source], number=number)
+            self._emit(node, kind, sources=[source], numbers=(number,))
 
     def _binary(self, node: fx.Node, kind: str) -> None:
         sources = node.all_input_nodes
@@ -731,17 +794,35 @@ class _Lowering:
                 return
             self._emit(node, "slice", sources=[tensor], out_channels=out[1], start=sum(sizes[:key]))
             return
-        whole = slice(None, None, None)
-        keys = key if isinstance(key, tuple) else (key,)
-        if len(keys) < 2 or any(k != whole for i, k in enumerate(keys) if i != 1) or not isinstance(keys[1], slice):
+        before = _shape(source)
+        if before is None or len(before) not in (2, 4) or len(out) != len(before) or source in self.last:
             raise self._unsupported(node)
-        first, _, step = keys[1].indices(self._image(source)[0])
-        if step != 1 or source in self.last:
+        starts = self._starts(node, key, before)
+        self.value[node] = self.value[source]
+        if out[0] != before[0]:
             raise self._unsupported(node)
-        if out[1] == self._image(source)[0]:  # of fewer channels it is all of them, too
-            self._same(node)
-            return
-        self._emit(node, "slice", sources=[source], out_channels=out[1], start=first)
+        if out[1] != before[1]:  # else, of fewer channels it is all of them, too
+            self._emit(node, "slice", sources=[source], out_channels=out[1], start=starts[1])
+        if out[2:] != before[2:]:
+            ends = [size - start - left for size, start, left in zip(before[2:], starts[2:], out[2:], strict=True)]
+            self._crop(node, source if out[1] == before[1] else node, (_pair(starts[2:]), _pair(ends)))
+
+    def _starts(self, node: fx.Node, key: Any, shape: tuple[int, ...]) -> list[int]:
+        """Where an index of slices begins, on every axis."""
+        keys = list(key) if isinstance(key, tuple) else [key]
+        if Ellipsis in keys:
+            place = keys.index(Ellipsis)
+            keys[place : place + 1] = [slice(None)] * (len(shape) - len(keys) + 1)
+        starts = []
+        for size, each in zip(shape, [*keys, *[slice(None)] * (len(shape) - len(keys))], strict=True):
+            if not isinstance(each, slice):
+                raise self._unsupported(node)
+            ends = [None if end is None else self._number(end, node) for end in (each.start, each.stop, each.step)]
+            start, _, step = slice(*ends).indices(size)
+            if step != 1:
+                raise self._unsupported(node)
+            starts.append(start)
+        return starts
 
     def _shuffled(self, node: fx.Node) -> None:
         """The rest of a channel shuffle that began with a view as (N, G, C / G, H, W)."""
@@ -800,18 +881,28 @@ class _Lowering:
         else:
             raise self._unsupported(node)
 
-    def _upsample(self, node: fx.Node, mode: Any, align_corners: Any) -> None:
+    def _upsample(self, node: fx.Node, mode: Any, align_corners: Any, scale: Any) -> None:
+        """scale: factors that the call is given in place of a size."""
+        scale = (scale, scale) if isinstance(scale, int | float) else scale
+        if node.all_input_nodes[0] in self.last:
+            raise self._unsupported(node)
         _, height, width = self._image(node.all_input_nodes[0])
         _, out_height, out_width = self._image(node)
-        factors = (out_height // height, out_width // width)
-        if (height * factors[0], width * factors[1]) != (out_height, out_width) or mode not in ("nearest", "bilinear"):
-            raise UnsupportedOperatorError(f"{node.name}: only upsampling by whole factors, nearest or bilinear")
-        if factors == (1, 1):
-            self._same(node)
-        elif align_corners:
-            raise UnsupportedOperatorError(f"{node.name}: upsampling with align_corners is not supported")
+        if mode not in ("nearest", "bilinear"):
+            raise UnsupportedOperatorError(f"{node.name}: only nearest and bilinear resizing, not {mode}")
+        to: dict[str, Any] = {"align_corners": bool(align_corners)}
+        if out_height % height or out_width % width:
+            if scale is not None and (out_height, out_width) != tuple(
+                size * by for size, by in zip((height, width), scale, strict=True)
+            ):
+                raise UnsupportedOperatorError(f"{node.name}: resizing by {scale} gives no whole size: name the size")
+            to["out_size"] = (out_height, out_width)
         else:
-            self._emit(node, f"upsample_{mode}", stride=factors)
+            to["stride"] = (out_height // height, out_width // width)
+        if (out_height, out_width) == (height, width):
+            self.value[node] = self.value[node.all_input_nodes[0]]
+        else:
+            self._emit(node, f"upsample_{mode}", sources=node.all_input_nodes[:1], **to)
 
     def _permute(self, node: fx.Node, dims: tuple[int, ...]) -> None:
         source = node.all_input_nodes[0]

@@ -38,6 +38,8 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     "LEAKY_RELU": ("prelu",),
     "SOFTMAX": ("softmax",),
     "LOG_SOFTMAX": ("log_softmax",),
+    "MINIMUM": ("clip",),
+    "MAXIMUM": ("clip",),
     "DEPTH_TO_SPACE": ("pixel_shuffle",),
     "RESIZE_BILINEAR": ("upsample_bilinear",),
     "RESIZE_NEAREST_NEIGHBOR": ("upsample_nearest",),
@@ -143,7 +145,7 @@ def _laid_beside(log: Log, graph: OpGraph) -> Iterator[tuple[OpNode, OpRow]]:
             continue
         place += 1
         where = f"{log.path} is of another network: its operator {place}"
-        padded = node.op.kind != "pad" and any((*node.op.padding, *node.op.padding_after))
+        padded = node.op.kind not in ("pad", "crop") and any((*node.op.padding, *node.op.padding_after))
         own = [rows.pop(0)] if padded and rows and rows[0].type in PADS else []
         if not rows:
             raise UserError(f"{where} should be {node.op} ({node.name}), the log ends before it")

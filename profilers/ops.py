@@ -17,7 +17,7 @@ from typing import Any
 TWO_AXIS_KINDS = ("conv", "conv_transpose", "linear", "channel_map", "slice")
 #: Operators that work on vectors (N, C) as they do on images (N, C, H, W).
 ANY_RANK_KINDS = (
-    *("add", "sub", "mul", "scale", "add_scalar", "mul_scalar", "concat", "activation", "affine", "prelu"),
+    *("add", "sub", "mul", "scale", "add_scalar", "mul_scalar", "concat", "activation", "affine", "prelu", "clip"),
     *("layer_norm", "softmax", "log_softmax", "slice", "chunk"),
 )
 #: Operators with one number of their own for the whole tensor.
@@ -34,9 +34,10 @@ GROUPED_KINDS = ("depthwise_conv", "grouped_conv")
 #: of its own (a batch-norm that nothing folds); `prelu` multiplies what is below zero by a weight per channel;
 #: `layer_norm`, `softmax` and `log_softmax` normalise over the channels at every position, `group_norm` over each of
 #: `groups` groups of channels, `instance_norm` over every channel alone;
-#: `chunk` gives one of `groups` equal runs of its input's channels; `pad` puts zeros around an image; `shuffle`
-#: interleaves `groups` groups of channels; `upsample_*` enlarge by `stride`; `pixel_shuffle` (depth to space, channel
-#: by channel) does, too, and takes as many times fewer channels.
+#: `clip` keeps values between two numbers; `crop` cuts `padding` and `padding_end` off an image; `chunk` gives one of
+#: `groups` equal runs of its input's channels; `pad` puts zeros around an image; `shuffle` interleaves `groups` groups
+#: of channels; `upsample_*` enlarge by `stride`, or to any `out_size`; `pixel_shuffle` (depth to space, channel by
+#: channel) enlarges by `stride`, too, and takes as many times fewer channels.
 ONE_AXIS_KINDS = (
     "depthwise_conv",
     "grouped_conv",
@@ -59,7 +60,9 @@ ONE_AXIS_KINDS = (
     "global_avg_pool",
     "upsample_nearest",
     "upsample_bilinear",
+    "clip",
     "chunk",
+    "crop",
     "pad",
     "shuffle",
     "pixel_shuffle",
@@ -85,6 +88,7 @@ class OpSpec:
     Of a transposed convolution `padding` and `padding_end` are cut off its output.
     groups: 1, or in_channels for `depthwise_conv`, or what divides in_channels.
     ceil: the output size of a pooling is rounded up: a last window may reach beyond the padding.
+    out_size: of an `upsample_*` that has no whole factors, (height, width); else (). align_corners: as PyTorch's.
     exclude_pad: an `avg_pool` divides by the pixels of the image in a window, without those of the padding.
     activation: fused into the operator, one of ACTIVATIONS.
     fused_add: the runtime adds a second tensor of the output's shape inside this kernel, before the activation.
@@ -105,6 +109,8 @@ class OpSpec:
     ceil: bool = False
     padding_end: tuple[int, ...] = ()
     exclude_pad: bool = False
+    out_size: tuple[int, ...] = ()
+    align_corners: bool = False
     dtype: str = "float32"
     batch: int = 1
 
@@ -116,7 +122,7 @@ class OpSpec:
         sizes = (*self.in_channels, self.height, self.width, self.out_channels, *self.kernel, *self.stride, self.batch)
         if not self.in_channels or any(not isinstance(size, int) or size < 1 for size in sizes):
             raise ValueError(f"operator sizes must be positive integers: {self}")
-        has_ends = self.kind in (*CONV_KINDS, "conv_transpose", "pad")
+        has_ends = self.kind in (*CONV_KINDS, "conv_transpose", "pad", "crop")
         if self.padding_end and (self.padding_end == self.padding or not has_ends):
             raise ValueError(f"padding_end is for convolutions and pads, where it differs from padding: {self}")
         if self.exclude_pad and self.kind != "avg_pool":
@@ -136,6 +142,8 @@ class OpSpec:
             raise ValueError(f"a convolution in groups divides its channels and gives a multiple of them: {self}")
         if self.kind == "chunk" and self.in_channels[0] != self.out_channels * self.groups:
             raise ValueError(f"a chunk is one of equal parts: {self}")
+        if (self.out_size or self.align_corners) and self.kind not in ("upsample_nearest", "upsample_bilinear"):
+            raise ValueError(f"out_size and align_corners are for upsampling: {self}")
         if self.kind == "depthwise_conv" and not self.in_channels[0] == self.out_channels == self.groups:
             raise ValueError(f"a depthwise convolution has as many groups and outputs as inputs: {self}")
 
@@ -157,6 +165,10 @@ class OpSpec:
             return 1
         if self.kind == "channel_map":
             return -(-size // self.stride[axis])
+        if self.out_size:
+            return self.out_size[axis]
+        if self.kind == "crop":
+            return size - self.padding[axis] - self.padding_after[axis]
         reach = self.dilation[axis] * (self.kernel[axis] - 1) + 1
         if self.kind == "conv_transpose":
             return (size - 1) * self.stride[axis] - self.padding[axis] - self.padding_after[axis] + reach
@@ -234,7 +246,7 @@ class OpSpec:
     def to_json(self) -> dict[str, Any]:
         values = asdict(self)
         # younger than the first tables, whose rows must stay what they are
-        for name in ("ceil", "padding_end", "exclude_pad"):
+        for name in ("ceil", "padding_end", "exclude_pad", "out_size", "align_corners"):
             if not values[name]:
                 del values[name]
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

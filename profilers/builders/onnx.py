@@ -156,17 +156,35 @@ def _emit(writer: _Writer, node: OpNode, weights: Weights, *, leaves: bool) -> N
         writer.add("Reshape", f"{name}/apart", [*inputs, split], f"{name}/apart")
         writer.add("Transpose", name, [f"{name}/apart"], f"{name}/swapped", perm=[0, 2, 1, 3, 4])
         writer.add("Reshape", f"{name}/together", [f"{name}/swapped", joined], result)
+    elif op.kind == "clip":
+        bounds = [arrays[key].astype(np.float32) for key in ("low", "high")]
+        names = [
+            writer.constant(f"{name}/{key}", b) if np.isfinite(b) else "" for key, b in zip("lh", bounds, strict=True)
+        ]
+        writer.add("Clip", name, inputs + names, result)
+    elif op.kind == "crop":
+        stops = (op.height - op.padding_after[0], op.width - op.padding_after[1])
+        sides = [("starts", op.padding), ("ends", stops), ("axes", (2, 3))]
+        where = [writer.constant(f"{name}/{key}", np.array(values, np.int64)) for key, values in sides]
+        writer.add("Slice", name, inputs + where, result)
     elif op.kind == "pad":
         pads = np.array([0, 0, *op.padding, 0, 0, *op.padding_after], np.int64)
         writer.add("Pad", name, [*inputs, writer.constant(f"{name}/pads", pads)], result)
     elif op.kind == "pixel_shuffle":
         writer.add("DepthToSpace", name, inputs, result, blocksize=op.stride[0], mode="CRD")
     elif op.kind in ("upsample_nearest", "upsample_bilinear"):
-        scales = writer.constant(f"{name}/scales", np.array([1, 1, *op.stride], np.float32))
+        scales = np.array([1, 1, *op.stride], np.float32)
+        sizes = np.array([op.batch, op.out_channels, *op.out_size], np.int64)
+        to = (
+            ["", writer.constant(f"{name}/sizes", sizes)]
+            if op.out_size
+            else [writer.constant(f"{name}/scales", scales)]
+        )
         nearest = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
-        bilinear = {"mode": "linear", "coordinate_transformation_mode": "half_pixel"}
+        aligned = "align_corners" if op.align_corners else "half_pixel"
+        bilinear = {"mode": "linear", "coordinate_transformation_mode": aligned}
         mode = nearest if op.kind == "upsample_nearest" else bilinear
-        writer.add("Resize", name, [*inputs, "", scales], result, **mode)
+        writer.add("Resize", name, [*inputs, "", *to], result, **mode)
     elif op.kind == "concat":
         writer.add("Concat", name, inputs, result, axis=1)
     elif op.kind == "max_pool":

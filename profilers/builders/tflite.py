@@ -25,7 +25,7 @@ _ACTIVATION_OPS = {"relu": "RELU", "relu6": "RELU6", "hardswish": "HARD_SWISH", 
 #: Kinds whose TFLite operator fuses no activation. (CONCATENATION has the field; XNNPACK ignores what it says.)
 _UNFUSED_KINDS = (
     *("concat", "global_avg_pool", "pad", "flatten", "slice", "chunk", "shuffle", "pixel_shuffle", "prelu", "softmax"),
-    *("log_softmax", "upsample_nearest", "upsample_bilinear"),
+    *("log_softmax", "clip", "crop", "upsample_nearest", "upsample_bilinear"),
 )
 _NEVER_NEGATIVE = ("relu", "relu6", "sigmoid", "hardsigmoid")
 
@@ -436,6 +436,24 @@ def _shuffle(network: _Network, node: OpNode, output: str, activation: str) -> N
     writer.reshape(swapped, output, (batch, height, width, channels))
 
 
+def _clip(network: _Network, node: OpNode, output: str, activation: str) -> None:
+    writer, (source,), arrays = network.writer, node.inputs, network.weights[node.name]
+    shape = writer.shapes[source]
+    bounds = [(code, arrays[key].reshape(1)) for code, key in (("MAXIMUM", "low"), ("MINIMUM", "high"))]
+    bounds = [(code, bound) for code, bound in bounds if np.isfinite(bound).all()]
+    for place, (code, bound) in enumerate(bounds, 1):
+        constant = writer.constant(f"{node.name}/{code.lower()}", bound)
+        named = output if place == len(bounds) else f"{node.name}/above"
+        source = writer.operator(code, [source, constant], named, shape, options=("MaximumMinimumOptions", {}))
+
+
+def _crop(network: _Network, node: OpNode, output: str, activation: str) -> None:
+    writer, shape = network.writer, network.image_shape(node.op)
+    ends = [("begin", np.array([0, *node.op.padding, 0])), ("extent", np.array(shape))]
+    where = [writer.constant(f"{node.name}/{key}", value, dtype="INT32") for key, value in ends]
+    writer.operator("SLICE", [network.as_image(node.inputs[0]), *where], output, shape)
+
+
 def _pad(network: _Network, node: OpNode, output: str, activation: str) -> None:
     source, (top, left), (bottom, right) = network.as_image(node.inputs[0]), node.op.padding, node.op.padding_after
     around = np.array([(0, 0), (top, bottom), (left, right), (0, 0)])
@@ -470,7 +488,8 @@ def _upsample(network: _Network, node: OpNode, output: str, activation: str) -> 
         options: tuple[str, dict[str, Any]] = ("ResizeNearestNeighborOptions", {"alignCorners": False})
         writer.operator("RESIZE_NEAREST_NEIGHBOR", inputs, output, shape, options=options)
     else:
-        options = ("ResizeBilinearOptions", {"alignCorners": False, "halfPixelCenters": True})
+        corners = {"alignCorners": op.align_corners, "halfPixelCenters": not op.align_corners}
+        options = ("ResizeBilinearOptions", corners)
         writer.operator("RESIZE_BILINEAR", inputs, output, shape, version=3, options=options)
 
 
@@ -582,6 +601,8 @@ _EMITTERS: dict[str, Callable[[_Network, OpNode, str, str], None]] = {
     "log_softmax": _log_softmax,
     "slice": _slice,
     "chunk": _slice,
+    "clip": _clip,
+    "crop": _crop,
     "pad": _pad,
     "shuffle": _shuffle,
     "pixel_shuffle": _pixel_shuffle,

@@ -143,14 +143,20 @@ class Network(nn.Module):
         if op.kind == "shuffle":
             apart = x.reshape(len(x), op.groups, op.out_channels // op.groups, *x.shape[2:])
             return apart.transpose(1, 2).reshape(x.shape)
+        if op.kind == "clip":
+            return x.clamp(*(self.numbers[_key(name, which)] for which in ("low", "high")))
+        if op.kind == "crop":
+            (top, left), (bottom, right) = op.padding, op.padding_after
+            return x[:, :, top : op.height - bottom, left : op.width - right]
         if op.kind == "pad":
             return _zeros_around(x, op)
         if op.kind == "pixel_shuffle":
             return F.pixel_shuffle(x, op.stride[0])
         if op.kind == "upsample_nearest":
-            return F.interpolate(x, scale_factor=tuple(map(float, op.stride)), mode="nearest")
+            return F.interpolate(x, (op.out_height, op.out_width), mode="nearest")
         if op.kind == "upsample_bilinear":
-            return F.interpolate(x, scale_factor=tuple(map(float, op.stride)), mode="bilinear", align_corners=False)
+            size = op.out_height, op.out_width
+            return F.interpolate(x, size, mode="bilinear", align_corners=op.align_corners)
         if op.kind == "concat":
             return torch.cat(inputs, 1)
         if op.kind == "max_pool":

@@ -10,7 +10,7 @@ import numpy as np
 from profilers.ops import CONV_KINDS, NORM_KINDS, SCALAR_KINDS, OpGraph, OpNode, OpSpec
 
 #: node name -> {"weight": (O, I/groups, kh, kw), (O, I) or (C,), "bias": (O,), "index": (O,), "start": (), "eps": (),
-#: "value": (), "part": ()},
+#: "value": (), "part": (), "low": (), "high": ()},
 #: as far as its kind has them.
 Weights = Mapping[str, Mapping[str, np.ndarray]]
 
@@ -35,6 +35,8 @@ def weight_shapes(node: OpNode) -> dict[str, tuple[int, ...]]:
         return arrays | ({"eps": ()} if op.kind in NORM_KINDS else {})
     if op.kind in SCALAR_KINDS:
         return {"value": ()}
+    if op.kind == "clip":  # infinite where there is no bound
+        return {"low": (), "high": ()}
     if op.kind == "prelu":
         return {"weight": (op.out_channels,)}
     if op.kind in ("slice", "chunk"):
@@ -59,6 +61,8 @@ def random_weights(graph: OpGraph, *, seed: int = 0) -> dict[str, dict[str, np.n
                 arrays[name] = np.where((index >= 0) & (index < source), index, -1)
             elif name in ("start", "part"):
                 arrays[name] = np.array(0)
+            elif name in ("low", "high"):
+                arrays[name] = np.array(-1.0 if name == "low" else 1.0, np.float32)
             elif name == "eps":
                 arrays[name] = np.array(1e-5, np.float32)
             elif name == "value" or (name == "weight" and len(shape) == 1):

@@ -622,7 +622,7 @@ def test_a_policy_of_a_network_whose_operators_have_changed(ended: Path, amc_hw:
     changed = amc_hw(*export)
     assert changed.code == 0 and "warning: run/policy.json is of a network with other operators" in changed.err
     policy = json.loads((ended / "policy.json").read_text())
-    del policy["network"]  # as older ones are
+    del policy["network"], policy["sources"]  # as older ones are
     (ended / "policy.json").write_text(json.dumps(policy))
     assert amc_hw(*export).err == ""
 
@@ -966,7 +966,8 @@ def test_a_dry_run_looks_at_what_the_folder_holds(ended: Path, amc_hw: Run) -> N
 
 def test_what_a_profile_records_it_says_once(here: Path, amc_hw: Run) -> None:
     said = "device, model recorded in amc-hw.toml"
-    assert said in amc_hw("profile", *TINY).err
+    first = amc_hw("profile", *TINY, "--keep", "0").err
+    assert said in first and "need no flags for it (repeat --keep)" in first
     assert said not in amc_hw("profile", *TINY).err
 
 
@@ -1113,6 +1114,28 @@ def test_a_policy_finds_its_data_from_elsewhere(
     policy = Path("run/policy.json").resolve()
     monkeypatch.chdir(tmp_path)
     assert amc_hw("export", "--policy", str(policy), "--format", "onnx", "--out", "a.onnx").code == 0
+
+
+def test_another_project_of_the_same_names_is_not_taken_for_the_policys(
+    here: Path, ended: Path, amc_hw: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A working folder has a file of that name: the one that is as it was in the search decides."""
+    policy, source = Path("run").resolve(), Path("nets.py").read_text()
+    found = json.loads((policy / "policy.json").read_text())
+    assert list(found["sources"]) == ["nets.py"] and len(found["sources"]["nets.py"]) == 64
+    other = tmp_path / "other"
+    shutil.copytree("latency_tables", other / "latency_tables")
+    monkeypatch.chdir(other)
+    Path("nets.py").write_text(source.replace("nn.ReLU()", "nn.ReLU6()"))
+    done = amc_hw("predict", "--policy", str(policy))  # of a folder
+    assert done.code == 0 and "changed" not in done.err and "not as it was" not in done.err
+    (here / "nets.py").write_text(f"{source}\n# a remark\n")
+    done = amc_hw("predict", "--policy", str(policy))
+    assert "nets.py is not as it was when" in done.err and "has its source changed?" in done.err
+    Path("nets.py").unlink()
+    (here / "nets.py").unlink()
+    done = amc_hw("predict", "--policy", str(policy))
+    assert done.code == 2 and "names 'nets.py': there is none here, and none in a folder above" in done.mistake
 
 
 def test_another_dtype_is_another_search(here: Path, ended: Path, amc_hw: Callable) -> None:

@@ -508,6 +508,72 @@ def test_zeros_that_no_convolution_takes_over_are_an_operator(tmp_path: Path) ->
     assert [op.padding_end for op in graph.op_graph().ops if op.kind == "conv"] == [(), (1, 1), ()]
 
 
+def padded_to_its_skip(net, x):
+    """A U-Net whose odd sizes are padded, Ronneberger et al., MICCAI 2015, as usually written today."""
+    skip = F.relu(net.a(x))
+    up = net.up(F.max_pool2d(net.b(skip), 2))
+    high, wide = skip.shape[-2] - up.shape[-2], skip.size(-1) - up.size(-1)
+    up = F.pad(up, [wide // 2, wide - wide // 2, high // 2, high - high // 2])
+    return net.c(torch.cat([skip, up], 1))
+
+
+def cropped_to_its_skip(net, x):
+    height, width = x.shape[2:]
+    padded = F.pad(x, (0, (2 - width % 2) % 2, 0, (2 - height % 2) % 2))
+    skip = F.relu(net.a(padded))
+    up = net.up(F.max_pool2d(net.b(skip), 2))
+    return net.c(torch.cat([skip, up], 1))[..., :height, :width]
+
+
+def cut_inside(net, x):
+    skip = F.relu(net.a(x))
+    up = net.up(F.max_pool2d(net.b(skip), 2))
+    low, wide = up.shape[2], up.shape[3]
+    return net.c(torch.cat([F.pad(skip, (0, wide - x.shape[3], 0, low - x.shape[2])), up], 1))
+
+
+def resized_to_its_skip(net, x):
+    skip = F.relu(net.a(x))
+    up = F.interpolate(net.up(net.b(skip)), size=skip.shape[2:], mode="bilinear", align_corners=True)
+    return net.c(torch.cat([skip, up], 1))
+
+
+@pytest.mark.parametrize("forward", [padded_to_its_skip, cropped_to_its_skip, cut_inside, resized_to_its_skip])
+@pytest.mark.parametrize("side", [8, 9, 11])
+def test_a_unet_at_any_size(tmp_path: Path, forward, side: int) -> None:
+    parts = dict(a=nn.Conv2d(3, 8, 3, padding=1), b=nn.Conv2d(8, 12, 1), up=nn.ConvTranspose2d(12, 6, 2, stride=2))
+    graph = half_and_exported(Net(forward, **parts, c=nn.Conv2d(14, 2, 1)), torch.randn(4, 3, side, side + 1), tmp_path)
+    assert [group.name for group in graph.groups] == ["a", "b", "up"]
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.5, (2, 3)])
+@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
+def test_images_are_resized_by_factors(tmp_path: Path, factor: float | tuple[int, int], mode: str) -> None:
+    resize = nn.Upsample(scale_factor=factor, mode=mode)
+    net = Net(lambda net, x: net.b(net.resize(net.a(x))), a=nn.Conv2d(3, 8, 1), resize=resize, b=nn.Conv2d(8, 2, 1))
+    assert kinds(half_and_exported(net, torch.randn(4, 3, 6, 8), tmp_path))[1] == f"upsample_{mode}"
+
+
+@pytest.mark.parametrize(
+    ("clip", "kind"),
+    [
+        (lambda x: torch.clamp(x, -0.5, 0.5), "clip"),
+        (lambda x: x.clamp(min=-0.25), "clip"),
+        (lambda x: F.hardtanh(x), "clip"),
+        (nn.Hardtanh(0.0, 1.0), "clip"),
+        (nn.Hardtanh(0.0, 6.0), "conv"),
+        (lambda x: x.clamp_(min=0), "conv"),
+    ],
+)
+def test_values_are_kept_between_bounds(tmp_path: Path, clip, kind: str) -> None:
+    def forward(net, x):
+        return net.b((clip if isinstance(net.clip, nn.Identity) else net.clip)(net.a(x)))
+
+    part = clip if isinstance(clip, nn.Module) else nn.Identity()
+    net = Net(forward, a=nn.Conv2d(3, 8, 1), b=nn.Conv2d(8, 2, 1), clip=part)
+    assert kinds(half_and_exported(net, torch.randn(8, 3, 6, 8), tmp_path))[-2] == kind
+
+
 # Code that asks for sizes
 
 

@@ -94,10 +94,15 @@ def reference_op(op: OpSpec, inputs: list[torch.Tensor], arrays: dict[str, torch
             return (last * arrays["weight"] + arrays["bias"]).movedim(-1, 1)
         eps = float(arrays["eps"])
         return F.layer_norm(last, (op.out_channels,), arrays["weight"], arrays["bias"], eps).movedim(-1, 1)
-    if op.kind == "upsample_nearest":
-        return F.interpolate(x, scale_factor=op.stride, mode="nearest")
-    if op.kind == "upsample_bilinear":
-        return F.interpolate(x, scale_factor=op.stride, mode="bilinear", align_corners=False)
+    if op.kind in ("upsample_nearest", "upsample_bilinear"):
+        options = {"align_corners": op.align_corners} if op.kind == "upsample_bilinear" else {}
+        to = {"size": op.out_size} if op.out_size else {"scale_factor": op.stride}
+        return F.interpolate(x, **to, mode=op.kind.removeprefix("upsample_"), **options)
+    if op.kind == "clip":
+        return x.clamp(float(arrays["low"]), float(arrays["high"]))
+    if op.kind == "crop":
+        (top, left), (bottom, right) = op.padding, op.padding_after
+        return F.pad(x, (-left, -right, -top, -bottom))
     if op.kind == "pad":
         (top, left), (bottom, right) = op.padding, op.padding_after
         return F.pad(x, (left, right, top, bottom))
@@ -293,6 +298,8 @@ SMALL_OPS = {
     "conv_transpose": OpSpec("conv_transpose", (5,), 6, 7, 11, kernel=(3, 3), stride=(2, 2)),
     "slice": OpSpec("slice", (5,), 6, 7, 3),
     "chunk": OpSpec("chunk", (6,), 6, 7, 2, groups=3),
+    "clip": OpSpec("clip", (5,), 6, 7, 5),
+    "crop": OpSpec("crop", (5,), 6, 7, 5, padding=(0, 1), padding_end=(2, 1)),
     "pad": OpSpec("pad", (5,), 6, 7, 5, padding=(0, 1), padding_end=(2, 1)),
     "shuffle": OpSpec("shuffle", (6,), 6, 7, 6, groups=2),
     "pixel_shuffle": OpSpec("pixel_shuffle", (12,), 6, 7, 3, stride=(2, 2)),
@@ -335,7 +342,7 @@ def test_one_slope_does_for_all_channels(builder: ModuleType) -> None:
 
 @every_builder
 @pytest.mark.parametrize(
-    "kind", ["affine", "layer_norm", "prelu", "softmax", "log_softmax", "add_scalar", "mul_scalar"]
+    "kind", ["affine", "layer_norm", "prelu", "softmax", "log_softmax", "add_scalar", "mul_scalar", "clip"]
 )
 def test_vectors_are_scaled_and_normalised_like_images(builder: ModuleType, kind: str) -> None:
     ops = (OpSpec("global_avg_pool", (5,), 6, 7, 5), OpSpec(kind, (5,), 1, 1, 5), linear(5, 3))
@@ -407,6 +414,29 @@ def test_pixels_are_shuffled_behind_a_convolution(
         input_shape=(3, 5, 5),
     )
     check(builder, replace(graph, outputs=(*graph.outputs, "conv0")) if read_twice else graph)
+
+
+@every_builder
+@pytest.mark.parametrize("kind", ["upsample_nearest", "upsample_bilinear"])
+@pytest.mark.parametrize(("size", "to"), [((7, 8), (10, 12)), ((17, 17), (33, 34)), ((5, 6), (5, 9)), ((8, 9), (5, 4))])
+@pytest.mark.parametrize("corners", [False, True])
+def test_images_are_resized_to_any_size(
+    builder: ModuleType, kind: str, size: tuple[int, int], to: tuple[int, int], corners: bool
+) -> None:
+    align = {"align_corners": corners and kind == "upsample_bilinear"}
+    check(builder, alone(OpSpec(kind, (3,), *size, 3, out_size=to, **align)))
+
+
+@every_builder
+def test_corners_are_aligned_at_whole_factors(builder: ModuleType) -> None:
+    check(builder, alone(OpSpec("upsample_bilinear", (3,), 5, 6, 3, stride=(2, 2), align_corners=True)))
+
+
+@every_builder
+@pytest.mark.parametrize("bounds", [(-0.5, np.inf), (-np.inf, 0.5), (-0.25, 1.5)])
+def test_values_are_clipped_on_the_sides_that_have_a_bound(builder: ModuleType, bounds: tuple[float, float]) -> None:
+    low, high = (np.array(bound, np.float32) for bound in bounds)
+    check(builder, alone(SMALL_OPS["clip"]), {"clip0": {"low": low, "high": high}})
 
 
 @every_builder
