@@ -504,7 +504,8 @@ class _Search:
         module = self.refitted(outcome.widths)
         kept, keep = self.evaluator.kept(outcome.widths), self.subject.keep
         if (base := self.subject.base) is not None:  # channels of the network that was unpruned at first
-            kept = {name: np.array(base.kept[name])[channels] for name, channels in kept.items()}
+            before = {name: np.array(channels) for name, channels in base.kept.items()}
+            kept = {name: before[name][channels] if name in before else channels for name, channels in kept.items()}
             kept, keep = base.kept_arrays() | kept, base.keep
         policy = Policy(
             model=self.model.spec,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from amc_hw.errors import UserError
 from amc_hw.graph import LayerGraph
 from amc_hw.models.channel_map import ChannelMap
-from amc_hw.symbolic import own_tensors, shared_tensors
+from amc_hw.symbolic import HAS_GROUPS, own_tensors, shared_tensors
 
 Kept = Mapping[str, np.ndarray]  # group name -> channels that stay; a group that is not named keeps all of them
 
@@ -145,6 +145,8 @@ def slice_channels(module: nn.Module, graph: LayerGraph, kept: Kept) -> nn.Modul
     copied = copy.deepcopy(module, smaller)
     for name, values in attributes.items():
         part = copied.get_submodule(name)
+        if values.get("groups"):
+            setattr(part, HAS_GROUPS, True)
         for attribute, value in values.items():
             setattr(part, attribute, value)
     return copied

@@ -131,7 +131,8 @@ class Pruned:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        return tuple(self.policy.widths[group.name] for group in self.graph.groups)
+        """A group that the policy does not know of was frozen then."""
+        return tuple(self.policy.widths.get(group.name, group.width) for group in self.graph.groups)
 
 
 def open_pruned(path: Path) -> Pruned:
@@ -147,7 +148,7 @@ def open_pruned(path: Path) -> Pruned:
     model = replace(model, spec=found.model, file=model.spec)
     try:
         module = slice_channels(model.module, graph, found.kept_arrays())
-        graph.checked([found.widths[group.name] for group in graph.groups])
+        graph.checked([found.widths.get(group.name, group.width) for group in graph.groups])
     except (ValueError, KeyError, UserError) as error:
         raise UserError(f"{path} does not fit {found.model}: {error}") from None
     weights = path.parent / found.weights

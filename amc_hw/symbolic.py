@@ -19,6 +19,8 @@ from amc_hw.specs import one_line
 
 #: As of `origin`: to import torchvision takes as long as PyTorch does, and many networks do without.
 PERMUTE = ("torchvision.ops.misc", "Permute")
+#: Attribute of a convolution that had several groups before it was pruned, perhaps to one.
+HAS_GROUPS = "_amc_hw_has_groups"
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 Asked = set[tuple[str, tuple[int, ...]]]  #: names of nodes, and dimensions of their tensors
 #: What may be asked of a tensor without a look at its values.

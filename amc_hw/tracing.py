@@ -24,7 +24,7 @@ from amc_hw.errors import UnsupportedOperatorError, UserError
 from amc_hw.models.channel_map import ChannelMap
 from amc_hw.padding import Pads, around, padding_of
 from amc_hw.specs import one_line
-from amc_hw.symbolic import BATCH_NORMS, PERMUTE, Asked, gives, origin, readers, sizes_asked, trace_fx
+from amc_hw.symbolic import BATCH_NORMS, HAS_GROUPS, PERMUTE, Asked, gives, origin, readers, sizes_asked, trace_fx
 from profilers.ops import CONV_KINDS, KINDS, SCALAR_KINDS, OpGraph, OpSpec
 
 ACTIVATION_MODULES: dict[type[nn.Module], str] = {
@@ -598,7 +598,7 @@ class _Lowering:
             before, after = ((own[end][0] + pads[end][0], own[end][1] + pads[end][1]) for end in (0, 1))
             if groups == module.in_channels == module.out_channels:  # one channel, too, which pruning may have left
                 kind = "depthwise_conv"
-            elif groups > 1 and module.out_channels % module.in_channels == 0:
+            elif (groups > 1 or hasattr(module, HAS_GROUPS)) and module.out_channels % module.in_channels == 0:
                 kind = "grouped_conv"
         self._emit(
             node,

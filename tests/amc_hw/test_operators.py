@@ -317,6 +317,18 @@ def test_convolutions_in_groups_lose_whole_groups(tmp_path: Path, groups: int, b
         slice_channels(net, graph, {"widen": np.arange(1, block + 1)})
 
 
+def test_a_convolution_of_which_one_group_is_left_goes_on_as_one() -> None:
+    """Both of its sides stay alike, as `search --from-policy` needs it."""
+    net = in_groups(3)
+    graph = build_graph(net.eval(), (3, 7, 7))
+    small = slice_channels(net, graph, keep_channels(net, graph, [6, 8]))
+    assert [(group.name, group.width, group.block) for group in build_graph(small, (3, 7, 7)).groups] == [
+        ("stem", 6, 1),
+        ("widen", 8, 8),
+    ]
+    assert kinds(build_graph(small, (3, 7, 7))) == kinds(graph)
+
+
 def test_the_groups_that_stay_are_those_of_largest_magnitude() -> None:
     net = in_groups(6)
     with torch.no_grad():
