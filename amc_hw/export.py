@@ -75,6 +75,9 @@ def folded_weights(module: nn.Module, graph: LayerGraph) -> dict[str, dict[str, 
                 scale, offset = batch_norm_affine(module.get_submodule(layer.batch_norm), dtype=torch.float64)
                 bias = bias * scale + offset
                 weight = weight * scale.view(-1, *[1] * (weight.dim() - 1))
+            for factor in layer.factors:
+                value = attrgetter(factor)(module).detach().double().reshape(()) if isinstance(factor, str) else factor
+                weight, bias = weight * value, bias * value
             weights[layer.name] = {"weight": _float32(weight), "bias": _float32(bias)}
     return weights
 

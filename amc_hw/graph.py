@@ -43,7 +43,7 @@ class Layer:
     name: the module's dotted name, or a name made from the operation where there is no module.
     module, batch_norm: dotted names of the modules that hold the weights, None where there are none.
     inputs: names of earlier layers, or of the network's inputs. sources: channels of every input.
-    start: the first channel of a slice. parameter: `module` names a parameter. numbers: as of `TracedOp`.
+    start: the first channel of a slice. parameter: `module` names a parameter. numbers, factors: as of `TracedOp`.
     """
 
     name: str
@@ -56,6 +56,7 @@ class Layer:
     start: int = 0
     parameter: bool = False
     numbers: tuple[float, ...] = ()
+    factors: tuple[float | str, ...] = ()
 
     @property
     def groups(self) -> tuple[int, ...]:
@@ -243,6 +244,7 @@ def build_graph(
             op.start,
             op.parameter,
             op.numbers,
+            op.factors,
         )
         for op in traced.ops
     )

@@ -228,6 +228,13 @@ class _Lockstep:
         twins = {self._twin[source]: values[source] for source in node.all_input_nodes}
         return _value(self._second, self._twin[node], twins)
 
+    def is_of_images(self, node: fx.Node) -> bool:
+        """Whether a node's value, if it is known, is no parameter but has as many images as the first chunk."""
+        known = self.chunks[0][0]
+        count = len(next(value for value in known.values() if isinstance(value, Tensor)))
+        value = known.get(node)
+        return node.op != "get_attr" and (not isinstance(value, Tensor) or value.dim() > 0 and len(value) == count)
+
     def can_be_read(self, node: fx.Node) -> bool:
         """Whether both values of a node are known, or follow from known ones without weights."""
         known = self.chunks[0][1]
@@ -336,7 +343,7 @@ def _follow(node: fx.Node, run: _Lockstep) -> _Follow:
                 break
         elif user.target in (operator.add, operator.iadd, torch.add) and shortcut is None:
             others = [source for source in user.all_input_nodes if source is not current]
-            if len(others) != 1 or not run.can_be_read(others[0]):
+            if len(others) != 1 or not run.can_be_read(others[0]) or not run.is_of_images(others[0]):
                 break
             (shortcut,) = others
         elif isinstance(part, nn.ReLU) or user.target in (F.relu, torch.relu):

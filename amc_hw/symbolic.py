@@ -98,6 +98,9 @@ class _Tracer(fx.Tracer):
         asked = None if isinstance(self.values[node], torch.Tensor) else sizes_asked(node, self._rank, key)
         if asked is None:
             return super().to_bool(proxy)  # raises
+        weights = {each.name for each in self.graph.nodes if each.op == "get_attr"}
+        if any(dims == (0,) and name not in weights for name, dims in asked):
+            raise fx.proxy.TraceError("it computes with the number of images")
         self.asked |= asked
         return self.values[node]
 
@@ -149,11 +152,10 @@ def trace_fx(module: nn.Module, examples: Sequence[torch.Tensor]) -> tuple[fx.Gr
         name = type(module).__name__
         raise UserError(f"forward() of {name} needs the keyword argument {needed[0]!r}: give a factory that wraps it")
     constants = {p.name: p.default for p in parameters if p.default is not p.empty}
-    tracer = _Tracer(examples, constants)
+    tracer, before = _Tracer(examples, constants), set(vars(module))
     try:
         graph = tracer.trace(module, constants or None)
         _drop_constants(graph, constants)
-        _drop_questions(graph)
         return fx.GraphModule(module, graph), tracer.asked
     except Exception as error:  # tracing runs the user's forward: anything can be raised
         reason = one_line(error)
@@ -161,6 +163,9 @@ def trace_fx(module: nn.Module, examples: Sequence[torch.Tensor]) -> tuple[fx.Gr
             f"{type(module).__name__} cannot be traced by torch.fx ({reason}): give a factory that returns a module "
             "whose forward() takes tensors only, by position, and does not branch on their values"
         ) from error
+    finally:
+        for name in set(vars(module)) - before:  # constants that torch.fx has put there
+            delattr(module, name)
 
 
 def _drop_constants(graph: fx.Graph, constants: Mapping[str, Any]) -> None:
@@ -171,13 +176,6 @@ def _drop_constants(graph: fx.Graph, constants: Mapping[str, Any]) -> None:
             doomed.add(node)
     for node in reversed(list(graph.nodes)):
         if node in doomed:
-            graph.erase_node(node)
-
-
-def _drop_questions(graph: fx.Graph) -> None:
-    """Without what was computed of sizes and has been answered."""
-    for node in reversed(list(graph.nodes)):
-        if not node.users and (asks_for_size(node) or node.target is torch._assert or _is_pure(node.target)):
             graph.erase_node(node)
 
 
@@ -198,8 +196,10 @@ def sizes_asked(node: fx.Node, rank: Callable[[fx.Node], int | None], key: Any =
         if not asks_for_size(node):
             return None
         what = str(node.target if node.op == "call_method" else node.args[1])
-        if what == "size" and len(node.args) > 1:
-            key = node.args[1]
+        if _selects(source):
+            return None
+        if what == "size" and (len(node.args) > 1 or "dim" in node.kwargs):
+            key = node.kwargs.get("dim", node.args[-1])
         elif what not in ("size", "shape"):
             key = slice(None) if what == "numel" else slice(0)
         read = range(dims)[key] if isinstance(key, int | slice) else range(dims)
@@ -207,9 +207,14 @@ def sizes_asked(node: fx.Node, rank: Callable[[fx.Node], int | None], key: Any =
     return asked
 
 
-def _is_pure(target: Any) -> bool:
-    module, name = origin(target)
-    return module == "_operator" and not name.startswith("i")
+def _selects(node: fx.Node) -> bool:
+    """Whether the shape of what a node gives depends on values."""
+    name = getattr(node.target, "__name__", str(node.target))
+    if name == "getitem":
+        return any(
+            isinstance(each, fx.Node) for each in (node.args[1] if isinstance(node.args[1], tuple) else node.args[1:])
+        )
+    return name in ("nonzero", "argwhere", "masked_select", "unique", "where")
 
 
 def asks_for_size(node: fx.Node) -> bool:

@@ -10,7 +10,7 @@ import itertools
 import math
 import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,18 @@ from amc_hw.errors import UnsupportedOperatorError, UserError
 from amc_hw.models.channel_map import ChannelMap
 from amc_hw.padding import Pads, around, padding_of
 from amc_hw.specs import one_line
-from amc_hw.symbolic import BATCH_NORMS, HAS_GROUPS, PERMUTE, Asked, gives, origin, readers, sizes_asked, trace_fx
+from amc_hw.symbolic import (
+    BATCH_NORMS,
+    HAS_GROUPS,
+    PERMUTE,
+    Asked,
+    asks_for_size,
+    gives,
+    origin,
+    readers,
+    sizes_asked,
+    trace_fx,
+)
 from profilers.ops import CONV_KINDS, KINDS, SCALAR_KINDS, OpGraph, OpSpec
 
 ACTIVATION_MODULES: dict[type[nn.Module], str] = {
@@ -73,6 +84,11 @@ RESHAPES: tuple[Any, ...] = ("view", "reshape", torch.reshape)
 FLATTEN_CALLS: tuple[Any, ...] = (torch.flatten, "flatten", *RESHAPES)
 #: Of a parameter: another shape of the same numbers.
 SAME_NUMBERS: tuple[Any, ...] = (*FLATTEN_CALLS, torch.unsqueeze, "unsqueeze", torch.squeeze, "squeeze")
+#: What may share its memory with what it reads.
+VIEWS: tuple[Any, ...] = (
+    *(*FLATTEN_CALLS, operator.getitem, torch.chunk, "chunk", torch.split, "split", torch.permute, "permute"),
+    *(torch.transpose, "transpose", "contiguous", torch.squeeze, "squeeze", torch.unsqueeze, "unsqueeze"),
+)
 SOFTMAXES: dict[Any, str] = {
     nn.Softmax: "softmax",
     nn.LogSoftmax: "log_softmax",
@@ -95,7 +111,8 @@ class TracedOp:
 
     module: dotted name of the module that holds the weights, or of a `parameter` that is read as it is.
     start: a slice's first channel, a chunk's number. numbers: the slope of a `prelu` without weights, what a scalar
-    operator without a parameter adds or multiplies by, the bounds of a `clip`.
+    operator without a parameter adds or multiplies by, the bounds of a `clip`. factors: of the weights, after a
+    batch-norm; numbers, or names of parameters.
     """
 
     name: str
@@ -106,6 +123,7 @@ class TracedOp:
     start: int = 0
     parameter: bool = False
     numbers: tuple[float, ...] = ()
+    factors: tuple[float | str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -128,7 +146,7 @@ def trace_ops(module: nn.Module, *examples: torch.Tensor) -> TracedOps:
     except Exception as error:
         name, shapes = type(module).__name__, " and ".join(str(tuple(example.shape)) for example in examples)
         raise UserError(f"{name} fails on an input of shape {shapes}: {one_line(error)}") from error
-    _read_what_is_written(graph_module)
+    _read_what_is_written(graph_module, type(module).__name__)
     return _Lowering(graph_module, len(examples), asked).run()
 
 
@@ -142,8 +160,11 @@ class _Shapes(ShapeProp):
         return result
 
 
-def _read_what_is_written(graph_module: fx.GraphModule) -> None:
-    """Where a tensor is written in place, those that read it afterwards read what was written."""
+def _read_what_is_written(graph_module: fx.GraphModule, name: str) -> None:
+    """Where a tensor is written in place, those that read it afterwards read what was written.
+
+    UnsupportedOperatorError where that is an input, or is read by another name afterwards.
+    """
     order = {node: number for number, node in enumerate(graph_module.graph.nodes)}
     for node in order:
         if not node.all_input_nodes or not _in_place(graph_module, node):
@@ -151,10 +172,32 @@ def _read_what_is_written(graph_module: fx.GraphModule) -> None:
         source: fx.Node | None = node.all_input_nodes[0]
         if _shape(node.all_input_nodes[0]) is None:  # a size
             continue
+        if source is not None and (told := _read_elsewhere(graph_module, source, order, order[node])):
+            raise UnsupportedOperatorError(
+                f"{name} writes into {told} in place ({node.name}): write x = x + 1, not x += 1"
+            )
         while source is not None:
             for reader in [user for user in source.users if order[user] > order[node]]:
                 reader.replace_input_with(source, node)
             source = source.all_input_nodes[0] if _is_its_input(graph_module, source) else None
+
+
+def _read_elsewhere(
+    graph_module: fx.GraphModule, source: fx.Node | None, order: Mapping[fx.Node, int], now: int
+) -> str | None:
+    """Of a tensor that is written: an input that it is or views, or a tensor that it views and that is read later."""
+    viewed = False
+    while source is not None:
+        if source.op == "placeholder":
+            return f"its input {source.name}"
+        if viewed and any(order[user] > now and not asks_for_size(user) for user in source.users):
+            return f"a part or a view of {source.name}"
+        if source.target in VIEWS:
+            viewed = True
+        elif not _is_its_input(graph_module, source):
+            return None
+        source = source.all_input_nodes[0]
+    return None
 
 
 def _is_its_input(graph_module: fx.GraphModule, node: fx.Node) -> bool:
@@ -271,12 +314,23 @@ class _Lowering:
     def _fix_what_is_asked(self) -> None:
         """Channels whose number the network's code branches on stay as many."""
         for node in self.graph.nodes:
-            channels_at = len(_shape(node) or ()) - 1 if node in self.last else 1
-            if any(name == node.name and channels_at in dims for name, dims in self.asked) and node in self.value:
-                self.fixed.setdefault(self.value[node], f"the network's code asks for the channels of {node.name}")
+            dims = {dim for name, each in self.asked if name == node.name for dim in each}
+            names = [self.value[node]] if node in self.value else []
+            channels_at = {len(_shape(node) or ()) - 1} if node in self.last else {1}
+            if node in self.parameters:  # sizes of weights
+                owner, channels_at = self.parameters[node].rpartition(".")[0], dims
+                for op in self.ops.values():
+                    names += [op.name, *op.inputs] if owner in (op.module, op.batch_norm) else []
+            for taken in (self.padded, self.halved, self.apart):
+                if node in taken and node not in self.value:
+                    channels_at |= {2} if taken is self.apart else set()
+                    names += [self.value[taken[node][0]]]  # type: ignore[index]
+            if dims & channels_at:
+                why = f"the network's code asks for the channels of {node.name}"
+                self.fixed = dict.fromkeys(names, why) | self.fixed
 
     def _visit(self, node: fx.Node) -> None:
-        if not self._takes_padding(node):
+        if not self._takes_padding(node) and not asks_for_size(node):
             for source in [each for each in node.all_input_nodes if each in self.padded and each not in self.value]:
                 image, (before, after) = self.padded[source]
                 ends = () if after == before else after
@@ -381,8 +435,10 @@ class _Lowering:
 
     def _function(self, node: fx.Node) -> None:
         target = node.target
-        if "tensor_meta" not in node.meta:
-            return  # computed of sizes: no tensor
+        if "tensor_meta" not in node.meta:  # computed of sizes: no tensor
+            if target is torch._assert and isinstance(node.args[0], fx.Node):
+                self._ask(node.args[0])
+            return
         if node.all_input_nodes and node.all_input_nodes[0] in self.parameters and target in SAME_NUMBERS:
             self._reshaped_parameter(node)
         elif node.all_input_nodes and node.all_input_nodes[0] in self.apart:
@@ -472,7 +528,7 @@ class _Lowering:
             self._emit(node, "global_avg_pool", sources=[image])
         elif rank == 4 and dims == {2, 3}:
             self._emit(node, "global_avg_pool")
-        elif rank == 4 and dims in ({2}, {3}) and all(user.target in MEANS for user in node.users):
+        elif rank == 4 and dims in ({2}, {3}) and all(user.target in MEANS for user in readers(node)):
             keepdim = len(_shape(node) or ()) == rank
             self.halved[node] = source, 3 if dims == {2} and keepdim else 2
         else:
@@ -529,12 +585,15 @@ class _Lowering:
 
     def _only_reader(self, node: fx.Node) -> str | None:
         """The operator before `node`, if nothing else reads its output."""
-        source = node.all_input_nodes[0]
+        return self._alone_before(node.all_input_nodes[0])
+
+    def _alone_before(self, source: fx.Node) -> str | None:
+        """The operator that gives `source`, if that has one reader alone."""
         name = self.value[source]
         while name in self.ops and len(readers(source)) == 1:
             if not self._passes(source):
                 return name
-            source = source.all_input_nodes[0]
+            source = next(each for each in source.all_input_nodes if each in self.value)
         return None
 
     def _passes(self, node: fx.Node) -> bool:
@@ -570,11 +629,7 @@ class _Lowering:
 
     def _number(self, given: Any, node: fx.Node) -> int:
         """A whole number that a call of `node` is given, or that the network's code computed of sizes."""
-        if isinstance(given, fx.Node):
-            shapes = {each: _shape(each) for each in self.graph.nodes}
-            asked = sizes_asked(given, lambda each: None if (shape := shapes[each]) is None else len(shape))
-            self.asked |= asked or set()
-            given = None if asked is None else given.meta.get("known")
+        given = self._ask(given) if isinstance(given, fx.Node) else given
         if not isinstance(given, int):
             raise self._unsupported(node)
         return given
@@ -582,10 +637,17 @@ class _Lowering:
     def _takes_padding(self, node: fx.Node) -> bool:
         return node.op == "call_module" and isinstance(self.modules[str(node.target)], nn.Conv2d)
 
+    def _ask(self, node: fx.Node) -> Any:
+        """What a node that is no tensor was for the examples, None where that depends on values."""
+        asked = sizes_asked(node, lambda each: None if (shape := _shape(each)) is None else len(shape))
+        self.asked |= asked or set()
+        return None if asked is None else node.meta.get("known")
+
     def _convolution(self, node: fx.Node, module: nn.Conv2d | nn.ConvTranspose2d, name: str) -> None:
         kind, groups = "conv", module.groups
         source, pads = self.padded.get(node.all_input_nodes[0], (node.all_input_nodes[0], NO_PADS))
         if isinstance(module, nn.ConvTranspose2d):
+            source = node.all_input_nodes[0]
             kind = "conv_transpose"
             before, more = _pair(module.padding), _pair(module.output_padding)
             after = before[0] - more[0], before[1] - more[1]
@@ -621,7 +683,13 @@ class _Lowering:
         op = None if before is None else self.ops[before]
         folds = (*CONV_KINDS, "linear")
         plain = op is not None and op.op.kind in folds and op.op.activation == "none"
-        if op is not None and plain and not op.batch_norm and not self._called_again(op.module, name):
+        if (
+            op is not None
+            and plain
+            and not op.batch_norm
+            and not op.factors
+            and not self._called_again(op.module, name)
+        ):
             self.ops[op.name] = replace(op, batch_norm=name)
             self._same(node)
         else:
@@ -637,9 +705,19 @@ class _Lowering:
         """What a class derived of a norm does after it: an activation in `act` (timm's BatchNormAct2d)."""
         if type(module) in BATCH_NORMS:
             return
+        base = next(each for each in (*BATCH_NORMS, nn.GroupNorm) if isinstance(module, each))
         act = getattr(module, "act", None)
         if not isinstance(act, nn.Module) or not isinstance(getattr(module, "drop", nn.Identity()), IDENTITY_MODULES):
             raise self._unsupported(node)
+        drawn = torch.randn(
+            2, *(_shape(node) or ())[1:2], *(1 if base is nn.BatchNorm1d else 3,) * (len(_shape(node) or ()) - 2)
+        )
+        with torch.no_grad():
+            wanted = act(base.forward(module, drawn))  # type: ignore[arg-type]
+        if not gives(module, drawn, wanted):
+            raise UnsupportedOperatorError(
+                f"{node.target}: a {type(module).__name__} that is more than a norm and {type(act).__name__}"
+            )
         if activation := _activation_of(act):
             self._activate(node, activation)
         elif isinstance(act, nn.LeakyReLU):
@@ -682,6 +760,10 @@ class _Lowering:
             self._emit(node, "group_norm", groups=module.num_groups, module=name)
             if not _is_group_norm(module):
                 self._of_class(node, module)
+        elif module.num_features != self._image(node)[0]:
+            raise UnsupportedOperatorError(
+                f"{name}: an instance-norm of {module.num_features} channels, not {self._image(node)[0]}"
+            )
         elif module.track_running_stats:
             raise UnsupportedOperatorError(f"{name}: an instance-norm with running statistics is not supported")
         else:
@@ -694,10 +776,11 @@ class _Lowering:
 
     def _arithmetic(self, node: fx.Node, kind: str) -> None:
         """Of two tensors, of a tensor and a number, or of a tensor and a parameter."""
-        operands: list[Any] = [*node.args, *(node.kwargs[key] for key in ("other",) if key in node.kwargs)]
+        named = {key: value for key, value in node.kwargs.items() if value is not None}
+        operands: list[Any] = [*node.args, *(named[key] for key in ("input", "other") if key in named)]
         tensors = [operand for operand in operands if operand in self.value]
         others = [operand for operand in operands if operand not in tensors]
-        if len(operands) != 2 or set(node.kwargs) - {"other", "alpha"} or node.kwargs.get("alpha", 1) != 1:
+        if len(operands) != 2 or set(named) - {"input", "other", "alpha"} or named.get("alpha", 1) != 1:
             raise self._unsupported(node)
         if len(tensors) == 2:
             self._binary(node, kind)
@@ -727,8 +810,22 @@ class _Lowering:
         if number == (1.0 if kind == "mul_scalar" else 0.0):
             self.value[node] = self.value[source]
             self.last |= {node} if source in self.last else set()
+        elif kind == "mul_scalar" and node is not source and (before := self._foldable(source, node)):
+            self._fold(node, before, number)
         else:
             self._emit(node, kind, sources=[source], numbers=(number,))
+
+    def _foldable(self, source: fx.Node, node: fx.Node) -> str | None:
+        """The product before a factor that becomes part of its weights, as runtimes have it (ONNX Runtime's
+        ConvMulFusion)."""
+        name = self._alone_before(source)
+        op = None if name is None or source in self.last else self.ops[name].op
+        folds = (*CONV_KINDS, "conv_transpose", "linear")
+        return name if op is not None and op.kind in folds and op.activation == "none" else None
+
+    def _fold(self, node: fx.Node, name: str, factor: float | str) -> None:
+        self.ops[name] = replace(self.ops[name], factors=(*self.ops[name].factors, factor))
+        self.value[node] = name
 
     def _binary(self, node: fx.Node, kind: str) -> None:
         sources = node.all_input_nodes
@@ -757,9 +854,18 @@ class _Lowering:
         """A product with a parameter of one number per channel; either with one of a single number."""
         shape, channels = _shape(parameter), self._image(source)[0]
         rank, name = len(_shape(source) or ()), self.parameters[parameter]
+        number = shape is not None and math.prod(shape) == 1 and len(shape) <= rank
+        if name.startswith("_tensor_constant") and number:  # written into the code, not held by the network
+            self._and_number(node, kind, source, float(getattr(self.root, name)), number_first=False)
+            return
+        layers = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, *BATCH_NORMS)
+        if name.startswith("_tensor_constant") or isinstance(self.modules.get(name.rpartition(".")[0]), layers):
+            raise self._unsupported(node)
         trailing = (1,) * (0 if source in self.last else rank - 2)
         per_channel = [(*(1,) * ones, channels, *trailing) for ones in range(rank - len(trailing))]
-        if shape is not None and math.prod(shape) == 1 and len(shape) <= rank:
+        if number and kind == "mul" and (before := self._foldable(source, node)):
+            self._fold(node, before, name)
+        elif number:
             self._emit(node, f"{kind}_scalar", sources=[source], module=name, parameter=True)
         elif kind == "mul" and shape in per_channel:
             self._emit(node, "affine", sources=[source], module=name, parameter=True)
@@ -845,6 +951,9 @@ class _Lowering:
         if (set(arguments) - known - {"dilation", "return_indices"}) or odd or len(node.args) > len(names):
             raise self._unsupported(node)
         kernel, padding = arguments["kernel_size"], arguments.get("padding", 0)
+        kernel = self._ask(kernel) if isinstance(kernel, fx.Node) else kernel
+        if not isinstance(kernel, int | tuple | list):
+            raise self._unsupported(node)
         kind, ceil = POOL_FUNCTIONS[node.target], bool(arguments.get("ceil_mode"))
         options = {"ceil": ceil, "exclude_pad": not arguments.get("count_include_pad", True)}
         self._pool(node, kind, kernel, arguments.get("stride") or kernel, padding, **options)
@@ -866,7 +975,23 @@ class _Lowering:
         ceil = ceil and (plain.out_height, plain.out_width) != self._image(node)[1:]
         if ceil and kind == "avg_pool":
             raise UnsupportedOperatorError(f"{node.name}: average pooling with ceil_mode is not supported here")
+        if kind == "avg_pool" and not exclude_pad and not ceil and (image := self._takes_zeros(node, window)):
+            self._emit(node, kind, sources=[image], **window)
+            return
         self._emit(node, kind, **window, ceil=ceil, exclude_pad=exclude_pad and any(window["padding"]))
+
+    def _takes_zeros(self, node: fx.Node, window: dict[str, Any]) -> fx.Node | None:
+        """The image whose zeros a pooling alone reads, which become padding of its window where that may be so wide:
+        ONNX Runtime has it so (PadFusion)."""
+        source = node.all_input_nodes[0]
+        image, (before, after) = self.padded.get(source, (source, NO_PADS))
+        padding = tuple(own + more for own, more in zip(window["padding"], before, strict=True))
+        small = all(2 * pad <= size for pad, size in zip(padding, window["kernel"], strict=True))
+        if image is source or before != after or not small or len(readers(source)) > 1:
+            return None
+        del self.ops[self.value.pop(source)]
+        window["padding"] = padding
+        return image
 
     def _adaptive_pool(self, node: fx.Node) -> None:
         before, after = _shape(node.all_input_nodes[0]), _shape(node)

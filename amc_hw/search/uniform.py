@@ -10,7 +10,7 @@ from amc_hw.resources import Grids, snap
 
 def tied_groups(graph: LayerGraph) -> set[int]:
     """Indices of the groups that additions tie together."""
-    return {group for layer in graph.layers if layer.op.kind == "add" for group, _ in layer.out.terms}
+    return {group for layer in graph.layers if layer.op.kind in ("add", "sub") for group, _ in layer.out.terms}
 
 
 def uniform_policies(grids: Grids, *, full: Collection[int] = ()) -> list[tuple[int, ...]]:

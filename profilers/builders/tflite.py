@@ -190,7 +190,7 @@ class _Network:
         its weights are; 0 where there is none."""
         node = self.by_name.get(name)
         alone = name not in self.outputs and self.readers.get(name) == ["pixel_shuffle"]
-        if not alone or node is None or node.op.kind != "conv" or node.op.fused_add:
+        if not alone or node is None or node.op.kind != "conv" or node.op.fused_add or node.op.groups > 1:
             return 0
         return next(reader.op.stride[0] for reader in self.by_name.values() if name in reader.inputs)
 
