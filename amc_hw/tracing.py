@@ -172,7 +172,7 @@ def _read_what_is_written(graph_module: fx.GraphModule, name: str) -> None:
         source: fx.Node | None = node.all_input_nodes[0]
         if _shape(node.all_input_nodes[0]) is None:  # a size
             continue
-        if source is not None and (told := _read_elsewhere(graph_module, source, order, order[node])):
+        if told := _read_elsewhere(graph_module, node, order):
             raise UnsupportedOperatorError(
                 f"{name} writes into {told} in place ({node.name}): write x = x + 1, not x += 1"
             )
@@ -182,22 +182,19 @@ def _read_what_is_written(graph_module: fx.GraphModule, name: str) -> None:
             source = source.all_input_nodes[0] if _is_its_input(graph_module, source) else None
 
 
-def _read_elsewhere(
-    graph_module: fx.GraphModule, source: fx.Node | None, order: Mapping[fx.Node, int], now: int
-) -> str | None:
-    """Of a tensor that is written: an input that it is or views, or a tensor that it views and that is read later."""
-    viewed = False
-    while source is not None:
+def _read_elsewhere(graph_module: fx.GraphModule, node: fx.Node, order: Mapping[fx.Node, int]) -> str | None:
+    """What a node writes into by another name: an input, or a tensor that is read later. (To cut off what is below zero
+    once more changes nothing: rectifiers may write into the input.)"""
+    source, viewed = node.all_input_nodes[0], False
+    while True:
         if source.op == "placeholder":
-            return f"its input {source.name}"
-        if viewed and any(order[user] > now and not asks_for_size(user) for user in source.users):
+            return f"its input {source.name}" if node.target in (*KIND_OF, *CLIPS) else None
+        if viewed and any(order[user] > order[node] for user in readers(source)):
             return f"a part or a view of {source.name}"
-        if source.target in VIEWS:
-            viewed = True
-        elif not _is_its_input(graph_module, source):
+        if source.target not in VIEWS and not _is_its_input(graph_module, source):
             return None
+        viewed = viewed or source.target in VIEWS
         source = source.all_input_nodes[0]
-    return None
 
 
 def _is_its_input(graph_module: fx.GraphModule, node: fx.Node) -> bool:
@@ -315,6 +312,8 @@ class _Lowering:
         """Channels whose number the network's code branches on stay as many."""
         for node in self.graph.nodes:
             dims = {dim for name, each in self.asked if name == node.name for dim in each}
+            if not dims:
+                continue
             names = [self.value[node]] if node in self.value else []
             channels_at = {len(_shape(node) or ()) - 1} if node in self.last else {1}
             if node in self.parameters:  # sizes of weights
@@ -576,9 +575,9 @@ class _Lowering:
             return shape[1], 1, 1
         return (shape[3], shape[1], shape[2]) if node in self.last else (shape[1], shape[2], shape[3])
 
-    def _same(self, node: fx.Node) -> None:
-        """The node's value is that of what it reads."""
-        source = node.all_input_nodes[0]
+    def _same(self, node: fx.Node, source: fx.Node | None = None) -> None:
+        """The node's value is that of `source`, of what it reads."""
+        source = node.all_input_nodes[0] if source is None else source
         self.value[node] = self.value[source]
         if source in self.last:
             self.last.add(node)
@@ -612,8 +611,7 @@ class _Lowering:
         sides = [self._number(side, node) for side in sides]
         sides = (*sides, *[0] * (4 - len(sides)))
         if not any(sides):
-            self.value[node] = self.value[source]
-            self.last |= {node} if source in self.last else set()
+            self._same(node, source)
         elif len(sides) > 4 or mode != "constant" or source in self.last or len(_shape(source) or ()) != 4:
             raise self._unsupported(node)
         elif max(sides) <= 0:
@@ -682,14 +680,8 @@ class _Lowering:
         before = self._only_reader(node)
         op = None if before is None else self.ops[before]
         folds = (*CONV_KINDS, "linear")
-        plain = op is not None and op.op.kind in folds and op.op.activation == "none"
-        if (
-            op is not None
-            and plain
-            and not op.batch_norm
-            and not op.factors
-            and not self._called_again(op.module, name)
-        ):
+        plain = op is not None and op.op.kind in folds and op.op.activation == "none" and not op.factors
+        if op is not None and plain and not op.batch_norm and not self._called_again(op.module, name):
             self.ops[op.name] = replace(op, batch_norm=name)
             self._same(node)
         else:
@@ -709,9 +701,8 @@ class _Lowering:
         act = getattr(module, "act", None)
         if not isinstance(act, nn.Module) or not isinstance(getattr(module, "drop", nn.Identity()), IDENTITY_MODULES):
             raise self._unsupported(node)
-        drawn = torch.randn(
-            2, *(_shape(node) or ())[1:2], *(1 if base is nn.BatchNorm1d else 3,) * (len(_shape(node) or ()) - 2)
-        )
+        _, channels, *sides = _shape(node) or (0, 0)
+        drawn = torch.randn(2, channels, *(3 for _ in sides), generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             wanted = act(base.forward(module, drawn))  # type: ignore[arg-type]
         if not gives(module, drawn, wanted):
@@ -808,14 +799,13 @@ class _Lowering:
 
     def _with_number(self, node: fx.Node, kind: str, source: fx.Node, number: float) -> None:
         if number == (1.0 if kind == "mul_scalar" else 0.0):
-            self.value[node] = self.value[source]
-            self.last |= {node} if source in self.last else set()
-        elif kind == "mul_scalar" and node is not source and (before := self._foldable(source, node)):
+            self._same(node, source)
+        elif kind == "mul_scalar" and (before := self._foldable(source)):
             self._fold(node, before, number)
         else:
             self._emit(node, kind, sources=[source], numbers=(number,))
 
-    def _foldable(self, source: fx.Node, node: fx.Node) -> str | None:
+    def _foldable(self, source: fx.Node) -> str | None:
         """The product before a factor that becomes part of its weights, as runtimes have it (ONNX Runtime's
         ConvMulFusion)."""
         name = self._alone_before(source)
@@ -863,7 +853,7 @@ class _Lowering:
             raise self._unsupported(node)
         trailing = (1,) * (0 if source in self.last else rank - 2)
         per_channel = [(*(1,) * ones, channels, *trailing) for ones in range(rank - len(trailing))]
-        if number and kind == "mul" and (before := self._foldable(source, node)):
+        if number and kind == "mul" and (before := self._foldable(source)):
             self._fold(node, before, name)
         elif number:
             self._emit(node, f"{kind}_scalar", sources=[source], module=name, parameter=True)
