@@ -23,6 +23,14 @@ def _subject(arguments: dict[str, Any], **more: Any) -> api.Subject:
     return api.open_subject(**{name: arguments.pop(name) for name in names}, **more)
 
 
+def _flag(name: str) -> str:
+    return f"--{name.replace('_shape', '')}"
+
+
+def _metric(r: dict[str, Any]) -> str:
+    return "score" if r["accuracy_split"] == "evaluate" else "accuracy"
+
+
 def _typed(context: click.Context, name: str) -> bool:
     return context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
 
@@ -44,7 +52,7 @@ def _leave_out(context: click.Context, policy: str, *names: str) -> None:
     """UserError where a flag says what a policy says."""
     for name in names:
         if _typed(context, name):
-            raise UserError(f"{policy} says what the network is: leave --{name.replace('_shape', '')} out")
+            raise UserError(f"{policy} says what the network is: leave {_flag(name)} out")
 
 
 def _of_policy(context: click.Context, arguments: dict[str, Any], found: api.Policy) -> None:
@@ -308,11 +316,7 @@ def profile(
         return
     result = api.profile(subject, seed=seed, tolerance=tolerance, max_minutes=max_minutes, way=way, progress=Progress())
     if recorded := record_settings(chosen):
-        again = [
-            f"--{name.replace('_shape', '')}"
-            for name in ("input_shape", "keep", "threads", "dtype")
-            if _typed(context, name)
-        ]
+        again = [_flag(name) for name in ("input_shape", "keep", "threads", "dtype") if _typed(context, name)]
         but = f" (repeat {', '.join(again)})" if again else ""
         names = f"{', '.join(recorded)} recorded in {FILE}"
         click.echo(f"{names}: the commands that follow need no flags for it{but}", err=True)
@@ -623,9 +627,8 @@ def _search_lines(r: dict[str, Any], start: Path | None, config: api.SearchConfi
             f"latency     {r['baseline_ms']:.4f} -> {r['measured_ms']:.4f} ms {predicted}",
             f"speed-up    {r['speedup']:.2f}x (95%: {low:.2f} to {high:.2f})",
         ]
-    metric = "score" if r["accuracy_split"] == "evaluate" else "accuracy"
     return [
-        f"{metric:<11} {r['baseline_accuracy']:.4f} -> {r['accuracy']:.4f} ({r['accuracy_split']})",
+        f"{_metric(r):<11} {r['baseline_accuracy']:.4f} -> {r['accuracy']:.4f} ({r['accuracy_split']})",
         *latency,
         *([f"on          {_where(r)}"] if "device" in r else []),  # results of old have none
         f"MMACs       {r['baseline_macs'] / 1e6:.2f} -> {r['macs'] / 1e6:.2f}",
@@ -783,8 +786,7 @@ def _export_lines(r: dict[str, Any]) -> list[str]:
     several = f" ({', '.join(r['outputs'])})" if len(r.get("outputs", ())) > 1 else ""
     line = f"{r['file']}: {r['bytes']} bytes, outputs{several} within {r['max_abs_diff']:.2g} of PyTorch's"
     if "accuracy" in r:
-        metric = "score" if r["accuracy_split"] == "evaluate" else "accuracy"
-        line += f"; {metric} {r['float_accuracy']:.4f} -> {r['accuracy']:.4f} ({r['accuracy_split']})"
+        line += f"; {_metric(r)} {r['float_accuracy']:.4f} -> {r['accuracy']:.4f} ({r['accuracy_split']})"
     return [line]
 
 

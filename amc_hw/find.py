@@ -305,11 +305,9 @@ class _Search:
 
     def _sources(self) -> dict[str, str]:
         """Checksums of the Python files that a policy names."""
-        named = {
-            self.model.spec: self.model.found,
-            **{each: each for each in (self.config.evaluate, self.config.calibrate)},
-        }
-        found = {parse_spec(text).name: source_sha256(where) for text, where in named.items() if text and where}
+        functions = [text for text in (self.config.evaluate, self.config.calibrate) if text]
+        named = {self.model.spec: self.model.found} | {text: text for text in functions}
+        found = {parse_spec(text).name: source_sha256(where) for text, where in named.items()}
         return {name: checksum for name, checksum in found.items() if checksum}
 
     def confirm(self, widths: tuple[int, ...]) -> tuple[list[float], list[float]]:

@@ -7,7 +7,7 @@ import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from operator import attrgetter
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -110,16 +110,16 @@ class _Tracer(fx.Tracer):
 
     @torch.no_grad()
     def _run(self, node: fx.Node) -> Any:
-        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), self.values.__getitem__)
         if node.op == "placeholder":
             constant = _constant(node, self.constants)
             return self.constants[constant] if constant else self.examples.pop(0).clone()
-        if node.op == "get_attr":
-            return attrgetter(str(node.target))(self.root)
-        if node.op == "call_module":
-            return self.root.get_submodule(str(node.target))(*args, **kwargs)
-        function: Any = getattr(args[0], str(node.target)) if node.op == "call_method" else node.target
-        return function(*(args[1:] if node.op == "call_method" else args), **kwargs)
+        return self._interpreter.run_node(node)
+
+    @cached_property
+    def _interpreter(self) -> fx.Interpreter:
+        interpreter = fx.Interpreter(self.root, garbage_collect_values=False, graph=self.graph)
+        interpreter.env = self.values
+        return interpreter
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         # classes derived of them, too

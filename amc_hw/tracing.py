@@ -894,7 +894,7 @@ class _Lowering:
         if before is None or len(before) not in (2, 4) or len(out) != len(before) or source in self.last:
             raise self._unsupported(node)
         starts = self._starts(node, key, before)
-        self.value[node] = self.value[source]
+        self._same(node, source)
         if out[0] != before[0]:
             raise self._unsupported(node)
         if out[1] != before[1]:  # else, of fewer channels it is all of them, too
@@ -1015,7 +1015,7 @@ class _Lowering:
         else:
             to["stride"] = (out_height // height, out_width // width)
         if (out_height, out_width) == (height, width):
-            self.value[node] = self.value[node.all_input_nodes[0]]
+            self._same(node)
         else:
             self._emit(node, f"upsample_{mode}", sources=node.all_input_nodes[:1], **to)
 

@@ -33,6 +33,11 @@ class _Writer:
     def add(self, op_type: str, name: str, inputs: list[str], output: str, **attributes: Any) -> None:
         self.nodes.append(helper.make_node(op_type, inputs, [output], name=name, **attributes))
 
+    def slice(self, name: str, inputs: list[str], output: str, **where: tuple[int, ...]) -> None:
+        """where: `starts`, `ends` and `axes`, in this order."""
+        constants = [self.constant(f"{name}/{key}", np.array(values, np.int64)) for key, values in where.items()]
+        self.add("Slice", name, inputs + constants, output)
+
     def as_image(self, source: str, reader: str) -> str:
         """The (N, C) tensor `source` as (N, C, 1, 1), for a reader that works on images."""
         axes = self.constant(f"{reader}/{source}/axes", np.array([2, 3], np.int64))
@@ -145,9 +150,7 @@ def _emit(writer: _Writer, node: OpNode, weights: Weights, *, leaves: bool) -> N
         writer.add("InstanceNormalization", name, [*inputs, *parts], result, epsilon=float(arrays["eps"]))
     elif op.kind in ("slice", "chunk"):
         first = first_channel(op, arrays)
-        ends = [("starts", first), ("ends", first + op.out_channels), ("axes", 1)]
-        where = [writer.constant(f"{name}/{key}", np.array([value], np.int64)) for key, value in ends]
-        writer.add("Slice", name, inputs + where, result)
+        writer.slice(name, inputs, result, starts=(first,), ends=(first + op.out_channels,), axes=(1,))
     elif op.kind == "shuffle":
         each = op.out_channels // op.groups
         apart = [op.batch, op.groups, each, op.height, op.width]
@@ -164,9 +167,7 @@ def _emit(writer: _Writer, node: OpNode, weights: Weights, *, leaves: bool) -> N
         writer.add("Clip", name, inputs + names, result)
     elif op.kind == "crop":
         stops = (op.height - op.padding_after[0], op.width - op.padding_after[1])
-        sides = [("starts", op.padding), ("ends", stops), ("axes", (2, 3))]
-        where = [writer.constant(f"{name}/{key}", np.array(values, np.int64)) for key, values in sides]
-        writer.add("Slice", name, inputs + where, result)
+        writer.slice(name, inputs, result, starts=op.padding, ends=stops, axes=(2, 3))
     elif op.kind == "pad":
         pads = np.array([0, 0, *op.padding, 0, 0, *op.padding_after], np.int64)
         writer.add("Pad", name, [*inputs, writer.constant(f"{name}/pads", pads)], result)

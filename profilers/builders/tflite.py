@@ -125,6 +125,21 @@ class _Writer:
         options = ("ReshapeOptions", {"newShape": shape})
         return self.operator("RESHAPE", [source, wanted], output, shape, options=options)
 
+    def cut(self, source: str, output: str, begin: tuple[int, ...], shape: tuple[int, ...]) -> str:
+        """What lies at `begin` and is of `shape`."""
+        where = [("begin", begin), ("extent", shape)]
+        constants = [self.constant(f"{output}/{key}", np.array(value), dtype="INT32") for key, value in where]
+        return self.operator("SLICE", [source, *constants], output, shape)
+
+    def turned(self, source: str, output: str, groups: int) -> str:
+        """The channels of an image, (groups, each), in the order (each, groups)."""
+        *image, channels = self.shapes[source]
+        each = channels // groups
+        apart = self.reshape(source, f"{output}/apart", (*image, groups, each))
+        order = self.constant(f"{output}/order", np.array([0, 1, 2, 4, 3]), dtype="INT32")
+        swapped = self.operator("TRANSPOSE", [apart, order], f"{output}/swapped", (*image, each, groups))
+        return self.reshape(swapped, output, (*image, channels))
+
     def activation(self, activation: str, source: str, output: str) -> str:
         """An activation as operators of its own."""
         shape = self.shapes[source]
@@ -419,21 +434,12 @@ def _log_softmax(network: _Network, node: OpNode, output: str, activation: str) 
 def _slice(network: _Network, node: OpNode, output: str, activation: str) -> None:
     writer, (source,) = network.writer, node.inputs
     *rest, _ = writer.shapes[source]
-    begin = np.array([*(0 for _ in rest), first_channel(node.op, network.weights[node.name])])
-    size = np.array([*rest, node.op.out_channels])
-    where = [writer.constant(f"{node.name}/{k}", v, dtype="INT32") for k, v in (("begin", begin), ("size", size))]
-    writer.operator("SLICE", [source, *where], output, (*rest, node.op.out_channels))
+    first = first_channel(node.op, network.weights[node.name])
+    writer.cut(source, output, (*(0 for _ in rest), first), (*rest, node.op.out_channels))
 
 
 def _shuffle(network: _Network, node: OpNode, output: str, activation: str) -> None:
-    op, writer = node.op, network.writer
-    batch, height, width, channels = network.image_shape(op)
-    each = channels // op.groups
-    apart = writer.reshape(node.inputs[0], f"{node.name}/apart", (batch, height, width, op.groups, each))
-    order = writer.constant(f"{node.name}/order", np.array([0, 1, 2, 4, 3]), dtype="INT32")
-    shape = (batch, height, width, each, op.groups)
-    swapped = writer.operator("TRANSPOSE", [apart, order], f"{node.name}/swapped", shape)
-    writer.reshape(swapped, output, (batch, height, width, channels))
+    network.writer.turned(network.as_image(node.inputs[0]), output, node.op.groups)
 
 
 def _clip(network: _Network, node: OpNode, output: str, activation: str) -> None:
@@ -448,10 +454,8 @@ def _clip(network: _Network, node: OpNode, output: str, activation: str) -> None
 
 
 def _crop(network: _Network, node: OpNode, output: str, activation: str) -> None:
-    writer, shape = network.writer, network.image_shape(node.op)
-    ends = [("begin", np.array([0, *node.op.padding, 0])), ("extent", np.array(shape))]
-    where = [writer.constant(f"{node.name}/{key}", value, dtype="INT32") for key, value in ends]
-    writer.operator("SLICE", [network.as_image(node.inputs[0]), *where], output, shape)
+    source = network.as_image(node.inputs[0])
+    network.writer.cut(source, output, (0, *node.op.padding, 0), network.image_shape(node.op))
 
 
 def _pad(network: _Network, node: OpNode, output: str, activation: str) -> None:
@@ -470,12 +474,7 @@ def _pixel_shuffle(network: _Network, node: OpNode, output: str, activation: str
     op, writer, block = node.op, network.writer, node.op.stride[0]
     source = network.as_image(node.inputs[0])
     if op.out_channels > 1 and not network.block_behind(node.inputs[0]):
-        shape = writer.shapes[source]
-        apart = writer.reshape(source, f"{node.name}/apart", (*shape[:-1], op.out_channels, block * block))
-        axes = writer.constant(f"{node.name}/order", np.array([0, 1, 2, 4, 3]), dtype="INT32")
-        turned = (*shape[:-1], block * block, op.out_channels)
-        swapped = writer.operator("TRANSPOSE", [apart, axes], f"{node.name}/swapped", turned)
-        source = writer.reshape(swapped, f"{node.name}/blocks_first", shape)
+        source = writer.turned(source, f"{node.name}/blocks_first", op.out_channels)
     options = ("DepthToSpaceOptions", {"blockSize": block})
     writer.operator("DEPTH_TO_SPACE", [source], output, network.image_shape(op), options=options)
 
@@ -512,9 +511,7 @@ def _conv_transpose(network: _Network, node: OpNode, output: str, activation: st
     version = 3 if activation == "none" else 4
     writer.operator("TRANSPOSE_CONV", inputs, made, shape, version=version, options=options)
     if cut:
-        ends = [("begin", np.array([0, *op.padding, 0])), ("extent", np.array(wanted))]
-        where = [writer.constant(f"{node.name}/{key}", value, dtype="INT32") for key, value in ends]
-        writer.operator("SLICE", [made, *where], output, wanted)
+        writer.cut(made, output, (0, *op.padding, 0), wanted)
 
 
 def _is_cut_as_same(op: OpSpec, axis: int) -> bool:
