@@ -179,5 +179,5 @@ def _first_consumer(graph: LayerGraph, group: ChannelGroup) -> Layer:
 def _shape_features(layer: Layer) -> tuple[int, ...]:
     """(n, c, h, w, stride, k): channels out and in, size of the input, vertical stride and kernel."""
     op = layer.op
-    height, width = (1, 1) if op.kind == "linear" else (op.height, op.width)
+    height, width = (op.height, op.width) if op.kind != "linear" or op.tokens else (1, 1)
     return op.out_channels, op.in_channels[0], height, width, op.stride[0], op.kernel[0]

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from amc_hw.errors import FailedError, UserError
-from amc_hw.graph import LayerGraph
+from amc_hw.graph import Layer, LayerGraph
 from amc_hw.models.channel_map import ChannelMap
 from amc_hw.refit import Inputs, batches, count_of
 from amc_hw.symbolic import BATCH_NORMS, batch_norm_affine
+from profilers.builders.weights import weight_shapes
 from profilers.files import write_whole
-from profilers.ops import SCALAR_KINDS, OpGraph
+from profilers.ops import SCALAR_KINDS, OpGraph, OpNode
 from profilers.runtimes import Runtime, load_runtime
 
 RUNTIME_OF = {"onnx": "onnxruntime", "tflite": "litert"}
@@ -48,13 +49,35 @@ def folded_weights(module: nn.Module, graph: LayerGraph) -> dict[str, dict[str, 
             bounds = zip(("low", "high"), layer.numbers, strict=True)
             weights[layer.name] = {key: np.array(bound, np.float32) for key, bound in bounds}
         elif layer.op.kind in SCALAR_KINDS:
-            value = attrgetter(layer.module)(module) if layer.module else torch.tensor(layer.numbers)
-            weights[layer.name] = {"value": _float32(value.detach().reshape(()))}
-        elif layer.op.kind == "affine" and layer.parameter:
-            scale = attrgetter(str(layer.module))(module).detach().flatten()
+            value = _read(module, layer) if layer.module or layer.constants else torch.tensor(layer.numbers)
+            weights[layer.name] = {"value": _float32(value.reshape(()))}
+        elif layer.op.kind == "affine" and (layer.parameter or layer.constants):
+            scale = _read(module, layer).flatten()
             weights[layer.name] = {"weight": _float32(scale), "bias": np.zeros(len(scale), np.float32)}
+        elif layer.op.kind == "add_map":
+            op, value = layer.op, _read(module, layer)
+            sizes = (op.height * op.width, op.out_channels) if op.tokens else (op.out_channels, op.height, op.width)
+            weights[layer.name] = {"value": _float32(value.expand(1, *sizes)[0])}
+        elif layer.op.kind == "prepend":
+            rows = [constant(module).reshape(-1, layer.op.out_channels) for constant in layer.constants]
+            weights[layer.name] = {"value": _float32(torch.cat(rows))}
+        elif layer.op.kind == "take_token":
+            weights[layer.name] = {"start": np.array(layer.start)}
+        elif layer.op.kind == "attention":
+            weights[layer.name] = {"scale": np.array(layer.numbers[0], np.float32)}
+            if layer.op.biased:
+                shape = weight_shapes(OpNode(layer.name, layer.op, ()))["bias"]
+                table = torch.atleast_2d(_read(module, layer))  # (..., heads, queries, keys), or 1 in place of each
+                weights[layer.name]["bias"] = _float32(table.reshape(-1, *table.shape[-2:]).expand(shape))
         part = module.get_submodule(layer.module) if layer.module and not layer.parameter else None
-        if isinstance(part, ChannelMap):
+        if layer.op.kind in ("linear", "conv") and layer.constants:
+            made, *rest = (constant(module) for constant in layer.constants)
+            given = made[:, :, None, None] if layer.op.kind == "conv" else made
+            weights[layer.name] = {"weight": _float32(given), "bias": _float32(rest[0] if rest else made[:, 0] * 0)}
+        if isinstance(part, nn.MultiheadAttention):
+            bias = torch.zeros(3 * part.embed_dim) if part.in_proj_bias is None else part.in_proj_bias.detach()
+            weights[layer.name] = {"weight": _float32(part.in_proj_weight.detach()), "bias": _float32(bias)}
+        elif isinstance(part, ChannelMap):
             weights[layer.name] = {"index": np.array(part.index, dtype=np.int64)}
         elif isinstance(part, BATCH_NORMS):
             scale, shift = batch_norm_affine(part, dtype=torch.float64)
@@ -76,10 +99,18 @@ def folded_weights(module: nn.Module, graph: LayerGraph) -> dict[str, dict[str, 
                 bias = bias * scale + offset
                 weight = weight * scale.view(-1, *[1] * (weight.dim() - 1))
             for factor in layer.factors:
-                value = attrgetter(factor)(module).detach().double().reshape(()) if isinstance(factor, str) else factor
-                weight, bias = weight * value, bias * value
+                times = attrgetter(factor)(module).detach().double().reshape(()) if isinstance(factor, str) else factor
+                weight, bias = weight * times, bias * times
             weights[layer.name] = {"weight": _float32(weight), "bias": _float32(bias)}
     return weights
+
+
+def _read(module: nn.Module, layer: Layer) -> Tensor:
+    """The parameter of a layer, or what it reads that is computed of parameters."""
+    if layer.constants:
+        return layer.constants[0](module)
+    value: Tensor = attrgetter(str(layer.module))(module).detach()
+    return value
 
 
 def _float32(tensor: Tensor) -> np.ndarray:

@@ -17,6 +17,7 @@ import torch
 from scipy.sparse import coo_array, csgraph
 from torch import Tensor, nn
 
+from amc_hw.constants import Constant
 from amc_hw.errors import UserError
 from amc_hw.symbolic import eval_mode, has_computed_weight, holds_any, own_tensors, shared_tensors
 from amc_hw.tracing import TracedOp, TracedOps, trace_ops
@@ -43,7 +44,8 @@ class Layer:
     name: the module's dotted name, or a name made from the operation where there is no module.
     module, batch_norm: dotted names of the modules that hold the weights, None where there are none.
     inputs: names of earlier layers, or of the network's inputs. sources: channels of every input.
-    start: the first channel of a slice. parameter: `module` names a parameter. numbers, factors: as of `TracedOp`.
+    start: the first channel of a slice. parameter: `module` names a parameter. numbers, factors, constants: as of
+    `TracedOp`.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Layer:
     parameter: bool = False
     numbers: tuple[float, ...] = ()
     factors: tuple[float | str, ...] = ()
+    constants: tuple[Constant, ...] = field(default=(), compare=False)
 
     @property
     def groups(self) -> tuple[int, ...]:
@@ -245,6 +248,7 @@ def build_graph(
             op.parameter,
             op.numbers,
             op.factors,
+            op.constants,
         )
         for op in traced.ops
     )
@@ -271,12 +275,20 @@ def _whole(module: nn.Module, traced: TracedOps) -> dict[str, str]:
                 found |= dict.fromkeys((*op.inputs, op.name), f"{name} shares its weights with another layer")
             elif has_computed_weight(modules[name]):
                 found |= dict.fromkeys((*op.inputs, op.name), f"the weights of {name} are computed from others")
+            elif isinstance(modules[name], nn.MultiheadAttention):
+                found |= dict.fromkeys((*op.inputs, op.name), f"read by attention at {name}")
     return found
 
 
 def _is_one_for_all(layer: Layer | TracedOp) -> bool:
     """Whether an operator's parameter is one number for all channels."""
     return layer.parameter and layer.op.kind in ("prelu", *SCALAR_KINDS)
+
+
+def _sliced(labels: np.ndarray, op: TracedOp) -> np.ndarray:
+    """Of what a `slice` gives: the same run of every group of channels."""
+    each = op.op.out_channels // op.op.groups
+    return labels.reshape(op.op.groups, -1)[:, op.start : op.start + each].reshape(-1)
 
 
 def _named_by(module: str, pattern: str) -> bool:
@@ -316,6 +328,13 @@ class _Couplings:
         pairs = np.concatenate([np.empty((0, 2), int), *(np.stack(tie, axis=1) for tie in self._ties)])
         edges = coo_array((np.ones(len(pairs)), tuple(pairs.T)), shape=(self._count, self._count))
         _, self._roots = csgraph.connected_components(edges, directed=False)
+        for name, other, node in traced.counted:
+            both = [self._roots[self.labels[each]] for each in (name, other)]
+            if not np.array_equal(*both):
+                for each in (name, other):
+                    self._fix(
+                        self.labels[each], f"as many channels as those of {other}, by the network's code at {node}"
+                    )
 
     def _new(self, count: int) -> np.ndarray:
         self._count += count
@@ -329,10 +348,14 @@ class _Couplings:
         """Labels of the operator's output."""
         kind, first = op.op.kind, self.labels[op.inputs[0]]
         if kind in PRODUCER_KINDS:
-            assert op.module is not None
-            out = self._producers.get(op.module)
-            if out is None:
-                out = self._producers[op.module] = self._new(op.op.out_channels)
+            if op.module is None:
+                out = self._new(op.op.out_channels)
+                for labels in (first, out):
+                    self._fix(labels, f"the weights of {op.name} are computed from others")
+                return out
+            made = self._producers.get(op.module)
+            out = self._new(op.op.out_channels) if made is None else made
+            self._producers[op.module] = out
             self._reads(op.module, "consumer", first)
             if op.op.groups > 1:
                 for labels in (first, out):
@@ -341,12 +364,17 @@ class _Couplings:
             out = np.concatenate([self.labels[source] for source in op.inputs])
         elif kind == "flatten":
             out = np.repeat(first, op.op.height * op.op.width)
+        elif kind == "attention":
+            for source in op.inputs:
+                self._fix(self.labels[source], f"read by attention at {op.name}")
+            out = self._new(op.op.out_channels)
+            self._fix(out, f"made by attention at {op.name}")
         elif kind == "chunk":
             parts = first.reshape(op.op.groups, -1)
             self._ties += [(parts[0], part) for part in parts[1:]]
             out = parts[op.start]
         elif kind in ("slice", "shuffle", "pixel_shuffle"):
-            out = first[op.start : op.start + op.op.out_channels] if kind == "slice" else first
+            out = _sliced(first, op) if kind == "slice" else first
             out = first[:: op.op.stride[0] * op.op.stride[1]] if kind == "pixel_shuffle" else out
             self._fix(first, f"split or shuffled at {op.name}")
         else:
@@ -358,6 +386,8 @@ class _Couplings:
                 out = np.repeat(first, op.op.out_channels // len(first))
             if kind in ("layer_norm", "group_norm", "softmax", "log_softmax"):
                 self._fix(out, f"normalised together at {op.name}")
+            elif kind in ("add_map", "prepend"):
+                self._fix(out, f"added to or put before parameters at {op.name}")
         for module in (None if kind in PRODUCER_KINDS or _is_one_for_all(op) else op.module, op.batch_norm):
             if module is not None:
                 self._reads(module, "through", out)

@@ -433,10 +433,11 @@ def _sample(layer: nn.Module, x: Tensor, per_image: int, generator: torch.Genera
     """Output positions to look at, (N, P) flat indices; None for a layer without positions."""
     if isinstance(layer, nn.Linear) and x.dim() == 2:
         return None
-    height, width = x.shape[1:3] if isinstance(layer, nn.Linear) else _out_size(layer, *_laid_out(layer, x[:1]))
-    if per_image >= height * width:
-        return torch.arange(height * width).expand(len(x), -1)
-    return torch.randint(height * width, (len(x), per_image), generator=generator)
+    sizes = x.shape[1:-1] if isinstance(layer, nn.Linear) else _out_size(layer, *_laid_out(layer, x[:1]))
+    positions = math.prod(sizes)
+    if per_image >= positions:
+        return torch.arange(positions).expand(len(x), -1)
+    return torch.randint(positions, (len(x), per_image), generator=generator)
 
 
 def _patches(layer: Any, x: Tensor, positions: Tensor | None) -> Tensor:
@@ -444,7 +445,7 @@ def _patches(layer: Any, x: Tensor, positions: Tensor | None) -> Tensor:
     if positions is None:
         return x
     if isinstance(layer, nn.Linear):
-        return _at(x.flatten(1, 2), positions)
+        return _at(x.flatten(1, -2), positions)
     (kh, kw), (dh, dw) = layer.kernel_size, layer.dilation
     x, (sh, sw) = _laid_out(layer, x)
     _, width = _out_size(layer, x, (sh, sw))
@@ -462,7 +463,7 @@ def _rows(value: Tensor, positions: Tensor | None, channels: Tensor | None, *, l
         value = value.index_select(-1 if last else 1, channels)
     if positions is None:
         return value
-    return _at((value if last else value.permute(0, 2, 3, 1)).flatten(1, 2), positions)
+    return _at((value if last else value.permute(0, 2, 3, 1)).flatten(1, -2), positions)
 
 
 def _at(value: Tensor, positions: Tensor) -> Tensor:

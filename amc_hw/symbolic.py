@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import operator
 from collections import Counter
@@ -95,7 +96,12 @@ class _Tracer(fx.Tracer):
                     self.values[each] = self._run(each)
                 if each is node:
                     break
-        asked = None if isinstance(self.values[node], torch.Tensor) else sizes_asked(node, self._rank, key)
+        value = self.values[node]
+        if isinstance(value, tuple | list) and all(isinstance(part, torch.Tensor) for part in value):
+            # how many parts there are
+            asked: Asked | None = {(each.name, tuple(range(self._rank(each) or 0))) for each in node.all_input_nodes}
+        else:
+            asked = None if isinstance(value, torch.Tensor) else sizes_asked(node, self._rank, key)
         if asked is None:
             return super().to_bool(proxy)  # raises
         weights = {each.name for each in self.graph.nodes if each.op == "get_attr"}
@@ -152,20 +158,25 @@ def trace_fx(module: nn.Module, examples: Sequence[torch.Tensor]) -> tuple[fx.Gr
         name = type(module).__name__
         raise UserError(f"forward() of {name} needs the keyword argument {needed[0]!r}: give a factory that wraps it")
     constants = {p.name: p.default for p in parameters if p.default is not p.empty}
-    tracer, before = _Tracer(examples, constants), set(vars(module))
+    tracer = _Tracer(examples, constants)
     try:
-        graph = tracer.trace(module, constants or None)
+        apart = _apart(module)
+        graph = tracer.trace(apart, constants or None)
         _drop_constants(graph, constants)
-        return fx.GraphModule(module, graph), tracer.asked
+        return fx.GraphModule(apart, graph), tracer.asked
     except Exception as error:  # tracing runs the user's forward: anything can be raised
         reason = one_line(error)
         raise UserError(
             f"{type(module).__name__} cannot be traced by torch.fx ({reason}): give a factory that returns a module "
             "whose forward() takes tensors only, by position, and does not branch on their values"
         ) from error
-    finally:
-        for name in set(vars(module)) - before:  # constants that torch.fx has put there
-            delattr(module, name)
+
+
+def _apart(module: nn.Module) -> nn.Module:
+    """A copy of the modules, of the same tensors: what torch.fx and forward() put into modules, caches of what was
+    traced among it, is not left in the user's."""
+    held = [value for part in module.modules() for value in (*own_tensors(part).values(), *vars(part).values())]
+    return copy.deepcopy(module, {id(value): value for value in held if isinstance(value, torch.Tensor)})
 
 
 def _drop_constants(graph: fx.Graph, constants: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 #: Operators whose output width is free of their input width: (c_in, c_out) are two axes.
 #: `slice` gives a run of its input's channels.
 TWO_AXIS_KINDS = ("conv", "conv_transpose", "linear", "channel_map", "slice")
-#: Operators that work on vectors (N, C) as they do on images (N, C, H, W).
+#: Operators that work on vectors (N, C), and on tokens (N, H * W, C), as they do on images (N, C, H, W).
 ANY_RANK_KINDS = (
     *("add", "sub", "mul", "scale", "add_scalar", "mul_scalar", "concat", "activation", "affine", "prelu", "clip"),
     *("layer_norm", "softmax", "log_softmax", "slice", "chunk"),
@@ -37,7 +37,10 @@ GROUPED_KINDS = ("depthwise_conv", "grouped_conv")
 #: `clip` keeps values between two numbers; `crop` cuts `padding` and `padding_end` off an image; `chunk` gives one of
 #: `groups` equal runs of its input's channels; `pad` puts zeros around an image; `shuffle` interleaves `groups` groups
 #: of channels; `upsample_*` enlarge by `stride`, or to any `out_size`; `pixel_shuffle` (depth to space, channel by
-#: channel) enlarges by `stride`, too, and takes as many times fewer channels.
+#: channel) enlarges by `stride`, too, and takes as many times fewer channels; `to_tokens` and `to_image` lay an image
+#: out as tokens, channels last, and back; `add_map` adds a constant for every channel and position; `prepend` puts
+#: `padding[0]` constant tokens before those of an image, `take_token` gives one of them, a vector; `attention` weights
+#: its third input by the softmax of products of the first and the second, in `groups` heads.
 ONE_AXIS_KINDS = (
     "depthwise_conv",
     "grouped_conv",
@@ -67,11 +70,19 @@ ONE_AXIS_KINDS = (
     "shuffle",
     "pixel_shuffle",
     "flatten",
+    "to_tokens",
+    "to_image",
+    "add_map",
+    "prepend",
+    "take_token",
+    "attention",
 )
 #: `concat` has the sum of its inputs' channels: one axis, the sum.
 KINDS = (*TWO_AXIS_KINDS, *ONE_AXIS_KINDS, "concat")
 #: Operators with weights whose output channels are their own.
 PRODUCER_KINDS = ("conv", "conv_transpose", "linear", "channel_map")
+#: Operators that read tokens and give something else.
+_FROM_TOKENS = ("to_image", "take_token", "global_avg_pool")
 ACTIVATIONS = ("none", "relu", "relu6", "hardswish", "hardsigmoid", "sigmoid", "silu", "gelu", "tanh")
 
 
@@ -90,6 +101,10 @@ class OpSpec:
     ceil: the output size of a pooling is rounded up: a last window may reach beyond the padding.
     out_size: of an `upsample_*` that has no whole factors, (height, width); else (). align_corners: as PyTorch's.
     exclude_pad: an `avg_pool` divides by the pixels of the image in a window, without those of the padding.
+    tokens: the inputs are tokens, (N, height * width, C), not images.
+    Of an attention, `kernel` is the window of keys that a query looks at, `dilation` the distance between two of them
+    (windows lie side by side, or, where they are apart, within each other), `keys` the (height, width) of the keys
+    where that differs; biased: a table is added to the products.
     activation: fused into the operator, one of ACTIVATIONS.
     fused_add: the runtime adds a second tensor of the output's shape inside this kernel, before the activation.
     """
@@ -111,6 +126,9 @@ class OpSpec:
     exclude_pad: bool = False
     out_size: tuple[int, ...] = ()
     align_corners: bool = False
+    tokens: bool = False
+    keys: tuple[int, ...] = ()
+    biased: bool = False
     dtype: str = "float32"
     batch: int = 1
 
@@ -144,8 +162,28 @@ class OpSpec:
             raise ValueError(f"a chunk is one of equal parts: {self}")
         if (self.out_size or self.align_corners) and self.kind not in ("upsample_nearest", "upsample_bilinear"):
             raise ValueError(f"out_size and align_corners are for upsampling: {self}")
+        if (self.keys or self.biased) and self.kind != "attention":
+            raise ValueError(f"keys and biased are for attention: {self}")
+        if self.kind == "attention" and self._odd_attention():
+            raise ValueError(f"heads, windows or inputs of an attention that do not fit: {self}")
         if self.kind == "depthwise_conv" and not self.in_channels[0] == self.out_channels == self.groups:
             raise ValueError(f"a depthwise convolution has as many groups and outputs as inputs: {self}")
+
+    def _odd_attention(self) -> bool:
+        if len(self.in_channels) != 3 or self.in_channels[0] % self.groups or self.out_channels % self.groups:
+            return True
+        heads = {self.in_channels[0] / self.in_channels[1], self.out_channels / self.in_channels[2]}  # per head of keys
+        if not heads <= {1, self.groups}:
+            return True
+        sizes = self.height, self.width
+        if self.keys:
+            return self.kernel != sizes
+        return any(sizes[axis] % (self.kernel[axis] * self.dilation[axis]) for axis in (0, 1))
+
+    @property
+    def gives_tokens(self) -> bool:
+        """Whether the output is tokens."""
+        return self.kind == "to_tokens" or (self.tokens and self.kind not in _FROM_TOKENS)
 
     @property
     def padding_after(self) -> tuple[int, ...]:
@@ -161,8 +199,10 @@ class OpSpec:
         return self._out_size(1, self.width)
 
     def _out_size(self, axis: int, size: int) -> int:
-        if self.kind in ("linear", "flatten", "global_avg_pool"):
+        if self.kind in ("flatten", "global_avg_pool", "take_token") or (self.kind == "linear" and not self.tokens):
             return 1
+        if self.kind == "prepend":
+            return self.height * self.width + self.padding[0] if axis == 0 else 1
         if self.kind == "channel_map":
             return -(-size // self.stride[axis])
         if self.out_size:
@@ -187,6 +227,9 @@ class OpSpec:
         """Multiply-accumulates of the convolution or matrix product for one image; 0 for the others."""
         if self.kind == "conv_transpose":
             return self.in_channels[0] * self.out_channels * self.kernel[0] * self.kernel[1] * self.height * self.width
+        if self.kind == "attention":
+            height, width = self.keys or self.kernel
+            return self.height * self.width * height * width * (self.in_channels[0] + self.out_channels)
         if self.kind not in (*CONV_KINDS, "linear"):
             return 0
         per_output = self.in_channels[0] // self.groups * self.kernel[0] * self.kernel[1]
@@ -195,6 +238,11 @@ class OpSpec:
     @property
     def params(self) -> int:
         """Weights and one bias per output (what is left of a batch-norm once folded)."""
+        if self.kind in ("add_map", "prepend"):
+            return self.out_channels * (self.height * self.width if self.kind == "add_map" else self.padding[0])
+        if self.kind == "attention" and self.biased:
+            height, width = self.keys or self.kernel
+            return self.groups * self.kernel[0] * self.kernel[1] * height * width
         if self.kind in ("affine", "prelu", *NORM_KINDS):
             return (1 if self.kind == "prelu" else 2) * self.out_channels
         if self.kind not in (*CONV_KINDS, "conv_transpose", "linear"):
@@ -222,7 +270,7 @@ class OpSpec:
             return replace(self, in_channels=(self.step,), out_channels=self.out_channels // self.groups, groups=1)
         if self.kind == "chunk":
             return replace(self, in_channels=(self.groups,), out_channels=1)
-        if self.groups > 1 or self.kind == "pixel_shuffle":  # such channels keep their widths: a family of one
+        if self.groups > 1 or self.kind in ("pixel_shuffle", "attention"):  # such channels keep their widths: alone
             return self
         ones = (1,) * len(self.in_channels)
         return replace(self, in_channels=ones, out_channels=1, groups=1)
@@ -246,7 +294,8 @@ class OpSpec:
     def to_json(self) -> dict[str, Any]:
         values = asdict(self)
         # younger than the first tables, whose rows must stay what they are
-        for name in ("ceil", "padding_end", "exclude_pad", "out_size", "align_corners"):
+        younger = ("ceil", "padding_end", "exclude_pad", "out_size", "align_corners", "tokens", "keys", "biased")
+        for name in younger:
             if not values[name]:
                 del values[name]
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
@@ -268,6 +317,8 @@ class OpSpec:
         text = f"{self.kind} {source}x{self.height}x{self.width}->{self.out_channels}"
         if self.kernel != (1, 1) or self.stride != (1, 1):
             text += f" k{self.kernel[0]}x{self.kernel[1]} s{self.stride[0]}"
+        if self.tokens:
+            text += " tokens"
         if self.fused_add:
             text += " +add"
         return text + (f" {self.activation}" if self.activation != "none" else "")
@@ -287,7 +338,8 @@ class OpGraph:
     """A network as operators in execution order.
 
     nodes: topologically ordered. input_shape: (C, H, W) of one image. outputs: names of the nodes that
-    leave the network. more_inputs: names and shapes, (C, H, W) or (C,), of the inputs after the first.
+    leave the network. more_inputs: names and shapes, (C, H, W), (C,) or of tokens (H * W, C), of the inputs after the
+    first.
     """
 
     nodes: tuple[OpNode, ...]

@@ -44,7 +44,7 @@ def _whole(row: Measurement) -> bool:
 
 
 def _op_class(op: OpSpec) -> int:
-    if op.kind in ("conv", "grouped_conv"):
+    if op.kind in ("conv", "grouped_conv") or (op.kind == "linear" and op.tokens):
         return 1 if op.kernel == (1, 1) else 0
     return 2 if op.kind == "depthwise_conv" else 3
 

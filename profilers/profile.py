@@ -226,7 +226,7 @@ def _in_context(graph: OpGraph, anchor: Anchor) -> list[Measurement]:
 def _copies(op: OpSpec, count: int) -> OpGraph:
     """`count` copies of an operator side by side: of a product on one input; of any other each on inputs of its own,
     or a runtime would compute it once for all. An addition inside of its kernel is written after it, with one second
-    operand for all: the runtime takes it in."""
+    operand for all: the runtime takes it in. Tokens are laid out once."""
     names, image = [f"copy{index}" for index in range(count)], (op.in_channels[0], op.height, op.width)
     if op.fused_add:
         shape = (op.out_channels, op.out_height, op.out_width)
@@ -238,16 +238,29 @@ def _copies(op: OpSpec, count: int) -> OpGraph:
             for name in names
         ]
         return OpGraph(tuple(node for pair in pairs for node in pair), image, tuple(names), (("sum", shape),))
-    if op.macs:
-        return OpGraph(tuple(OpNode(name, op, (OpGraph.INPUT,)) for name in names), image, tuple(names))
+    first, before = OpGraph.INPUT, list[OpNode]()
+    if op.tokens:
+        first, laid = "tokens", OpSpec("to_tokens", image[:1], *image[1:], image[0], dtype=op.dtype, batch=op.batch)
+        before = [OpNode(first, laid, (OpGraph.INPUT,))]
+    if op.macs and op.kind != "attention":
+        return OpGraph((*before, *(OpNode(name, op, (first,)) for name in names)), image, tuple(names))
     read = [[f"{name}.{place}" for place in range(len(op.in_channels))] for name in names]
-    read[0][0] = OpGraph.INPUT
-    shapes: list[tuple[int, ...]] = [(channels, op.height, op.width) for channels in op.in_channels]
+    read[0][0] = first
+    more = [pair for inputs in read for pair in zip(inputs, _input_shapes(op), strict=True)][1:]
+    nodes = tuple(OpNode(name, op, tuple(inputs)) for name, inputs in zip(names, read, strict=True))
+    return OpGraph((*before, *nodes), image, tuple(names), tuple(more))
+
+
+def _input_shapes(op: OpSpec) -> list[tuple[int, ...]]:
+    """Of one image, one for every input of an operator, as `OpGraph.more_inputs` has them."""
+    sides = [(op.height, op.width)] * len(op.in_channels)
+    if op.kind == "attention" and op.keys:
+        sides[1:] = [(op.keys[0], op.keys[1])] * 2
+    pairs = zip(op.in_channels, sides, strict=True)
+    shapes: list[tuple[int, ...]] = [(h * w, c) if op.tokens else (c, h, w) for c, (h, w) in pairs]
     if op.kind == "scale":
         shapes[1] = (op.in_channels[1],)
-    more = [pair for inputs in read for pair in zip(inputs, shapes, strict=True)][1:]
-    nodes = tuple(OpNode(name, op, tuple(inputs)) for name, inputs in zip(names, read, strict=True))
-    return OpGraph(nodes, image, tuple(names), tuple(more))
+    return shapes
 
 
 def _count(op: OpSpec) -> int:

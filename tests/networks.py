@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from amc_hw.graph import LayerGraph
+from amc_hw.export import export_network
+from amc_hw.graph import LayerGraph, build_graph
 from amc_hw.models.channel_map import ChannelMap
-from amc_hw.prune import Kept, _map_like, kept_axes, oriented_weight
+from amc_hw.prune import Kept, _map_like, keep_channels, kept_axes, oriented_weight, slice_channels
+from amc_hw.refit import refit_faithful
+
+FORMATS = ["onnx"] + ["tflite"] * (importlib.util.find_spec("ai_edge_litert") is not None)
 
 
 class Net(nn.Module):
@@ -55,3 +61,30 @@ def mask_channels(module: nn.Module, graph: LayerGraph, kept: Kept) -> nn.Module
             removed[torch.from_numpy(axes.into)] = False
             weight[:, removed.to(weight.device)] = 0
     return masked
+
+
+def half_and_exported(net: nn.Module, image: Tensor, tmp_path: Path) -> LayerGraph:
+    """The graph of a network whose half is right, refits, and is what both files of it compute."""
+    torch.manual_seed(0)
+    for part in net.modules():
+        if isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d):
+            assert part.running_mean is not None and part.running_var is not None
+            part.running_mean.normal_(0, 0.1)
+            part.running_var.uniform_(0.5, 1.5)
+    graph = build_graph(net.eval(), tuple(image.shape[1:]))
+    half = halved(graph)
+    kept = keep_channels(net, graph, half)
+    small, masked = slice_channels(net, graph, kept), mask_channels(net, graph, kept)
+    with torch.no_grad():
+        torch.testing.assert_close(small(image), masked(image), rtol=1e-4, atol=1e-5)
+    wanted, before = net(image), (small(image) - net(image)).square().mean()
+    refit_faithful(small, net, graph, kept, image, rows_per_layer=400)
+    assert (small(image) - wanted).square().mean() <= before
+    for file_format in FORMATS:
+        out = tmp_path / file_format
+        assert export_network(small, graph, graph.op_graph(half), image, file_format=file_format, out=out)["bytes"]
+    return graph
+
+
+def kinds(graph: LayerGraph) -> list[str]:
+    return [op.kind for op in graph.op_graph().ops]

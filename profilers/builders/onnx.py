@@ -9,6 +9,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from profilers.builders.weights import Weights, checked_weights, first_channel, map_as_convolution
+from profilers.builders.windows import windows_of
 from profilers.errors import UnsupportedOperatorError
 from profilers.ops import ANY_RANK_KINDS, CONV_KINDS, SCALAR_KINDS, OpGraph, OpNode, OpSpec
 
@@ -24,7 +25,8 @@ class _Writer:
     def __init__(self) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
-        self.vectors: set[str] = set()  # nodes whose output is (N, C); that of the others is (N, C, H, W)
+        self.vectors: set[str] = set()  # nodes whose output is (N, C)
+        self.tokens: set[str] = set()  # (N, H * W, C); that of the others is (N, C, H, W)
 
     def constant(self, name: str, array: np.ndarray) -> str:
         self.initializers.append(numpy_helper.from_array(array, name))
@@ -37,6 +39,15 @@ class _Writer:
         """where: `starts`, `ends` and `axes`, in this order."""
         constants = [self.constant(f"{name}/{key}", np.array(values, np.int64)) for key, values in where.items()]
         self.add("Slice", name, inputs + constants, output)
+
+    def reshape(self, name: str, source: str, output: str, shape: tuple[int, ...]) -> str:
+        wanted = self.constant(f"{name}/shape", np.array(shape, np.int64))
+        self.add("Reshape", name, [source, wanted], output)
+        return output
+
+    def transpose(self, name: str, source: str, order: tuple[int, ...]) -> str:
+        self.add("Transpose", name, [source], name, perm=list(order))
+        return name
 
     def as_image(self, source: str, reader: str) -> str:
         """The (N, C) tensor `source` as (N, C, 1, 1), for a reader that works on images."""
@@ -77,6 +88,7 @@ def build(graph: OpGraph, weights: Weights) -> bytes:
     batch = graph.nodes[0].op.batch
     writer = _Writer()
     writer.vectors |= {name for name, shape in graph.inputs.items() if len(shape) == 1}
+    writer.tokens |= {name for name, shape in graph.inputs.items() if len(shape) == 2}
     for node in graph.nodes:
         _emit(writer, node, weights, leaves=node.name in graph.outputs)
     inputs = [
@@ -87,7 +99,10 @@ def build(graph: OpGraph, weights: Weights) -> bytes:
     for name in graph.outputs:
         op = by_name[name]
         spatial = [] if name in writer.vectors else [op.out_height, op.out_width]
-        outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, [batch, op.out_channels, *spatial]))
+        shape = [batch, op.out_channels, *spatial]
+        if name in writer.tokens:
+            shape = [batch, op.out_height * op.out_width, op.out_channels]
+        outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
     model = helper.make_model(
         helper.make_graph(writer.nodes, "network", inputs, outputs, writer.initializers),
         opset_imports=[helper.make_opsetid("", OPSET)],
@@ -103,13 +118,22 @@ def _emit(writer: _Writer, node: OpNode, weights: Weights, *, leaves: bool) -> N
     unknown = (op.kind == "max_pool" and op.dilation != (1, 1)) or (op.kind == "avg_pool" and op.ceil)
     if op.fused_add or op.dtype != "float32" or unknown:
         raise UnsupportedOperatorError(f"{name}: {op} ({op.dtype}, dilation {op.dilation}) cannot be written as ONNX")
-    pooled_output = op.kind == "global_avg_pool" and leaves
+    pooled_output = op.kind == "global_avg_pool" and leaves and not op.tokens
     elementwise = op.kind in ANY_RANK_KINDS
-    if op.kind in ("linear", "flatten") or pooled_output or (elementwise and writer.vectors.issuperset(inputs)):
+    from_tokens = op.tokens and op.kind in ("global_avg_pool", "take_token")
+    if op.gives_tokens:
+        writer.tokens.add(name)
+    elif (
+        op.kind in ("linear", "flatten")
+        or pooled_output
+        or from_tokens
+        or (elementwise and writer.vectors.issuperset(inputs))
+    ):
         writer.vectors.add(name)
     else:
         inputs = [writer.as_image(source, name) if source in writer.vectors else source for source in inputs]
-    arrays = weights.get(name, {})
+    arrays, image = weights.get(name, {}), name not in writer.vectors | writer.tokens
+    channel_axis = 2 if op.tokens else 1
     result = name if op.activation == "none" else f"{name}/linear"
     window = {"kernel_shape": list(op.kernel), "strides": list(op.stride), "pads": [*op.padding, *op.padding_after]}
     if op.kind in CONV_KINDS:
@@ -122,6 +146,12 @@ def _emit(writer: _Writer, node: OpNode, weights: Weights, *, leaves: bool) -> N
         weight = writer.constant(f"{name}.weight", map_as_convolution(arrays["index"], op.in_channels[0]))
         writer.add("Conv", name, [*inputs, weight], result, **window)
     elif op.kind == "linear":
+        if op.tokens:
+            weight = writer.constant(f"{name}.weight", np.ascontiguousarray(arrays["weight"].T))
+            bias = writer.constant(f"{name}.bias", arrays["bias"])
+            writer.add("MatMul", name, [*inputs, weight], f"{name}/product")
+            writer.add("Add", f"{name}/bias", [f"{name}/product", bias], result)
+            return _activated(writer, op, name, result)
         parts = [writer.constant(f"{name}.{part}", arrays[part]) for part in ("weight", "bias")]
         if inputs[0] not in writer.vectors:
             writer.add("Flatten", f"{name}/flatten", inputs, f"{name}/vector")
@@ -133,24 +163,26 @@ def _emit(writer: _Writer, node: OpNode, weights: Weights, *, leaves: bool) -> N
         value = writer.constant(f"{name}/value", arrays["value"].astype(np.float32))
         writer.add("Add" if op.kind == "add_scalar" else "Mul", name, [*inputs, value], result)
     elif op.kind == "affine":
-        weight, bias = (writer.vector(f"{name}.{p}", arrays[p], image=name not in writer.vectors) for p in _AFFINE)
+        weight, bias = (writer.vector(f"{name}.{p}", arrays[p], image=image) for p in _AFFINE)
         writer.add("Mul", f"{name}/scaled", [*inputs, weight], f"{name}/scaled")
         writer.add("Add", name, [f"{name}/scaled", bias], result)
     elif op.kind == "prelu":
-        slope = writer.vector(f"{name}.weight", arrays["weight"], image=name not in writer.vectors)
+        slope = writer.vector(f"{name}.weight", arrays["weight"], image=image)
         writer.add("PRelu", name, [*inputs, slope], result)
     elif op.kind in ("softmax", "log_softmax"):
-        writer.add("Softmax" if op.kind == "softmax" else "LogSoftmax", name, inputs, result, axis=1)
+        writer.add("Softmax" if op.kind == "softmax" else "LogSoftmax", name, inputs, result, axis=channel_axis)
     elif op.kind == "layer_norm":
-        _layer_norm(writer, name, inputs[0], result, arrays)
+        _layer_norm(writer, name, inputs[0], result, arrays, image=image)
     elif op.kind == "group_norm":
         _group_norm(writer, op, name, inputs[0], result, arrays)
     elif op.kind == "instance_norm":
         parts = [writer.constant(f"{name}.{part}", arrays[part]) for part in _AFFINE]
         writer.add("InstanceNormalization", name, [*inputs, *parts], result, epsilon=float(arrays["eps"]))
+    elif op.kind == "slice" and op.groups > 1:
+        _runs(writer, op, name, inputs[0], result, int(arrays["start"]))
     elif op.kind in ("slice", "chunk"):
         first = first_channel(op, arrays)
-        writer.slice(name, inputs, result, starts=(first,), ends=(first + op.out_channels,), axes=(1,))
+        writer.slice(name, inputs, result, starts=(first,), ends=(first + op.out_channels,), axes=(channel_axis,))
     elif op.kind == "shuffle":
         each = op.out_channels // op.groups
         apart = [op.batch, op.groups, each, op.height, op.width]
@@ -165,6 +197,9 @@ def _emit(writer: _Writer, node: OpNode, weights: Weights, *, leaves: bool) -> N
             writer.constant(f"{name}/{key}", b) if np.isfinite(b) else "" for key, b in zip("lh", bounds, strict=True)
         ]
         writer.add("Clip", name, inputs + names, result)
+    elif op.kind == "crop" and op.tokens:
+        stop = op.height - op.padding_after[0]
+        writer.slice(name, inputs, result, starts=op.padding[:1], ends=(stop,), axes=(1,))
     elif op.kind == "crop":
         stops = (op.height - op.padding_after[0], op.width - op.padding_after[1])
         writer.slice(name, inputs, result, starts=op.padding, ends=stops, axes=(2, 3))
@@ -187,11 +222,30 @@ def _emit(writer: _Writer, node: OpNode, weights: Weights, *, leaves: bool) -> N
         mode = nearest if op.kind == "upsample_nearest" else bilinear
         writer.add("Resize", name, [*inputs, "", *to], result, **mode)
     elif op.kind == "concat":
-        writer.add("Concat", name, inputs, result, axis=1)
+        writer.add("Concat", name, inputs, result, axis=channel_axis)
+    elif op.kind == "add_map":
+        writer.add("Add", name, [*inputs, writer.constant(f"{name}/value", arrays["value"])], result)
+    elif op.kind == "prepend":
+        own = writer.constant(f"{name}/value", np.repeat(arrays["value"][None], op.batch, axis=0))
+        writer.add("Concat", name, [own, *inputs], result, axis=1)
+    elif op.kind == "take_token":
+        place = writer.constant(f"{name}/start", arrays["start"].astype(np.int64))
+        writer.add("Gather", name, [*inputs, place], result, axis=1)
+    elif op.kind == "to_tokens":
+        rows = (op.batch, op.out_channels, op.height * op.width)
+        flat = writer.reshape(f"{name}/flat", inputs[0], f"{name}/flat", rows)
+        writer.add("Transpose", name, [flat], result, perm=[0, 2, 1])
+    elif op.kind == "to_image":
+        turned = writer.transpose(f"{name}/turned", inputs[0], (0, 2, 1))
+        writer.reshape(name, turned, result, (op.batch, op.out_channels, op.height, op.width))
+    elif op.kind == "attention":
+        _attention(writer, op, name, inputs, result, arrays)
     elif op.kind == "max_pool":
         writer.add("MaxPool", name, inputs, result, **window, ceil_mode=int(op.ceil))
     elif op.kind == "avg_pool":
         writer.add("AveragePool", name, inputs, result, **window, count_include_pad=int(not op.exclude_pad))
+    elif op.kind == "global_avg_pool" and op.tokens:
+        writer.add("ReduceMean", name, inputs, result, axes=[1], keepdims=0)
     elif op.kind == "global_avg_pool":
         pooled = f"{name}/pooled" if pooled_output else result
         writer.add("GlobalAveragePool", name, inputs, pooled)
@@ -204,13 +258,72 @@ def _emit(writer: _Writer, node: OpNode, weights: Weights, *, leaves: bool) -> N
         return
     else:
         raise AssertionError(op.kind)
+    _activated(writer, op, name, result)
+
+
+def _activated(writer: _Writer, op: OpSpec, name: str, result: str) -> None:
     if op.activation != "none":
         writer.activation(op, name, result, name)
 
 
-def _layer_norm(writer: _Writer, name: str, source: str, result: str, arrays: Any) -> None:
+def _runs(writer: _Writer, op: OpSpec, name: str, source: str, result: str, start: int) -> None:
+    """The same run of channels of every group."""
+    each, out = op.in_channels[0] // op.groups, op.out_channels // op.groups
+    positions: tuple[int, ...] = (op.height * op.width,) if op.tokens else (op.height, op.width)
+    apart = (op.batch, *positions, op.groups, each) if op.tokens else (op.batch, op.groups, each, *positions)
+    joined = (op.batch, *positions, op.out_channels) if op.tokens else (op.batch, op.out_channels, *positions)
+    split = writer.reshape(f"{name}/apart", source, f"{name}/apart", apart)
+    writer.slice(name, [split], f"{name}/runs", starts=(start,), ends=(start + out,), axes=(3 if op.tokens else 2,))
+    writer.reshape(f"{name}/together", f"{name}/runs", result, joined)
+
+
+def _attention(writer: _Writer, op: OpSpec, name: str, inputs: list[str], result: str, arrays: Any) -> None:
+    """Every input as (batch * windows, heads, positions, channels), keys turned."""
+    windows, first, heads = windows_of(op, channels_first=not op.tokens), not op.tokens, op.groups
+    count = windows.count if windows else 1
+    each = [op.in_channels[0] // heads] * 2 + [op.out_channels // heads]
+    keys = op.keys or (op.height, op.width)
+    read = []
+    for part, source, channels, width, sides in zip(
+        "qkv", inputs, op.in_channels, each, ((op.height, op.width), keys, keys), strict=True
+    ):
+        positions = sides[0] * sides[1] // count
+        if windows is not None:
+            divided = (channels, *windows.divided) if first else (*windows.divided, channels)
+            split = writer.reshape(f"{name}/{part}/apart", source, f"{name}/{part}/apart", (op.batch, *divided))
+            source = writer.transpose(f"{name}/{part}/windows", split, windows.order)
+        shape: tuple[int, ...] = (op.batch * count, positions, channels // width, width)
+        shape = (shape[0], *shape[2:], shape[1]) if first else shape
+        split = writer.reshape(f"{name}/{part}/heads", source, f"{name}/{part}/heads", shape)
+        turned = part == "k"
+        if first:  # (batch, heads, channels, positions), as keys are wanted
+            read.append(split if turned else writer.transpose(f"{name}/{part}", split, (0, 1, 3, 2)))
+        else:
+            read.append(writer.transpose(f"{name}/{part}", split, (0, 2, 3, 1) if turned else (0, 2, 1, 3)))
+    query, key, value = read
+    scores = f"{name}/scores"
+    writer.add("MatMul", scores, [query, key], scores)
+    for part, code in (("scale", "Mul"), ("bias", "Add")):
+        if part in arrays and not (part == "scale" and arrays[part] == 1):
+            constant = writer.constant(f"{name}.{part}", arrays[part].astype(np.float32))
+            writer.add(code, f"{name}/{part}", [scores, constant], f"{name}/{part}ed")
+            scores = f"{name}/{part}ed"
+    writer.add("Softmax", f"{name}/softmax", [scores], f"{name}/weights", axis=-1)
+    writer.add("MatMul", name, [f"{name}/weights", value], f"{name}/product")
+    made = writer.transpose(f"{name}/turned", f"{name}/product", (0, 1, 3, 2) if first else (0, 2, 1, 3))
+    sizes = (op.height, op.width) if first else (op.height * op.width,)
+    if windows is not None:
+        parts = windows.gathered
+        inside = len(windows.divided) - 2
+        gathered = (*parts[:inside], op.out_channels, *parts[inside:]) if first else (*parts, op.out_channels)
+        split = writer.reshape(f"{name}/out/windows", made, f"{name}/out/windows", (op.batch, *gathered))
+        made = writer.transpose(f"{name}/out/apart", split, windows.back)
+    shape = (op.batch, op.out_channels, *sizes) if first else (op.batch, *sizes, op.out_channels)
+    writer.reshape(f"{name}/out", made, result, shape)
+
+
+def _layer_norm(writer: _Writer, name: str, source: str, result: str, arrays: Any, *, image: bool) -> None:
     """LayerNormalization works on the last axis: an image is turned channels-last and back."""
-    image = name not in writer.vectors
     if image:
         writer.add("Transpose", f"{name}/channels_last", [source], f"{name}/channels_last", perm=[0, 2, 3, 1])
         source = f"{name}/channels_last"

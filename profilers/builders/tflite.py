@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from profilers.builders.weights import Weights, checked_weights, first_channel, map_as_convolution
+from profilers.builders.windows import windows_of
 from profilers.errors import DeviceError, UnsupportedOperatorError
 from profilers.ops import GROUPED_KINDS, OpGraph, OpNode, OpSpec
 
@@ -26,6 +27,7 @@ _ACTIVATION_OPS = {"relu": "RELU", "relu6": "RELU6", "hardswish": "HARD_SWISH", 
 _UNFUSED_KINDS = (
     *("concat", "global_avg_pool", "pad", "flatten", "slice", "chunk", "shuffle", "pixel_shuffle", "prelu", "softmax"),
     *("log_softmax", "clip", "crop", "upsample_nearest", "upsample_bilinear"),
+    *("to_tokens", "to_image", "prepend", "take_token", "attention"),
 )
 _NEVER_NEGATIVE = ("relu", "relu6", "sigmoid", "hardsigmoid")
 
@@ -33,7 +35,8 @@ _NEVER_NEGATIVE = ("relu", "relu6", "sigmoid", "hardsigmoid")
 def build(graph: OpGraph, weights: Weights) -> bytes:
     """The serialized TFLite model of `graph`; inputs (N, H, W, C), `input` first, and outputs named after their nodes.
 
-    Vectors are (N, C): outputs that descend from a vector operator, and a 1x1 input that only `linear` reads.
+    Tokens are (N, H * W, C). Vectors are (N, C): outputs that descend from a vector operator, and a 1x1 input that
+    only `linear` reads.
     Raises ValueError where weights do not fit, UnsupportedOperatorError where TFLite has no such operator, and
     DeviceError where LiteRT is not installed.
     """
@@ -131,13 +134,17 @@ class _Writer:
         constants = [self.constant(f"{output}/{key}", np.array(value), dtype="INT32") for key, value in where]
         return self.operator("SLICE", [source, *constants], output, shape)
 
+    def transpose(self, source: str, output: str, order: tuple[int, ...]) -> str:
+        places = self.constant(f"{output}/order", np.array(order), dtype="INT32")
+        shape = tuple(self.shapes[source][place] for place in order)
+        return self.operator("TRANSPOSE", [source, places], output, shape)
+
     def turned(self, source: str, output: str, groups: int) -> str:
         """The channels of an image, (groups, each), in the order (each, groups)."""
         *image, channels = self.shapes[source]
         each = channels // groups
         apart = self.reshape(source, f"{output}/apart", (*image, groups, each))
-        order = self.constant(f"{output}/order", np.array([0, 1, 2, 4, 3]), dtype="INT32")
-        swapped = self.operator("TRANSPOSE", [apart, order], f"{output}/swapped", (*image, each, groups))
+        swapped = self.transpose(apart, f"{output}/swapped", (0, 1, 2, 4, 3))
         return self.reshape(swapped, output, (*image, channels))
 
     def activation(self, activation: str, source: str, output: str) -> str:
@@ -188,6 +195,9 @@ class _Network:
             for source in node.inputs:
                 self.readers.setdefault(source, []).append(node.op.kind)
         for name, (channels, *size) in graph.inputs.items():
+            if len(size) == 1:  # tokens (H * W, C)
+                writer.tensor(name, (self.batch, channels, *size))
+                continue
             vector = not size or (size == [1, 1] and self.only_linear_reads(name))
             writer.tensor(name, (self.batch, channels) if vector else (self.batch, *size, channels))
 
@@ -222,7 +232,7 @@ class _Network:
 
     def operands(self, names: tuple[str, ...]) -> list[str]:
         """The tensors, all of one rank: a gate (N, C) multiplies an image as (N, 1, 1, C)."""
-        if all(len(self.writer.shapes[name]) == 2 for name in names):
+        if len({len(self.writer.shapes[name]) for name in names}) == 1:
             return list(names)
         return [self.as_image(name) for name in names]
 
@@ -338,6 +348,11 @@ def _linear(network: _Network, node: OpNode, output: str, activation: str) -> No
         writer.constant(f"{node.name}.weight", weight),
         writer.constant(f"{node.name}.bias", arrays["bias"]),
     ]
+    if node.op.tokens:
+        options = writer.fusing("FullyConnectedOptions", activation, keepNumDims=True)
+        wanted = (*writer.shapes[source][:2], node.op.out_channels)
+        writer.operator("FULLY_CONNECTED", inputs, output, wanted, version=5, options=options)
+        return
     options = writer.fusing("FullyConnectedOptions", activation)
     writer.operator("FULLY_CONNECTED", inputs, output, (network.batch, node.op.out_channels), options=options)
 
@@ -433,9 +448,15 @@ def _log_softmax(network: _Network, node: OpNode, output: str, activation: str) 
 
 def _slice(network: _Network, node: OpNode, output: str, activation: str) -> None:
     writer, (source,) = network.writer, node.inputs
-    *rest, _ = writer.shapes[source]
-    first = first_channel(node.op, network.weights[node.name])
-    writer.cut(source, output, (*(0 for _ in rest), first), (*rest, node.op.out_channels))
+    *rest, channels = writer.shapes[source]
+    op, first = node.op, first_channel(node.op, network.weights[node.name])
+    if op.kind == "slice" and op.groups > 1:  # the same run of every group
+        apart = writer.reshape(source, f"{output}/apart", (*rest, op.groups, channels // op.groups))
+        shape = (*rest, op.groups, op.out_channels // op.groups)
+        runs = writer.cut(apart, f"{output}/runs", (*(0 for _ in rest), 0, first), shape)
+        writer.reshape(runs, output, (*rest, op.out_channels))
+        return
+    writer.cut(source, output, (*(0 for _ in rest), first), (*rest, op.out_channels))
 
 
 def _shuffle(network: _Network, node: OpNode, output: str, activation: str) -> None:
@@ -454,8 +475,82 @@ def _clip(network: _Network, node: OpNode, output: str, activation: str) -> None
 
 
 def _crop(network: _Network, node: OpNode, output: str, activation: str) -> None:
-    source = network.as_image(node.inputs[0])
-    network.writer.cut(source, output, (0, *node.op.padding, 0), network.image_shape(node.op))
+    op, writer = node.op, network.writer
+    if op.tokens:
+        writer.cut(node.inputs[0], output, (0, op.padding[0], 0), (network.batch, op.out_height, op.out_channels))
+        return
+    writer.cut(network.as_image(node.inputs[0]), output, (0, *op.padding, 0), network.image_shape(op))
+
+
+def _to_tokens(network: _Network, node: OpNode, output: str, activation: str) -> None:
+    op, source = node.op, network.as_image(node.inputs[0])
+    network.writer.reshape(source, output, (network.batch, op.height * op.width, op.out_channels))
+
+
+def _to_image(network: _Network, node: OpNode, output: str, activation: str) -> None:
+    network.writer.reshape(node.inputs[0], output, network.image_shape(node.op))
+
+
+def _add_map(network: _Network, node: OpNode, output: str, activation: str) -> None:
+    writer, (source,), value = network.writer, node.inputs, network.weights[node.name]["value"]
+    constant = writer.constant(f"{node.name}/value", value if node.op.tokens else value.transpose(1, 2, 0))
+    source = source if node.op.tokens else network.as_image(source)
+    options = writer.fusing("AddOptions", activation)
+    writer.operator("ADD", [source, constant], output, writer.shapes[source], options=options)
+
+
+def _prepend(network: _Network, node: OpNode, output: str, activation: str) -> None:
+    op, writer, value = node.op, network.writer, network.weights[node.name]["value"]
+    own = writer.constant(f"{node.name}/value", np.repeat(value[None], network.batch, axis=0))
+    options = writer.fusing("ConcatenationOptions", "none", axis=1)
+    shape = (network.batch, op.out_height, op.out_channels)
+    writer.operator("CONCATENATION", [own, node.inputs[0]], output, shape, options=options)
+
+
+def _take_token(network: _Network, node: OpNode, output: str, activation: str) -> None:
+    writer, channels, place = network.writer, node.op.out_channels, int(network.weights[node.name]["start"])
+    taken = writer.cut(node.inputs[0], f"{output}/token", (0, place, 0), (network.batch, 1, channels))
+    writer.reshape(taken, output, (network.batch, channels))
+
+
+def _attention(network: _Network, node: OpNode, output: str, activation: str) -> None:
+    """Every input as (batch * windows, heads, positions, channels)."""
+    op, writer, name, arrays = node.op, network.writer, node.name, network.weights[node.name]
+    windows, heads = windows_of(op, channels_first=False), op.groups
+    count = windows.count if windows else 1
+    each = [op.in_channels[0] // heads] * 2 + [op.out_channels // heads]
+    keys = op.keys or (op.height, op.width)
+    read = []
+    for part, given, channels, width, sides in zip(
+        "qkv", node.inputs, op.in_channels, each, ((op.height, op.width), keys, keys), strict=True
+    ):
+        source, positions = given, sides[0] * sides[1] // count
+        if windows is not None:
+            split = writer.reshape(source, f"{name}/{part}/apart", (network.batch, *windows.divided, channels))
+            source = writer.transpose(split, f"{name}/{part}/windows", windows.order)
+        shape = (network.batch * count, positions, channels // width, width)
+        split = writer.reshape(source, f"{name}/{part}/heads", shape)
+        read.append(writer.transpose(split, f"{name}/{part}", (0, 2, 1, 3)))
+    query, key, value = read
+    shape = (network.batch * count, heads, writer.shapes[query][2], writer.shapes[key][2])
+    turned = ("BatchMatMulOptions", {"adjY": True})
+    scores = writer.operator("BATCH_MATMUL", [query, key], f"{name}/scores", shape, options=turned)
+    for part, code in (("scale", "Mul"), ("bias", "Add")):
+        if part in arrays and not (part == "scale" and arrays[part] == 1):
+            constant = writer.constant(f"{name}.{part}", np.atleast_1d(arrays[part]))
+            options = writer.fusing(f"{code}Options", "none")
+            scores = writer.operator(code.upper(), [scores, constant], f"{name}/{part}d", shape, options=options)
+    softmax = ("SoftmaxOptions", {"beta": 1.0})
+    weights = writer.operator("SOFTMAX", [scores], f"{name}/weights", shape, options=softmax)
+    shape = (*shape[:3], each[2])
+    plain: tuple[str, dict[str, Any]] = ("BatchMatMulOptions", {})
+    product = writer.operator("BATCH_MATMUL", [weights, value], f"{name}/product", shape, options=plain)
+    made = writer.transpose(product, f"{name}/together", (0, 2, 1, 3))
+    if windows is not None:
+        split = writer.reshape(made, f"{name}/out/windows", (network.batch, *windows.gathered, op.out_channels))
+        made = writer.transpose(split, f"{name}/out/apart", windows.back)
+    tokens = (network.batch, op.height * op.width, op.out_channels)
+    writer.reshape(made, output, tokens if op.tokens else network.image_shape(op))
 
 
 def _pad(network: _Network, node: OpNode, output: str, activation: str) -> None:
@@ -560,8 +655,9 @@ def _share_of_image(op: OpSpec, axis: int) -> np.ndarray:
 
 
 def _global_avg_pool(network: _Network, node: OpNode, output: str, activation: str) -> None:
-    writer = network.writer
-    inputs = [network.as_image(node.inputs[0]), writer.constant(f"{node.name}/axes", np.array([1, 2]), dtype="INT32")]
+    writer, (source,) = network.writer, node.inputs
+    source, axes = (source, [1]) if node.op.tokens else (network.as_image(source), [1, 2])
+    inputs = [source, writer.constant(f"{node.name}/axes", np.array(axes), dtype="INT32")]
     shape = (network.batch, node.op.out_channels)
     writer.operator("MEAN", inputs, output, shape, options=("ReducerOptions", {"keepDims": False}))
 
@@ -600,6 +696,12 @@ _EMITTERS: dict[str, Callable[[_Network, OpNode, str, str], None]] = {
     "chunk": _slice,
     "clip": _clip,
     "crop": _crop,
+    "to_tokens": _to_tokens,
+    "to_image": _to_image,
+    "add_map": _add_map,
+    "prepend": _prepend,
+    "take_token": _take_token,
+    "attention": _attention,
     "pad": _pad,
     "shuffle": _shuffle,
     "pixel_shuffle": _pixel_shuffle,

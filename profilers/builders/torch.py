@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from profilers.builders.weights import Weights, checked_weights, first_channel
+from profilers.builders.windows import windows_of
 from profilers.errors import UnsupportedOperatorError
 from profilers.ops import ANY_RANK_KINDS, CONV_KINDS, SCALAR_KINDS, OpGraph, OpNode, OpSpec
 
@@ -25,7 +26,7 @@ ACTIVATIONS = {
 
 
 class Network(nn.Module):
-    """Takes the graph's inputs in order, (N, C, H, W) or (N, C) each; returns its outputs likewise.
+    """Takes the graph's inputs in order, (N, C, H, W), (N, C) or tokens (N, H * W, C); returns its outputs likewise.
 
     labelled: whether every node runs under `torch.profiler.record_function` with its name.
     """
@@ -49,7 +50,7 @@ class Network(nn.Module):
                 raise UnsupportedOperatorError(f"{node.name}: {node.op} cannot be run by PyTorch")
             if self._gives_vector(node):
                 self.vectors.add(node.name)
-            if node.op.kind in ("slice", "chunk"):
+            if node.op.kind in ("slice", "chunk", "take_token"):
                 self.starts[node.name] = first_channel(node.op, weights[node.name])
             for part, array in weights.get(node.name, {}).items():
                 if array.ndim:
@@ -59,10 +60,12 @@ class Network(nn.Module):
                     self.numbers[_key(node.name, part)] = array.item()
 
     def _gives_vector(self, node: OpNode) -> bool:
-        if node.op.kind in ("linear", "flatten"):
+        if node.op.gives_tokens:
+            return False
+        if node.op.kind in ("linear", "flatten", "take_token"):
             return True
         if node.op.kind == "global_avg_pool":  # a pooled image stays one until it leaves the network
-            return node.name in self.graph.outputs
+            return node.op.tokens or node.name in self.graph.outputs
         return node.op.kind in ANY_RANK_KINDS and self.vectors.issuperset(node.inputs)
 
     def forward(self, *inputs: Tensor) -> list[Tensor]:
@@ -95,7 +98,7 @@ class Network(nn.Module):
         def per_channel(which: str) -> Tensor:
             return part(which).reshape(-1, 1, 1) if x.dim() == 4 else part(which)
 
-        x = inputs[0]
+        x, channels = inputs[0], 2 if op.tokens else 1
         if op.kind in CONV_KINDS:
             padding = op.padding
             if op.padding_end:
@@ -109,7 +112,7 @@ class Network(nn.Module):
             kept = x[:, :, :: op.stride[0], :: op.stride[1]].index_select(1, index.clamp(min=0))
             return kept * (index >= 0).to(x.dtype)[:, None, None]
         if op.kind == "linear":
-            return F.linear(x.flatten(1), part("weight"), part("bias"))
+            return F.linear(x if op.tokens else x.flatten(1), part("weight"), part("bias"))
         if op.kind == "add":
             return inputs[0] + inputs[1]
         if op.kind == "sub":
@@ -122,11 +125,11 @@ class Network(nn.Module):
         if op.kind == "affine":
             return x * per_channel("weight") + per_channel("bias")
         if op.kind == "prelu":
-            return F.prelu(x, part("weight"))
+            return torch.where(x > 0, x, x * part("weight")) if op.tokens else F.prelu(x, part("weight"))
         if op.kind == "softmax":
-            return x.softmax(1)
+            return x.softmax(channels)
         if op.kind == "log_softmax":
-            return x.log_softmax(1)
+            return x.log_softmax(channels)
         if op.kind == "group_norm":
             return F.group_norm(x, op.groups, part("weight"), part("bias"), self.numbers[_key(name, "eps")])
         if op.kind == "instance_norm":
@@ -137,14 +140,32 @@ class Network(nn.Module):
             eps = self.numbers[_key(name, "eps")]
             normed = F.layer_norm(last, (op.out_channels,), part("weight"), part("bias"), eps)
             return normed.permute(0, 3, 1, 2) if x.dim() == 4 else normed
+        if op.kind == "slice" and op.groups > 1:
+            runs = x.unflatten(channels, (op.groups, -1))
+            kept = runs.narrow(channels + 1, self.starts[name], op.out_channels // op.groups)
+            return kept.flatten(channels, channels + 1)
         if op.kind in ("slice", "chunk"):
-            start = self.starts[name]
-            return x[:, start : start + op.out_channels]
+            return x.narrow(channels, self.starts[name], op.out_channels)
         if op.kind == "shuffle":
             apart = x.reshape(len(x), op.groups, op.out_channels // op.groups, *x.shape[2:])
             return apart.transpose(1, 2).reshape(x.shape)
         if op.kind == "clip":
             return x.clamp(*(self.numbers[_key(name, which)] for which in ("low", "high")))
+        if op.kind == "crop" and op.tokens:
+            return x[:, op.padding[0] : op.height - op.padding_after[0]]
+        if op.kind == "add_map":
+            return x + part("value")
+        if op.kind == "prepend":
+            return torch.cat([part("value").expand(len(x), -1, -1), x], 1)
+        if op.kind == "take_token":
+            return x[:, self.starts[name]]
+        if op.kind == "to_tokens":
+            return x.flatten(2).transpose(1, 2)
+        if op.kind == "to_image":
+            return x.transpose(1, 2).unflatten(2, (op.height, op.width))
+        if op.kind == "attention":
+            bias = part("bias") if op.biased else None
+            return _attention(op, inputs, bias, self.numbers[_key(name, "scale")])
         if op.kind == "crop":
             (top, left), (bottom, right) = op.padding, op.padding_after
             return x[:, :, top : op.height - bottom, left : op.width - right]
@@ -158,11 +179,13 @@ class Network(nn.Module):
             size = op.out_height, op.out_width
             return F.interpolate(x, size, mode="bilinear", align_corners=op.align_corners)
         if op.kind == "concat":
-            return torch.cat(inputs, 1)
+            return torch.cat(inputs, channels)
         if op.kind == "max_pool":
             return F.max_pool2d(x, op.kernel, op.stride, op.padding, ceil_mode=op.ceil)
         if op.kind == "avg_pool":
             return F.avg_pool2d(x, op.kernel, op.stride, op.padding, count_include_pad=not op.exclude_pad)
+        if op.kind == "global_avg_pool" and op.tokens:
+            return x.mean(1)
         if op.kind == "global_avg_pool":
             pooled = x.mean((2, 3), keepdim=True)
             return pooled.flatten(1) if name in self.vectors else pooled
@@ -176,6 +199,31 @@ class Network(nn.Module):
 def build(graph: OpGraph, weights: Weights) -> Network:
     """The network in eval mode, on the CPU."""
     return Network(graph, weights).eval()
+
+
+def _attention(op: OpSpec, inputs: list[Tensor], bias: Tensor | None, scale: float) -> Tensor:
+    first, heads = not op.tokens, op.groups
+    windows = windows_of(op, channels_first=first)
+    each = [op.in_channels[0] // heads] * 2 + [op.out_channels // heads]
+    read = []
+    for x, width in zip(inputs, each, strict=True):
+        if windows is not None:
+            split = x.flatten(2).unflatten(2, windows.divided) if first else x.unflatten(1, windows.divided)
+            x = split.permute(windows.order)
+            count = len(windows.gathered) - 2
+            x = x.flatten(0, count)
+        x = x.flatten(2).transpose(1, 2) if first else x.flatten(1, -2)
+        x = x.unflatten(2, (-1, width)).transpose(1, 2)
+        read.append(x.expand(-1, heads, -1, -1))
+    query, key, value = read
+    found = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
+    out = found.transpose(2, 3).flatten(1, 2) if first else found.transpose(1, 2).flatten(2)
+    if windows is not None:
+        parts, inside = windows.gathered, len(windows.gathered) - 2
+        sizes = (op.out_channels, *parts[inside:]) if first else (*parts[inside:], op.out_channels)
+        out = out.reshape(-1, *parts[:inside], *sizes).permute(windows.back)
+        out = out.flatten(2) if first else out.flatten(1, -2)
+    return out.unflatten(2, (op.height, op.width)) if first else out
 
 
 def _zeros_around(x: Tensor, op: OpSpec) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Mapping
 
@@ -10,7 +11,7 @@ import numpy as np
 from profilers.ops import CONV_KINDS, NORM_KINDS, SCALAR_KINDS, OpGraph, OpNode, OpSpec
 
 #: node name -> {"weight": (O, I/groups, kh, kw), (O, I) or (C,), "bias": (O,), "index": (O,), "start": (), "eps": (),
-#: "value": (), "part": (), "low": (), "high": ()},
+#: "value": () or a map, "part": (), "low": (), "high": (), "scale": ()},
 #: as far as its kind has them.
 Weights = Mapping[str, Mapping[str, np.ndarray]]
 
@@ -20,7 +21,9 @@ def weight_shapes(node: OpNode) -> dict[str, tuple[int, ...]]:
 
     `index` of a `channel_map` names, for every output channel, the input channel it copies; -1 is a zero channel.
     `start` of a `slice` is its first channel, `part` the number of a `chunk`, from 0, `value` what a scalar operator
-    adds or multiplies by. The weight of a `conv_transpose` is (I, O, kh, kw), as in PyTorch.
+    adds or multiplies by. The weight of a `conv_transpose` is (I, O, kh, kw), as in PyTorch. The value of an `add_map`
+    is (C, H, W), for tokens (H * W, C); that of a `prepend` are its tokens, (count, C). `start` of a `take_token` is
+    the number of that token, `bias` of an `attention` (heads, queries, keys) of a window.
     """
     op = node.op
     if op.kind in CONV_KINDS:
@@ -35,6 +38,16 @@ def weight_shapes(node: OpNode) -> dict[str, tuple[int, ...]]:
         return arrays | ({"eps": ()} if op.kind in NORM_KINDS else {})
     if op.kind in SCALAR_KINDS:
         return {"value": ()}
+    if op.kind == "add_map":
+        positions = op.height, op.width
+        return {"value": (math.prod(positions), op.out_channels) if op.tokens else (op.out_channels, *positions)}
+    if op.kind == "prepend":
+        return {"value": (op.padding[0], op.out_channels)}
+    if op.kind == "take_token":
+        return {"start": ()}
+    if op.kind == "attention":
+        sizes = (op.groups, math.prod(op.kernel), math.prod(op.keys or op.kernel))
+        return {"scale": ()} | ({"bias": sizes} if op.biased else {})
     if op.kind == "clip":  # infinite where there is no bound
         return {"low": (), "high": ()}
     if op.kind == "prelu":
@@ -65,6 +78,8 @@ def random_weights(graph: OpGraph, *, seed: int = 0) -> dict[str, dict[str, np.n
                 arrays[name] = np.array(-1.0 if name == "low" else 1.0, np.float32)
             elif name == "eps":
                 arrays[name] = np.array(1e-5, np.float32)
+            elif name == "scale":
+                arrays[name] = np.array((node.op.in_channels[0] // node.op.groups) ** -0.5, np.float32)
             elif name == "value" or (name == "weight" and len(shape) == 1):
                 arrays[name] = np.asarray(1 + rng.standard_normal(shape) * 0.1, np.float32)
             elif name == "weight":
@@ -104,5 +119,5 @@ def map_as_convolution(index: np.ndarray, in_channels: int) -> np.ndarray:
 
 
 def first_channel(op: OpSpec, arrays: Mapping[str, np.ndarray]) -> int:
-    """Where a `slice` or a `chunk` begins."""
-    return int(arrays["start"]) if op.kind == "slice" else int(arrays["part"]) * op.out_channels
+    """Where a `slice` or a `chunk` begins; the number of a `take_token`."""
+    return int(arrays["part"]) * op.out_channels if op.kind == "chunk" else int(arrays["start"])

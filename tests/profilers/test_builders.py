@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import sys
 import weakref
 from dataclasses import replace
@@ -22,7 +23,8 @@ from profilers.builders import tflite as tflite_builder
 from profilers.builders import torch as torch_builder
 from profilers.builders.weights import Weights, random_weights
 from profilers.errors import DeviceError, UnsupportedOperatorError
-from profilers.ops import ACTIVATIONS, CONV_KINDS, KINDS, OpGraph, OpNode, OpSpec
+from profilers.ops import ACTIVATIONS, ANY_RANK_KINDS, CONV_KINDS, KINDS, OpGraph, OpNode, OpSpec
+from profilers.profile import _input_shapes
 
 needs_litert = pytest.mark.skipif(importlib.util.find_spec("ai_edge_litert") is None, reason="LiteRT is not installed")
 FILES = [pytest.param(onnx_builder, id="onnx"), pytest.param(tflite_builder, id="tflite", marks=needs_litert)]
@@ -62,6 +64,26 @@ def reference_op(op: OpSpec, inputs: list[torch.Tensor], arrays: dict[str, torch
         spatial = F.pad(spatial, (left, right, top, bottom))
         result = F.conv2d(spatial, arrays["weight"], arrays["bias"], op.stride, 0, op.dilation, op.groups)
         return result + inputs[1] if op.fused_add else result
+    if op.kind == "attention":
+        return reference_attention(op, inputs, arrays)
+    if op.kind == "to_tokens":
+        return x.flatten(2).movedim(1, 2)
+    if op.kind == "to_image":
+        return x.movedim(2, 1).reshape(len(x), op.out_channels, op.height, op.width)
+    if op.kind == "take_token":
+        return x[:, int(arrays["start"])]
+    if op.kind == "prepend":
+        return torch.cat([arrays["value"].expand(len(x), -1, -1), x], 1)
+    if op.kind == "add_map":
+        return x + arrays["value"]
+    if op.tokens and op.kind == "crop":
+        return x[:, op.padding[0] : op.height - op.padding_after[0]]
+    if op.tokens and op.kind == "linear":
+        return F.linear(x, arrays["weight"], arrays["bias"])
+    if op.tokens:  # as an image of one column
+        single = replace(op, tokens=False)
+        found = reference_op(single, [value.movedim(2, 1)[..., None] for value in inputs], arrays)
+        return found[..., 0].movedim(1, 2) if op.gives_tokens else found
     if op.kind == "linear":
         return F.linear(x.flatten(1), arrays["weight"], arrays["bias"])
     if op.kind == "channel_map":
@@ -85,7 +107,8 @@ def reference_op(op: OpSpec, inputs: list[torch.Tensor], arrays: dict[str, torch
         return x + arrays["value"] if op.kind == "add_scalar" else x * arrays["value"]
     if op.kind in ("slice", "chunk"):
         start = int(arrays["start"]) if op.kind == "slice" else int(arrays["part"]) * op.out_channels
-        return x[:, start : start + op.out_channels]
+        runs = x.chunk(op.groups, 1) if op.kind == "slice" else [x]
+        return torch.cat([run[:, start : start + op.out_channels // len(runs)] for run in runs], 1)
     if op.kind == "shuffle":
         return F.channel_shuffle(x, op.groups)
     if op.kind in ("affine", "layer_norm"):
@@ -123,6 +146,39 @@ def reference_op(op: OpSpec, inputs: list[torch.Tensor], arrays: dict[str, torch
     if op.kind == "global_avg_pool":
         return x.mean((2, 3))
     return x.flatten(1) if op.kind == "flatten" else x
+
+
+def reference_attention(op: OpSpec, inputs: list[torch.Tensor], arrays: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Query by query: its softmax over the keys of its window weights the values."""
+    sides = [(op.height, op.width), *[op.keys or (op.height, op.width)] * 2]
+    images = [x.movedim(2, 1).unflatten(2, size) if op.tokens else x for x, size in zip(inputs, sides, strict=True)]
+    heads = op.groups
+    each = [op.in_channels[0] // heads] * 2 + [op.out_channels // heads]
+    query, key, value = (
+        x.unflatten(1, (-1, width)).expand(-1, heads, -1, -1, -1) for x, width in zip(images, each, strict=True)
+    )
+    out = torch.zeros(len(query), heads, each[2], op.height, op.width)
+    for row, column in itertools.product(range(op.height), range(op.width)):
+        rows, columns = (
+            _window(at, size, window, apart)
+            for at, size, window, apart in zip((row, column), sides[1], op.keys or op.kernel, op.dilation, strict=True)
+        )
+        seen = [x[..., rows, :][..., columns].flatten(3) for x in (key, value)]
+        scores = float(arrays["scale"]) * torch.einsum("nhd,nhdk->nhk", query[..., row, column], seen[0])
+        if op.biased:
+            inside = (row // op.dilation[0] % op.kernel[0]) * op.kernel[1] + column // op.dilation[1] % op.kernel[1]
+            scores = scores + arrays["bias"][:, inside]
+        out[..., row, column] = torch.einsum("nhk,nhdk->nhd", scores.softmax(-1), seen[1])
+    image = out.flatten(1, 2)
+    return image.flatten(2).movedim(1, 2) if op.tokens else image
+
+
+def _window(at: int, size: int, window: int, apart: int) -> list[int]:
+    """The places along an axis that the one at `at` attends to."""
+    if window == size:
+        return list(range(size))
+    first = at // (window * apart) * window * apart + at % apart
+    return list(range(first, first + window * apart, apart))
 
 
 # Running what was built
@@ -195,6 +251,14 @@ def chain(*ops: OpSpec, input_shape: tuple[int, int, int]) -> OpGraph:
 
 
 def alone(op: OpSpec) -> OpGraph:
+    """An operator on inputs of its own; tokens are made of an image, but for those of a second input."""
+    image = (op.in_channels[0], op.height, op.width)
+    if op.tokens or op.kind == "attention":
+        first = OpNode("laid", OpSpec("to_tokens", image[:1], *image[1:], image[0], batch=op.batch), (OpGraph.INPUT,))
+        before = [first] if op.tokens else []
+        more = tuple(zip("kv", _input_shapes(op)[1:], strict=False))
+        read = ("laid" if op.tokens else OpGraph.INPUT, *(name for name, _ in more))
+        return OpGraph((*before, OpNode(f"{op.kind}0", op, read)), image, (f"{op.kind}0",), more)
     if op.kind == "scale":
         gate = (("gate", (op.in_channels[1],)),)
         return OpGraph(
@@ -313,6 +377,12 @@ SMALL_OPS = {
     "flatten": OpSpec("flatten", (5,), 6, 7, 210),
     "activation": OpSpec("activation", (5,), 6, 7, 5, activation="relu"),
     "linear": linear(210, 9),
+    "to_tokens": OpSpec("to_tokens", (5,), 6, 7, 5),
+    "to_image": OpSpec("to_image", (5,), 6, 7, 5, tokens=True),
+    "add_map": OpSpec("add_map", (5,), 6, 7, 5),
+    "prepend": OpSpec("prepend", (5,), 6, 7, 5, padding=(2, 0), tokens=True),
+    "take_token": OpSpec("take_token", (5,), 6, 7, 5, tokens=True),
+    "attention": OpSpec("attention", (6, 6, 10), 6, 7, 10, groups=2, kernel=(6, 7)),
 }
 
 
@@ -326,6 +396,62 @@ def test_every_kind_with_every_activation_agrees(builder: ModuleType, kind: str,
         check(builder, chain(SMALL_OPS["flatten"], op, input_shape=(5, 6, 7)))
     else:
         check(builder, alone(op))
+
+
+IN_TOKENS = [
+    *(
+        replace(SMALL_OPS[kind], tokens=True)
+        for kind in (*ANY_RANK_KINDS, "add_map", "global_avg_pool")
+        if kind != "scale"
+    ),
+    OpSpec("linear", (5,), 6, 7, 9, tokens=True, activation="gelu"),
+    OpSpec("crop", (5,), 42, 1, 5, tokens=True, padding=(1, 0), padding_end=(0, 0)),
+    OpSpec("slice", (12,), 6, 7, 6, groups=3, tokens=True),
+]
+
+
+@every_builder
+@pytest.mark.parametrize("op", IN_TOKENS, ids=str)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_tokens_are_computed_like_images(builder: ModuleType, op: OpSpec, batch: int) -> None:
+    check(builder, alone(replace(op, batch=batch)))
+
+
+@every_builder
+@pytest.mark.parametrize("tokens", [False, True])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"groups": 1},
+        {"groups": 2, "biased": True},
+        {"groups": 2, "kernel": (4, 3)},
+        {"groups": 2, "kernel": (2, 6), "biased": True},
+        {"groups": 2, "kernel": (4, 3), "dilation": (2, 2), "biased": True},
+        {"groups": 2, "kernel": (2, 1), "dilation": (4, 1)},
+        {"groups": 2, "keys": (4, 2), "biased": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("channels", [(8, 8, 4), (8, 8, 12)])
+def test_attention_agrees(
+    builder: ModuleType, channels: tuple[int, ...], sizes: dict[str, Any], batch: int, tokens: bool
+) -> None:
+    op = OpSpec("attention", channels, 8, 6, channels[2], **{"kernel": (8, 6)} | sizes, tokens=tokens, batch=batch)
+    check(builder, alone(op))
+
+
+@every_builder
+@pytest.mark.parametrize("tokens", [False, True])
+def test_all_heads_may_share_keys_and_values(builder: ModuleType, tokens: bool) -> None:
+    op = OpSpec("attention", (12, 4, 5), 4, 4, 15, groups=3, kernel=(4, 4), keys=(2, 2), tokens=tokens)
+    check(builder, alone(op))
+
+
+@every_builder
+def test_the_same_run_of_every_group_is_taken(builder: ModuleType) -> None:
+    op = OpSpec("slice", (12,), 6, 7, 6, groups=3)
+    check(builder, alone(op), {"slice0": {"start": np.array(2)}})
 
 
 @every_builder
