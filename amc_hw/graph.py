@@ -17,10 +17,11 @@ import torch
 from scipy.sparse import coo_array, csgraph
 from torch import Tensor, nn
 
-from amc_hw.constants import Constant
 from amc_hw.errors import UserError
+from amc_hw.lowering.constants import Constant
+from amc_hw.lowering.values import TracedOp, TracedOps
 from amc_hw.symbolic import eval_mode, has_computed_weight, holds_any, own_tensors, shared_tensors
-from amc_hw.tracing import TracedOp, TracedOps, trace_ops
+from amc_hw.tracing import trace_ops
 from profilers.ops import GROUPED_KINDS, PRODUCER_KINDS, SCALAR_KINDS, OpGraph, OpNode, OpSpec
 
 TOLD = 8  #: of the groups, by name

@@ -27,6 +27,7 @@ Asked = set[tuple[str, tuple[int, ...]]]  #: names of nodes, and dimensions of t
 #: What may be asked of a tensor without a look at its values.
 SIZE_METHODS = ("size", "dim", "ndimension", "numel", "is_floating_point")
 SIZE_ATTRIBUTES = ("shape", "ndim", "dtype", "device", "is_cuda")
+FACTS = ("device", "dtype")  #: of tensors, the same for all inputs: keys of caches, arguments of other calls
 #: As they are when torch.fx traces nothing.
 _CALL, _GETATTR = nn.Module.__call__, nn.Module.__getattr__
 
@@ -50,8 +51,9 @@ class _Known:
 
 
 class _Proxy(_Known, fx.Proxy):
-    def __getattr__(self, name: str) -> _Attribute:
-        return _Attribute(self, name)
+    def __getattr__(self, name: str) -> Any:
+        value = self.tracer.value_of(self.node) if name in FACTS else None
+        return getattr(value, name) if isinstance(value, torch.Tensor) else _Attribute(self, name)
 
 
 class _Attribute(_Known, fx.proxy.Attribute):
@@ -89,14 +91,7 @@ class _Tracer(fx.Tracer):
     def known(self, proxy: fx.Proxy, key: Any = slice(None)) -> Any:
         """A traced value for the examples; TraceError where it depends on what is in a tensor. key: what of a shape
         is wanted."""
-        node = proxy.node
-        with _untraced():
-            for each in self.graph.nodes:
-                if each not in self.values:
-                    self.values[each] = self._run(each)
-                if each is node:
-                    break
-        value = self.values[node]
+        node, value = proxy.node, self.value_of(proxy.node)
         if isinstance(value, tuple | list) and all(isinstance(part, torch.Tensor) for part in value):
             # how many parts there are
             asked: Asked | None = {(each.name, tuple(range(self._rank(each) or 0))) for each in node.all_input_nodes}
@@ -108,6 +103,16 @@ class _Tracer(fx.Tracer):
         if any(dims == (0,) and name not in weights for name, dims in asked):
             raise fx.proxy.TraceError("it computes with the number of images")
         self.asked |= asked
+        return value
+
+    def value_of(self, node: fx.Node) -> Any:
+        """What a node gives for the examples."""
+        with _untraced():
+            for each in self.graph.nodes:
+                if each not in self.values:
+                    self.values[each] = self._run(each)
+                if each is node:
+                    break
         return self.values[node]
 
     def _rank(self, node: fx.Node) -> int | None:

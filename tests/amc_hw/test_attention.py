@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from amc_hw.errors import UnsupportedOperatorError
 from amc_hw.export import export_network, folded_weights
 from amc_hw.graph import build_graph
-from amc_hw.layout import (
+from amc_hw.lowering.axes import (
     BATCH,
     CHANNELS,
     POSITIONS,

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from networks import Net, frozen_of, halved, mask_channels
+from networks import FORMATS, Net, frozen_of, halved, mask_channels
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -105,7 +104,7 @@ def test_slopes_below_zero_go_with_their_channels(tmp_path: Path) -> None:
     half = [3, 4, 3]
     small = slice_channels(net, graph, keep_channels(net, graph, half))
     assert small.p.num_parameters == 3 and small.p.weight.shape == (3,)
-    for file_format in ["onnx"] + ["tflite"] * (importlib.util.find_spec("ai_edge_litert") is not None):
+    for file_format in FORMATS:
         out = tmp_path / file_format
         assert export_network(small, graph, graph.op_graph(half), image, file_format=file_format, out=out)["bytes"]
 
@@ -309,7 +308,7 @@ def test_a_unet_can_be_pruned(tmp_path: Path) -> None:
     half = [width // 2 for width in graph.full_widths]
     assert graph.macs(half) <= 0.5 * graph.macs()
     small = slice_channels(net, graph, keep_channels(net, graph, half))
-    for file_format in ["onnx", "torch"] + ["tflite"] * (importlib.util.find_spec("ai_edge_litert") is not None):
+    for file_format in ["torch", *FORMATS]:
         out = tmp_path / file_format
         assert export_network(small, graph, graph.op_graph(half), image, file_format=file_format, out=out)["bytes"]
 
@@ -348,7 +347,7 @@ def test_several_inputs_and_arguments_with_defaults(tmp_path: Path) -> None:
     assert [group.name for group in graph.groups] == ["a", "c", "e"]
     assert graph.op_graph().inputs == {OpGraph.INPUT: (3, 6, 6), "depth": (1, 6, 6), "extra": (5,)}
     assert OpGraph.from_json(graph.op_graph().to_json()) == graph.op_graph()
-    for file_format in ["onnx", "torch"] + ["tflite"] * (importlib.util.find_spec("ai_edge_litert") is not None):
+    for file_format in ["torch", *FORMATS]:
         out = tmp_path / file_format
         assert export_network(net, graph, graph.op_graph(), inputs, file_format=file_format, out=out)["bytes"]
 
@@ -387,7 +386,7 @@ def test_torchvision_networks_at_half_widths(name: str, tmp_path: Path) -> None:
         found, wanted = small(image), masked(image)
     assert torch.isfinite(found).all() and wanted.std() > 0
     assert (found - wanted).abs().max() <= 1e-4 * wanted.abs().max()
-    for file_format in ["onnx"] + ["tflite"] * (importlib.util.find_spec("ai_edge_litert") is not None):
+    for file_format in FORMATS:
         out = tmp_path / file_format
         done = export_network(small, graph, graph.op_graph(half), image, file_format=file_format, out=out)
         assert done["max_abs_diff"] <= 1e-4 * max(1.0, float(wanted.abs().max())) and out.stat().st_size > 1e5
@@ -432,6 +431,40 @@ def test_mobile_networks_of_timm_at_half_widths(name: str) -> None:
     loaded = load_model(f"timm:{name}", input_shape=(3, 64, 64))
     graph = same_when_sliced(loaded.module, torch.randn(1, 3, 64, 64))
     assert graph.macs(halved(graph)) <= TIMM[name] * graph.macs()
+
+
+ATTENTION = {  # side of the image, and as HALVES: what attention and layer-norms read is frozen
+    "timm:vit_tiny_patch16_224": (224, 0.73),
+    "timm:deit_tiny_distilled_patch16_224": (224, 0.73),
+    "timm:mobilevit_xxs": (128, 0.53),
+    "timm:mobilenetv4_hybrid_medium": (128, 0.32),
+    "timm:efficientformer_l1": (224, 0.36),
+    "timm:fastvit_sa12": (64, 0.6),
+    "timm:tiny_vit_5m_224": (224, 0.6),
+    "timm:pvt_v2_b0": (64, 0.7),
+    "timm:levit_conv_128": (224, 0.43),
+    "timm:maxvit_nano_rw_256": (256, 0.65),
+    "torchvision:vit_b_32": (224, 0.69),
+    "torchvision:maxvit_t": (224, 0.6),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ATTENTION)
+def test_networks_with_attention_at_half_widths(name: str, tmp_path: Path) -> None:
+    if name.startswith("timm:"):
+        pytest.importorskip("timm")
+    side, share = ATTENTION[name]
+    net = load_model(name, input_shape=(3, side, side)).module
+    image = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+    graph = same_when_sliced(net, image)
+    half = halved(graph)
+    assert graph.macs(half) <= share * graph.macs()
+    assert any(layer.op.kind == "attention" for layer in graph.layers)
+    small = slice_channels(net, graph, keep_channels(net, graph, half))
+    for file_format in FORMATS:
+        out = tmp_path / file_format
+        assert export_network(small, graph, graph.op_graph(half), image, file_format=file_format, out=out)["bytes"]
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import fx
 
-from amc_hw.layout import CHANNELS, POSITIONS, Axes, Axis, Part, Seen, joined, of_dim, size_of, window_of
+from amc_hw.lowering.axes import CHANNELS, POSITIONS, Axes, Axis, Part, Seen, joined, of_dim, size_of, window_of
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,128 @@
+"""What PyTorch calls the operators that are known here, and what a graph says of a call."""
+
+from __future__ import annotations
+
+import operator
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from amc_hw.padding import Pads
+
+ACTIVATION_MODULES: dict[type[nn.Module], str] = {
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.Hardswish: "hardswish",
+    nn.Hardsigmoid: "hardsigmoid",
+    nn.Sigmoid: "sigmoid",
+    nn.SiLU: "silu",
+    nn.GELU: "gelu",
+    nn.Tanh: "tanh",
+}
+ACTIVATION_FUNCTIONS: dict[Any, str] = {
+    F.relu: "relu",
+    torch.relu: "relu",
+    F.relu6: "relu6",
+    F.hardswish: "hardswish",
+    F.hardsigmoid: "hardsigmoid",
+    torch.sigmoid: "sigmoid",
+    F.sigmoid: "sigmoid",
+    F.silu: "silu",
+    F.gelu: "gelu",
+    torch.tanh: "tanh",
+    F.tanh: "tanh",
+    "relu": "relu",
+    "relu_": "relu",
+    "sigmoid": "sigmoid",
+    "tanh": "tanh",
+}
+IDENTITY_MODULES = (nn.Identity, nn.Dropout, nn.Dropout2d)
+IDENTITY_FUNCTIONS: tuple[Any, ...] = (F.dropout, F.dropout2d, "contiguous", "clone", "detach")
+#: Of torchvision, by name: to import it takes as long as PyTorch does, and many networks do without.
+STOCHASTIC_DEPTH = ("torchvision.ops.stochastic_depth", "stochastic_depth")
+#: What is computed of two operands, by the kind that it is for tensors; quotients are of a number only.
+ARITHMETIC: dict[str, tuple[Any, ...]] = {
+    "add": (operator.add, operator.iadd, torch.add, "add", "add_"),
+    "sub": (operator.sub, operator.isub, torch.sub, "sub", "sub_"),
+    "mul": (operator.mul, operator.imul, torch.mul, "mul", "mul_"),
+    "div": (operator.truediv, operator.itruediv, torch.div, "div", "div_"),
+}
+KIND_OF = {target: kind for kind, targets in ARITHMETIC.items() for target in targets}
+SQUARES: tuple[Any, ...] = (operator.pow, torch.pow, "pow", torch.square, "square")
+CLIPS: tuple[Any, ...] = (torch.clamp, "clamp", "clamp_", torch.clip, "clip", F.hardtanh)
+NEGATIONS: tuple[Any, ...] = (operator.neg, torch.neg, "neg")
+MEANS: tuple[Any, ...] = (torch.mean, "mean")
+#: With the sizes of the result among their arguments, and without.
+RESHAPES: tuple[Any, ...] = ("view", "reshape", torch.reshape)
+REGROUPS: tuple[Any, ...] = (
+    *(torch.flatten, "flatten", torch.unsqueeze, "unsqueeze", torch.squeeze, "squeeze"),
+    *("unflatten", torch.unflatten, "view_as", "reshape_as"),
+)
+#: Of a parameter: another shape of the same numbers.
+SAME_NUMBERS: tuple[Any, ...] = (*RESHAPES, *REGROUPS)
+PERMUTES: tuple[Any, ...] = (torch.permute, "permute")
+TRANSPOSES: tuple[Any, ...] = (torch.transpose, "transpose", torch.swapaxes, "swapaxes", "swapdims")
+SPLITS: tuple[Any, ...] = (torch.chunk, "chunk", torch.split, "split", torch.unbind, "unbind", "tensor_split")
+#: What may share its memory with what it reads.
+VIEWS: tuple[Any, ...] = (*SAME_NUMBERS, *PERMUTES, *TRANSPOSES, *SPLITS, operator.getitem, "contiguous")
+PRODUCTS: tuple[Any, ...] = (operator.matmul, torch.matmul, "matmul", "__matmul__", torch.bmm, "bmm")
+SOFTMAXES: dict[Any, str] = {
+    nn.Softmax: "softmax",
+    nn.LogSoftmax: "log_softmax",
+    F.softmax: "softmax",
+    torch.softmax: "softmax",
+    "softmax": "softmax",
+    F.log_softmax: "log_softmax",
+    torch.log_softmax: "log_softmax",
+    "log_softmax": "log_softmax",
+}
+POOL_FUNCTIONS: dict[Any, str] = {F.max_pool2d: "max_pool", F.avg_pool2d: "avg_pool"}
+TOLD = 3  #: of the operators that are not supported, by name
+NO_PADS: Pads = ((0, 0), (0, 0))
+#: Operators that do the same to every element, or to every channel, wherever it lies.
+AS_IT_LIES = ("add", "sub", "mul", "add_scalar", "mul_scalar", "activation", "affine", "prelu", "clip")
+#: Operators over the channels of images, of tokens and of vectors.
+OVER_TOKENS = ("prepend", "take_token", "crop", "add_map")
+OVER_CHANNELS = ("linear", "layer_norm", "softmax", "log_softmax", "concat", "slice", "chunk")
+
+
+def shape_of(node: fx.Node) -> tuple[int, ...] | None:
+    shape = getattr(node.meta.get("tensor_meta"), "shape", None)
+    return None if shape is None else tuple(shape)
+
+
+def rank_of(node: fx.Node) -> int | None:
+    shape = shape_of(node)
+    return None if shape is None else len(shape)
+
+
+def pair_of(value: Any) -> tuple[int, int]:
+    first, second = (value, value) if isinstance(value, int) else value
+    return int(first), int(second)
+
+
+def line_of(node: fx.Node) -> str:
+    """The line of the network's own code that made a node."""
+    frames = re.findall(r'File "([^"]+)", line (\d+)', node.stack_trace or "")
+    libraries = Path(torch.__file__).parent, Path(__file__).parent
+    own = [(Path(file), line) for file, line in frames if not any(map(Path(file).is_relative_to, libraries))]
+    return f"at {own[-1][0].name}:{own[-1][1]}" if own else ""
+
+
+def activation_of(module: nn.Module) -> str | None:
+    """The activation that a module is, or that its forward() calls and nothing else."""
+    if isinstance(module, nn.GELU) and module.approximate != "none":
+        return None
+    if type(module) in ACTIVATION_MODULES:
+        return ACTIVATION_MODULES[type(module)]
+    try:
+        nodes = list(fx.symbolic_trace(module).graph.nodes)
+    except Exception:  # the user's code
+        return None
+    first = nodes[0].op == "placeholder" and nodes[1].args[:1] == (nodes[0],) if len(nodes) == 3 else False
+    plain = first and nodes[1].kwargs.get("approximate", "none") == "none"
+    return ACTIVATION_FUNCTIONS.get(nodes[1].target) if plain else None

@@ -1,0 +1,303 @@
+"""Layers: convolutions, norms, activations, poolings, resizing and padding."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from amc_hw.errors import UnsupportedOperatorError
+from amc_hw.lowering.axes import BATCH, CHANNELS, POSITIONS, of_dim, vector_axes, whole
+from amc_hw.lowering.calls import IDENTITY_MODULES, MEANS, NO_PADS, POOL_FUNCTIONS, activation_of, pair_of, shape_of
+from amc_hw.lowering.shapes import Shapes
+from amc_hw.padding import around, padding_of
+from amc_hw.symbolic import BATCH_NORMS, HAS_GROUPS, gives, readers
+from profilers.ops import CONV_KINDS, SCALAR_KINDS, OpSpec
+
+
+@torch.no_grad()
+def _is_group_norm(layer: nn.GroupNorm) -> bool:
+    """As `_is_linear`."""
+    if type(layer).forward is nn.GroupNorm.forward:
+        return True
+    drawn = torch.randn(2, layer.num_channels, 3, 3, generator=torch.Generator().manual_seed(0))
+    return gives(layer, drawn, F.group_norm(drawn, layer.num_groups, layer.weight, layer.bias, layer.eps))
+
+
+class Images(Shapes):
+    """What layers of images, of tokens and of vectors are as operators."""
+
+    def _convolution(self, node: fx.Node, module: nn.Conv2d | nn.ConvTranspose2d, name: str) -> None:
+        kind, groups = "conv", module.groups
+        source, pads = self.padded.get(node.all_input_nodes[0], (node.all_input_nodes[0], NO_PADS))
+        if isinstance(module, nn.ConvTranspose2d):
+            source = node.all_input_nodes[0]
+            kind = "conv_transpose"
+            before, more = pair_of(module.padding), pair_of(module.output_padding)
+            after = before[0] - more[0], before[1] - more[1]
+            if groups > 1 or min(after) < 0:
+                odd = "groups" if groups > 1 else "more output padding than padding"
+                raise UnsupportedOperatorError(f"{name}: a transposed convolution with {odd} is not supported")
+        else:
+            _, height, width = self._out_image(node.all_input_nodes[0])
+            own = padding_of(module, (height, width), name)
+            before, after = ((own[end][0] + pads[end][0], own[end][1] + pads[end][1]) for end in (0, 1))
+            if groups == module.in_channels == module.out_channels:  # one channel, too, which pruning may have left
+                kind = "depthwise_conv"
+            elif (groups > 1 or hasattr(module, HAS_GROUPS)) and module.out_channels % module.in_channels == 0:
+                kind = "grouped_conv"
+        self._emit(
+            node,
+            kind,
+            sources=[source],
+            out_channels=module.out_channels,
+            kernel=pair_of(module.kernel_size),
+            stride=pair_of(module.stride),
+            padding=before,
+            padding_end=() if after == before else after,
+            dilation=pair_of(module.dilation),
+            groups=groups,
+            module=name,
+        )
+
+    def _batch_norm(self, node: fx.Node, module: nn.BatchNorm1d | nn.BatchNorm2d, name: str) -> None:
+        if module.running_mean is None:
+            raise UnsupportedOperatorError(f"{name}: a batch-norm without running statistics cannot be folded")
+        source = node.all_input_nodes[0]
+        if self.axes[source][1] != whole(CHANNELS, self._seen(source).channels):
+            raise UnsupportedOperatorError(f"{name}: a batch-norm of something else than all channels")
+        before = self._only_reader(node)
+        op = None if before is None else self.ops[before]
+        folds = (*CONV_KINDS, "linear")
+        plain = op is not None and op.op.kind in folds and op.op.activation == "none" and not op.factors
+        if op is not None and plain and not op.batch_norm and not self._called_again(op.module, name):
+            self.ops[op.name] = replace(op, batch_norm=name)
+            self._same(node)
+        else:
+            self._emit(node, "affine", module=name)
+        self._of_class(node, module)
+
+    def _of_class(self, node: fx.Node, module: nn.BatchNorm1d | nn.BatchNorm2d | nn.GroupNorm) -> None:
+        """What a class derived of a norm does after it: an activation in `act` (timm's BatchNormAct2d)."""
+        if type(module) in BATCH_NORMS:
+            return
+        base = next(each for each in (*BATCH_NORMS, nn.GroupNorm) if isinstance(module, each))
+        act = getattr(module, "act", None)
+        if not isinstance(act, nn.Module) or not isinstance(getattr(module, "drop", nn.Identity()), IDENTITY_MODULES):
+            raise self._unsupported(node)
+        _, channels, *sides = shape_of(node) or (0, 0)
+        drawn = torch.randn(2, channels, *(3 for _ in sides), generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            wanted = act(base.forward(module, drawn))  # type: ignore[arg-type]
+        if not gives(module, drawn, wanted):
+            raise UnsupportedOperatorError(
+                f"{node.target}: a {type(module).__name__} that is more than a norm and {type(act).__name__}"
+            )
+        if activation := activation_of(act):
+            self._activate(node, activation)
+        elif isinstance(act, nn.LeakyReLU):
+            self._emit(node, "prelu", sources=[node], numbers=(float(act.negative_slope),))
+        elif not isinstance(act, IDENTITY_MODULES):
+            raise UnsupportedOperatorError(f"operator {type(act).__name__} in {node.target} is not supported")
+
+    def _layer_norm(self, node: fx.Node, module: nn.LayerNorm, name: str) -> None:
+        source = node.all_input_nodes[0]
+        if tuple(module.normalized_shape) != (self._seen(source).channels,):
+            raise UnsupportedOperatorError(f"{name}: only a layer-norm over the channels is supported")
+        if type(module) is nn.LayerNorm and self._form(source) == "image":
+            raise UnsupportedOperatorError(f"{name}: a layer-norm over the last axis of a channels-first image")
+        self._emit(node, "layer_norm", module=name)
+
+    def _norm(self, node: fx.Node, module: nn.GroupNorm | nn.InstanceNorm2d, name: str) -> None:
+        channels = self._seen(node.all_input_nodes[0]).channels
+        if self._form(node.all_input_nodes[0]) != "image":
+            raise UnsupportedOperatorError(f"{name}: only images with channels first are normalised")
+        if isinstance(module, nn.GroupNorm):
+            self._emit(node, "group_norm", groups=module.num_groups, module=name)
+            if not _is_group_norm(module):
+                self._of_class(node, module)
+        elif module.num_features != channels:
+            raise UnsupportedOperatorError(
+                f"{name}: an instance-norm of {module.num_features} channels, not {channels}"
+            )
+        elif module.track_running_stats:
+            raise UnsupportedOperatorError(f"{name}: an instance-norm with running statistics is not supported")
+        else:
+            self._emit(node, "instance_norm", module=name)
+
+    def _softmax(self, node: fx.Node, kind: str, dim: Any) -> None:
+        rank, source = len(shape_of(node) or ()), node.all_input_nodes[0]
+        scores = self.scores.get(source)
+        if scores is not None and kind == "softmax" and dim in (-1, rank - 1) and not (scores.weights or scores.turned):
+            self.scores[node] = replace(scores, weights=True)
+            return
+        if source not in self.value or not isinstance(dim, int) or dim % max(rank, 1) != self._channel_axis(source):
+            raise UnsupportedOperatorError(f"{node.name}: only a {kind} over the channels is supported")
+        self._emit(node, kind)
+
+    def _activation(self, node: fx.Node, activation: str) -> None:
+        before = self._only_reader(node)
+        fusable = (*CONV_KINDS, "conv_transpose", "linear", "add", "sub", "affine", *SCALAR_KINDS)
+        if before is not None and self.ops[before].op.activation == "none" and self.ops[before].op.kind in fusable:
+            self._same(node)
+            self._activate(node, activation)
+        else:
+            self._emit(node, "activation", activation=activation)
+
+    def _clip(self, node: fx.Node, low: Any, high: Any) -> None:
+        low, high = (-math.inf if low is None else low), (math.inf if high is None else high)
+        if not isinstance(low, int | float) or not isinstance(high, int | float):
+            raise self._unsupported(node)
+        if low == 0 and high in (6, math.inf):
+            self._activation(node, "relu6" if high == 6 else "relu")
+        else:
+            self._emit(node, "clip", numbers=(float(low), float(high)))
+
+    def _mean(self, node: fx.Node) -> None:
+        """Over all positions, of an image in one call or in two."""
+        source, out = node.all_input_nodes[0], shape_of(node)
+        rank = len(shape_of(source) or ())
+        named = node.kwargs.get("dim", node.kwargs.get("axis"))
+        given: Any = node.args[1] if len(node.args) > 1 else named
+        listed = given if isinstance(given, (list, tuple)) else [given]
+        if rank == 0 or out is None or not all(isinstance(dim, int) for dim in listed):
+            raise self._unsupported(node)
+        dims = {dim % rank for dim in listed}
+        if source in self.halved:
+            image, other = self.halved[source]
+            if dims != {other}:
+                raise self._unsupported(node)
+            self._pooled(node, image)
+            return
+        seen = self._seen(source)
+        averaged = [seen.axes[dim] for dim in dims]
+        left = [axis for at, axis in enumerate(seen.axes) if at not in dims and axis]
+        if all(of_dim(axis, POSITIONS) for axis in averaged) and left == list(filter(None, vector_axes(seen.channels))):
+            self._pooled(node, source)
+        elif self._form(source) == "image" and dims in ({2}, {3}) and all(u.target in MEANS for u in readers(node)):
+            self.halved[node] = source, 3 if dims == {2} and len(out) == rank else 2
+        else:
+            raise self._unsupported(node)
+
+    def _pooled(self, node: fx.Node, source: fx.Node) -> None:
+        """`node` is the mean of `source` over all positions."""
+        sizes, channels = (shape_of(node) or ())[1:], self._seen(source).channels
+        rest = [whole(CHANNELS, channels) if size == channels > 1 else () for size in sizes]
+        self._emit(node, "global_avg_pool", sources=[source], axes=(BATCH, *rest))
+
+    def _pad_function(self, node: fx.Node) -> None:
+        arguments: dict[str, Any] = dict(zip(("input", "pad", "mode", "value"), node.args, strict=False), **node.kwargs)
+        self._pad(node, arguments["pad"], arguments.get("mode", "constant"), arguments.get("value") or 0)
+
+    def _pad(self, node: fx.Node, sides: Any, mode: str, value: float) -> None:
+        """Zeros around an image have an operator of their own for readers that are no convolutions: those take them
+        over."""
+        source = node.all_input_nodes[0]
+        sides = [self._number(side, node) for side in sides]
+        sides = (*sides, *[0] * (4 - len(sides)))
+        if not any(sides):
+            self._same(node, source)
+        elif len(sides) > 4 or mode != "constant" or self._form(source) != "image":
+            raise self._unsupported(node)
+        elif max(sides) <= 0:
+            self._crop(node, source, around(tuple(-side for side in sides)))
+        elif min(sides) < 0 or value != 0:
+            raise self._unsupported(node)
+        else:
+            self.padded[node] = source, around(sides)
+
+    def _pool_function(self, node: fx.Node) -> None:
+        names = ("input", "kernel_size", "stride", "padding")
+        arguments = dict(zip(names, node.args, strict=False), **node.kwargs)
+        known = {*names, "ceil_mode", "count_include_pad"}
+        odd = arguments.get("dilation", 1) not in (1, (1, 1)) or arguments.get("return_indices")
+        if (set(arguments) - known - {"dilation", "return_indices"}) or odd or len(node.args) > len(names):
+            raise self._unsupported(node)
+        kernel, padding = arguments["kernel_size"], arguments.get("padding", 0)
+        kernel = self._ask(kernel) if isinstance(kernel, fx.Node) else kernel
+        if not isinstance(kernel, int | tuple | list):
+            raise self._unsupported(node)
+        kind, ceil = POOL_FUNCTIONS[node.target], bool(arguments.get("ceil_mode"))
+        options = {"ceil": ceil, "exclude_pad": not arguments.get("count_include_pad", True)}
+        self._pool(node, kind, kernel, arguments.get("stride") or kernel, padding, **options)
+
+    def _pool(
+        self,
+        node: fx.Node,
+        kind: str,
+        kernel: Any,
+        stride: Any,
+        padding: Any,
+        *,
+        ceil: bool = False,
+        exclude_pad: bool = False,
+    ) -> None:
+        window: dict[str, Any] = {"kernel": pair_of(kernel), "stride": pair_of(stride), "padding": pair_of(padding)}
+        channels, height, width = self._image(node.all_input_nodes[0])
+        plain = OpSpec(kind, (channels,), height, width, channels, **window)
+        ceil = ceil and (plain.out_height, plain.out_width) != self._out_image(node)[1:]
+        if ceil and kind == "avg_pool":
+            raise UnsupportedOperatorError(f"{node.name}: average pooling with ceil_mode is not supported here")
+        if kind == "avg_pool" and not exclude_pad and not ceil and (image := self._takes_zeros(node, window)):
+            self._emit(node, kind, sources=[image], **window)
+            return
+        self._emit(node, kind, **window, ceil=ceil, exclude_pad=exclude_pad and any(window["padding"]))
+
+    def _takes_zeros(self, node: fx.Node, window: dict[str, Any]) -> fx.Node | None:
+        """The image whose zeros a pooling alone reads, which become padding of its window where that may be so wide:
+        ONNX Runtime has it so (PadFusion)."""
+        source = node.all_input_nodes[0]
+        image, (before, after) = self.padded.get(source, (source, NO_PADS))
+        padding = tuple(own + more for own, more in zip(window["padding"], before, strict=True))
+        small = all(2 * pad <= size for pad, size in zip(padding, window["kernel"], strict=True))
+        if image is source or before != after or not small or len(readers(source)) > 1:
+            return None
+        del self.ops[self.value.pop(source)]
+        window["padding"] = padding
+        return image
+
+    def _adaptive_pool(self, node: fx.Node) -> None:
+        before, after = shape_of(node.all_input_nodes[0]), shape_of(node)
+        assert before is not None and after is not None
+        if after == before:
+            self._same(node)
+        elif after[2:] == (1, 1):
+            self._emit(node, "global_avg_pool")
+        elif before[2] % after[2] == 0 and before[3] % after[3] == 0:
+            window = (before[2] // after[2], before[3] // after[3])
+            self._pool(node, "avg_pool", window, window, 0)
+        else:
+            raise self._unsupported(node)
+
+    def _interpolate(self, node: fx.Node) -> None:
+        names = ("input", "size", "scale_factor", "mode", "align_corners", "recompute_scale_factor", "antialias")
+        arguments = dict(zip(names, node.args, strict=False), **node.kwargs)
+        if arguments.get("antialias") or arguments.get("recompute_scale_factor"):
+            raise self._unsupported(node)
+        mode, corners = arguments.get("mode", "nearest"), arguments.get("align_corners")
+        self._upsample(node, mode, corners, arguments.get("scale_factor"))
+
+    def _upsample(self, node: fx.Node, mode: Any, align_corners: Any, scale: Any) -> None:
+        """scale: factors that the call is given in place of a size."""
+        scale = (scale, scale) if isinstance(scale, int | float) else scale
+        _, height, width = self._image(node.all_input_nodes[0])
+        _, out_height, out_width = self._out_image(node)
+        if mode not in ("nearest", "bilinear"):
+            raise UnsupportedOperatorError(f"{node.name}: only nearest and bilinear resizing, not {mode}")
+        to: dict[str, Any] = {"align_corners": bool(align_corners)}
+        if out_height % height or out_width % width:
+            if scale is not None and (out_height, out_width) != tuple(
+                size * by for size, by in zip((height, width), scale, strict=True)
+            ):
+                raise UnsupportedOperatorError(f"{node.name}: resizing by {scale} gives no whole size: name the size")
+            to["out_size"] = (out_height, out_width)
+        else:
+            to["stride"] = (out_height // height, out_width // width)
+        if (out_height, out_width) == (height, width):
+            self._same(node)
+        else:
+            self._emit(node, f"upsample_{mode}", sources=node.all_input_nodes[:1], **to)

@@ -1,0 +1,276 @@
+"""Calls that move, cut and join tensors."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from amc_hw.errors import UnsupportedOperatorError
+from amc_hw.lowering.axes import (
+    CHANNELS,
+    IMAGES,
+    POSITIONS,
+    Axes,
+    has,
+    image_axes,
+    of_dim,
+    reshaped,
+    size_of,
+    taken,
+    token_axes,
+    vector_axes,
+    whole,
+)
+from amc_hw.lowering.calls import RESHAPES, pair_of, rank_of, shape_of
+from amc_hw.lowering.constants import is_constant
+from amc_hw.lowering.values import Values
+from amc_hw.padding import Pads
+from amc_hw.symbolic import sizes_asked
+
+
+class Shapes(Values):
+    """Parts, joints, permutations and other shapes of tensors: most need no operator."""
+
+    def _concat(self, node: fx.Node) -> None:
+        dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
+        out, parts = shape_of(node), node.args[0] if node.args else node.kwargs["tensors"]
+        if out is None or not isinstance(parts, tuple | list) or not isinstance(dim, int):
+            raise self._unsupported(node)
+        dim %= len(out)
+        if len(parts) == 1:
+            self._same(node)
+        elif is_constant(parts[0]):
+            self._prepended(node, dim, list(parts))
+        elif {self._channel_axis(part) for part in parts} != {dim} or len(
+            {self._beside(dim, each) for each in parts}
+        ) > 1:
+            raise self._unsupported(node)
+        else:
+            channels = sum(self._seen(part).channels for part in parts)
+            self._emit(node, "concat", sources=list(parts), out_channels=channels)
+
+    def _beside(self, dim: int, node: fx.Node) -> Axes:
+        """A tensor's axes but for one."""
+        return self.axes[node][:dim] + self.axes[node][dim + 1 :]
+
+    def _prepended(self, node: fx.Node, dim: int, parts: list[fx.Node]) -> None:
+        """Tokens of the network's own before those of an image."""
+        *own, source = parts
+        seen = self._seen(source)
+        if not all(map(is_constant, own)) or dim != 1 or not self._are_tokens(source):
+            raise self._unsupported(node)
+        count = sum((shape_of(each) or ())[1] for each in own)
+        axes = token_axes(seen.channels, seen.positions + count)
+        constants = tuple(map(self._held, own))
+        self._emit(node, "prepend", sources=[source], axes=axes, padding=(count, 0), constants=constants)
+
+    def _split(self, node: fx.Node) -> None:
+        """A tuple, whose parts are taken by getitem."""
+        source, shapes = node.all_input_nodes[0], [tuple(meta.shape) for meta in node.meta["tensor_meta"]]
+        unbound = node.target in (torch.unbind, "unbind")
+        dim = node.kwargs.get("dim", node.args[-1] if len(node.args) > (1 if unbound else 2) else 0)
+        if not isinstance(dim, int):
+            raise self._unsupported(node)
+        dim %= len(self.axes[source])
+        sizes = [1 if unbound else shape[dim] for shape in shapes]
+        self.parts[node] = source, dim, sizes, unbound
+
+    def _getitem(self, node: fx.Node) -> None:
+        """A part of a split tensor, or a run of channels, of an image's pixels or of tokens."""
+        (source, key), out = node.args, shape_of(node)
+        assert isinstance(source, fx.Node)
+        if out is None:
+            raise self._unsupported(node)
+        if source in self.parts and isinstance(key, int):
+            tensor, dim, sizes, dropped = self.parts[source]
+            key %= len(sizes)
+            equal = len(set(sizes)) == 1 and source.target not in (torch.split, "split")
+            self._part(node, tensor, dim, sum(sizes[:key]), sizes[key], dropped=dropped, chunks=equal)
+            return
+        if source in self.attended and key == 0:
+            self._same(node)
+            return
+        before = shape_of(source)
+        if before is None or source not in self.value:
+            raise self._unsupported(node)
+        keys = self._keys(node, key, before)
+        form = self._form(source)
+        if form not in ("image", "vector") or any(not isinstance(each, slice) for each in keys):
+            self._indexed(node, source, keys, before)
+            return
+        starts = self._starts(node, keys, before)
+        self._same(node, source)
+        if out[0] != before[0]:
+            raise self._unsupported(node)
+        if out[1] != before[1]:  # else, of fewer channels it is all of them, too
+            self._emit(node, "slice", sources=[source], out_channels=out[1], start=starts[1])
+        if out[2:] != before[2:]:
+            ends = [size - start - left for size, start, left in zip(before[2:], starts[2:], out[2:], strict=True)]
+            self._crop(node, source if out[1] == before[1] else node, (pair_of(starts[2:]), pair_of(ends)))
+
+    def _indexed(self, node: fx.Node, source: fx.Node, keys: list[Any], before: tuple[int, ...]) -> None:
+        """One axis cut or taken apart, and axes of one element put in."""
+        named = [key for key in keys if key is not None]
+        cut = [at for at, key in enumerate(named) if key != slice(None)]
+        if len(cut) > 1:
+            raise self._unsupported(node)
+        self._same(node, source)
+        for dim in cut:
+            if isinstance(named[dim], slice):
+                start = self._starts(node, named[: dim + 1], before)[dim]
+                ends = [None if end is None else self._number(end, node) for end in (named[dim].start, named[dim].stop)]
+                self._part(node, source, dim, start, len(range(*slice(*ends).indices(before[dim]))), dropped=False)
+            else:
+                place = self._number(named[dim], node) % before[dim]
+                self._part(node, source, dim, place, 1, dropped=True, chunks=True)
+        axes, place = list(self.axes[node]), 0
+        for key in keys:
+            if key is None:
+                axes.insert(place, ())
+            place += key is None or isinstance(key, slice)
+        self.axes[node] = tuple(axes)
+
+    def _part(
+        self, node: fx.Node, source: fx.Node, dim: int, start: int, count: int, *, dropped: bool, chunks: bool = False
+    ) -> None:
+        """`count` elements of an axis from `start`. dropped: that axis, of one element by then. chunks: it is one of
+        equal parts."""
+        seen = self._seen(source)
+        axis = seen.axes[dim]
+
+        def left(axes: Axes) -> Axes:
+            return tuple(each for at, each in enumerate(axes) if not (dropped and at == dim))
+
+        if size_of(axis) == count:
+            self.value[node], self.axes[node] = seen.name, left(seen.axes)
+        elif of_dim(axis, POSITIONS) and self._are_tokens(source):
+            if dropped:
+                self._emit(node, "take_token", sources=[source], axes=vector_axes(seen.channels), start=start)
+            else:
+                axes, after = token_axes(seen.channels, count), seen.positions - start - count
+                ends = {} if after == start else {"padding_end": (after, 0)}
+                self._emit(node, "crop", sources=[source], axes=axes, padding=(start, 0), **ends)
+        elif has(axis, IMAGES) or (found := taken(seen, dim, start, count)) is None:
+            raise self._unsupported(node)
+        else:
+            runs, first, axes = found
+            channels = seen.channels * count // size_of(axis)
+            if chunks and runs == 1:
+                whole_axes = {"groups": size_of(axis) // count, "start": start // count}
+                self._emit(node, "chunk", sources=[source], axes=left(axes), out_channels=channels, **whole_axes)
+            else:
+                sizes = {"out_channels": channels, "start": first, "groups": runs}
+                self._emit(node, "slice", sources=[source], axes=left(axes), **sizes)
+
+    def _keys(self, node: fx.Node, key: Any, shape: tuple[int, ...]) -> list[Any]:
+        """An index for every axis, None where it puts one in."""
+        keys = list(key) if isinstance(key, tuple) else [key]
+        named = sum(each is not None and each is not Ellipsis for each in keys)
+        if Ellipsis in keys:
+            place = keys.index(Ellipsis)
+            keys[place : place + 1] = [slice(None)] * (len(shape) - named)
+        else:
+            keys += [slice(None)] * (len(shape) - named)
+        return keys
+
+    def _starts(self, node: fx.Node, keys: list[Any], shape: tuple[int, ...]) -> list[int]:
+        """Where slices of the first axes begin."""
+        starts = []
+        for size, each in zip(shape, keys, strict=False):
+            ends = [None if end is None else self._number(end, node) for end in (each.start, each.stop, each.step)]
+            start, _, step = slice(*ends).indices(size)
+            if step != 1:
+                raise self._unsupported(node)
+            starts.append(start)
+        return starts
+
+    def _crop(self, node: fx.Node, source: fx.Node, cut: Pads) -> None:
+        before, after = cut
+        self._emit(node, "crop", sources=[source], padding=before, padding_end=() if after == before else after)
+
+    def _permute(self, node: fx.Node, dims: list[Any]) -> None:
+        source = node.all_input_nodes[0]
+        if source in self.scores:
+            self._turned(node, source, [dim % len(dims) for dim in dims])
+        else:
+            axes = self.axes[source]
+            self.value[node] = self.value[source]
+            self.axes[node] = tuple(axes[dim] for dim in dims)
+            self._shuffled(node)
+
+    def _transpose(self, node: fx.Node) -> None:
+        rank = len(shape_of(node) or ())
+        named: Any = node.kwargs
+        pair: Any = (*node.args[1:], *(named[key] for key in ("dim0", "dim1") if key in named))
+        first, second = (dim % rank for dim in ((-2, -1) if node.target is getattr else pair))
+        dims: list[Any] = list(range(rank))
+        dims[first], dims[second] = second, first
+        self._permute(node, dims)
+
+    def _turned(self, node: fx.Node, source: fx.Node, dims: list[int]) -> None:
+        """Scores, keys before queries, or back again."""
+        rank, scores = len(dims), self.scores[source]
+        if dims == list(range(rank)):
+            self.scores[node] = scores
+        elif dims == [*range(rank - 2), rank - 1, rank - 2]:
+            self.scores[node] = replace(scores, turned=not scores.turned)
+        else:
+            raise self._unsupported(node)
+
+    def _reshape(self, node: fx.Node) -> None:
+        source, out = node.all_input_nodes[0], shape_of(node)
+        assert out is not None
+        seen, form = self._seen(source), self._form(source)
+        sizes = self._listed(node) if node.target in RESHAPES else ()
+        if sizes and isinstance(sizes[0], int) and sizes[0] != -1 and has(seen.axes[0], IMAGES):
+            raise UnsupportedOperatorError(f"{node.name}: reshaped to a batch of {sizes[0]}: write torch.flatten(x, 1)")
+        axes = reshaped(seen.axes, out)
+        if axes is None or not (has(axes[0], IMAGES) if axes else False):
+            raise self._unsupported(node)
+        self.value[node], self.axes[node] = seen.name, axes
+        for size, axis in itertools.zip_longest(sizes, axes):
+            if not has(axis, CHANNELS):
+                continue
+            if axis != whole(CHANNELS, seen.channels) and of_dim(axis, CHANNELS):
+                self.fixed.setdefault(seen.name, f"divided at {node.name}")
+            elif isinstance(size, int) and size != -1:
+                why = f"reshaped to {size} channels at {node.name}: torch.flatten(x, 1) takes any number"
+                self.fixed.setdefault(seen.name, why)
+            if isinstance(size, fx.Node):
+                self._counts(node, seen.name, size)
+        if node.target in ("view_as", "reshape_as"):
+            self._counted_alike(node, seen.name, node.args[1])  # type: ignore[arg-type]
+        if len(out) != 2 or form != "image" or seen.axes == axes:
+            self._shuffled(node)
+        elif not (seen.name in self.ops and self.ops[seen.name].op.kind == "global_avg_pool"):
+            self._emit(node, "flatten", sources=[source], out_channels=out[1])
+
+    def _counts(self, node: fx.Node, name: str, size: fx.Node) -> None:
+        """A value's channels are as many as the code computes of the sizes of others."""
+        asked = sizes_asked(size, rank_of) or set()
+        for other in self.graph.nodes:
+            dims = {dim for called, each in asked if called == other.name for dim in each}
+            if any(has(axis, CHANNELS) for at, axis in enumerate(self.axes.get(other, ())) if at in dims):
+                self._counted_alike(node, name, other)
+
+    def _counted_alike(self, node: fx.Node, name: str, other: fx.Node) -> None:
+        if other in self.value and self.value[other] != name:
+            self.counted.append((name, self.value[other], node.name))
+
+    def _shuffled(self, node: fx.Node) -> None:
+        """An operator for channels of an image that code has put into another order."""
+        seen = self._seen(node)
+        if len(seen.axes) != 4 or len(seen.axes[1]) != 2 or not of_dim(seen.axes[1], CHANNELS):
+            return
+        (_, step, each), (_, one, groups) = seen.axes[1]
+        plain = image_axes(self._sides(seen))
+        if (step, one) == (1, each) and each * groups == seen.channels and seen.axes[2:] == plain[2:]:
+            self.axes[node] = plain
+            self._emit(node, "shuffle", sources=[node], groups=groups)
+
+    def _pixel_shuffle(self, node: fx.Node, factor: Any) -> None:
+        self._emit(node, "pixel_shuffle", out_channels=self._out_image(node)[0], stride=pair_of(factor))

@@ -1,0 +1,308 @@
+"""The graph of a network, node by node."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from amc_hw.errors import UnsupportedOperatorError, UserError
+from amc_hw.lowering.arithmetic import Arithmetic
+from amc_hw.lowering.axes import CHANNELS, has, image_axes, token_axes, vector_axes
+from amc_hw.lowering.calls import (
+    ACTIVATION_FUNCTIONS,
+    ACTIVATION_MODULES,
+    CLIPS,
+    IDENTITY_FUNCTIONS,
+    IDENTITY_MODULES,
+    KIND_OF,
+    MEANS,
+    NEGATIONS,
+    PERMUTES,
+    POOL_FUNCTIONS,
+    PRODUCTS,
+    REGROUPS,
+    RESHAPES,
+    SAME_NUMBERS,
+    SOFTMAXES,
+    SPLITS,
+    SQUARES,
+    STOCHASTIC_DEPTH,
+    TOLD,
+    TRANSPOSES,
+    activation_of,
+    pair_of,
+    shape_of,
+)
+from amc_hw.lowering.constants import is_constant
+from amc_hw.lowering.images import Images
+from amc_hw.lowering.values import TracedOps
+from amc_hw.models.channel_map import ChannelMap
+from amc_hw.symbolic import BATCH_NORMS, PERMUTE, asks_for_size, gives, origin
+from profilers.ops import OpGraph
+
+
+@torch.no_grad()
+def _is_linear(layer: nn.Linear) -> bool:
+    """Whether a layer, perhaps of a class derived of nn.Linear, computes what its weights say."""
+    if type(layer).forward is nn.Linear.forward:
+        return True
+    drawn = torch.randn(2, layer.in_features, generator=torch.Generator().manual_seed(0))
+    drawn = drawn.to(layer.weight.device, layer.weight.dtype)
+    return gives(layer, drawn, F.linear(drawn, layer.weight, layer.bias))
+
+
+class Lowering(Arithmetic, Images):
+    """Walks the fx graph once, emitting fused operators."""
+
+    def run(self) -> TracedOps:
+        refused: dict[fx.Node, str] = {}  # all that is not supported is told at once
+        for node in self.graph.nodes:
+            try:
+                self._visit(node)
+            except Exception as error:
+                if refused.keys() & node.all_input_nodes:
+                    refused[node] = ""  # perhaps for nothing but what it reads
+                elif isinstance(error, UnsupportedOperatorError):
+                    refused[node] = str(error)
+                elif isinstance(error, UserError):
+                    raise
+                else:  # arguments of a kind that nobody thought of
+                    refused[node] = str(self._unsupported(node))
+                self._stands_for(node)
+        if refused:
+            reasons = [reason for reason in dict.fromkeys(refused.values()) if reason]
+            more = f"; and {len(reasons) - TOLD} more" if len(reasons) > TOLD else ""
+            raise UnsupportedOperatorError("; ".join(reasons[:TOLD]) + more)
+        self._fix_what_is_asked()
+        counted = tuple(dict.fromkeys(self.counted))
+        return TracedOps(tuple(self.ops.values()), tuple(self.outputs), self.input_shapes, self.fixed, counted)
+
+    def _stands_for(self, node: fx.Node) -> None:
+        """As if a node that is refused had been read, so that what reads it can be."""
+        shape = shape_of(node) or ()
+        if len(shape) in (2, 3, 4):
+            self.value[node] = node.name
+            self.input_shapes[node.name] = shape[1:] if len(shape) != 3 else (shape[2], shape[1], 1)
+            size = self._size(node.name)
+            if len(shape) == 3:
+                self.tokens.add(node.name)
+            axes = {2: vector_axes(size[0]), 3: token_axes(size[0], size[1]), 4: image_axes(size)}
+            self.axes[node] = axes[len(shape)]
+
+    def _fix_what_is_asked(self) -> None:
+        """Channels whose number the network's code branches on stay as many."""
+        for node in self.graph.nodes:
+            dims = {dim for name, each in self.asked if name == node.name for dim in each}
+            if not dims:
+                continue
+            names = [self.value[node]] if node in self.value else []
+            channels_at = {at for at, axis in enumerate(self.axes.get(node, ())) if has(axis, CHANNELS)}
+            if node in self.parameters:  # sizes of weights
+                owner, channels_at = self.parameters[node].rpartition(".")[0], dims
+                for op in self.ops.values():
+                    names += [op.name, *op.inputs] if owner in (op.module, op.batch_norm) else []
+            for made in (self.padded, self.halved):
+                if node in made and node not in self.value:
+                    channels_at |= {1}
+                    names += [self.value[made[node][0]]]  # type: ignore[index]
+            if dims & channels_at:
+                why = f"the network's code asks for the channels of {node.name}"
+                self.fixed = dict.fromkeys(names, why) | self.fixed
+
+    def _visit(self, node: fx.Node) -> None:
+        if not self._takes_padding(node) and not asks_for_size(node):
+            for source in [each for each in node.all_input_nodes if each in self.padded and each not in self.value]:
+                image, (before, after) = self.padded[source]
+                ends = () if after == before else after
+                self._emit(source, "pad", sources=[image], padding=before, padding_end=ends)
+        if is_constant(node):
+            self._constant(node)
+        elif node.op == "placeholder":
+            self._input(node)
+        elif node.op == "output":
+            self._outputs(node.args[0])
+        elif node.op == "call_module":
+            self._module(node, self.modules[str(node.target)])
+        elif node.op in ("call_function", "call_method"):
+            self._function(node)
+        else:
+            raise self._unsupported(node)
+
+    def _constant(self, node: fx.Node) -> None:
+        """Is computed where it is read; parameters are known by name."""
+        if node.op == "get_attr":
+            self.parameters[node] = str(node.target)
+        elif node.target in SAME_NUMBERS and node.all_input_nodes and node.all_input_nodes[0] in self.parameters:
+            self._reshaped_parameter(node)
+
+    def _reshaped_parameter(self, node: fx.Node) -> None:
+        source = node.all_input_nodes[0]
+        self.parameters[node] = self.parameters[source]
+        counted = node.target in RESHAPES and any(isinstance(size, int) and size > 1 for size in self._listed(node))
+        if counted or source in self.rigid:
+            self.rigid.add(node)
+
+    def _takes_padding(self, node: fx.Node) -> bool:
+        return node.op == "call_module" and isinstance(self.modules[str(node.target)], nn.Conv2d)
+
+    def _input(self, node: fx.Node) -> None:
+        shape = shape_of(node)
+        if shape is None and len(self.input_shapes) >= self.examples:
+            return  # an argument that keeps its default
+        first = not self.input_shapes
+        if shape is None or len(shape) not in ((4,) if first else (2, 4)):
+            kind = "one (N, C, H, W) tensor" if first else "an (N, C, H, W) or (N, C) tensor"
+            raise UserError(f"the network's input {node.name!r} is not {kind}")
+        name = OpGraph.INPUT if first else node.name
+        self.input_shapes[name] = shape[1:]
+        self.value[node] = name
+        self.axes[node] = image_axes(self._size(name)) if len(shape) == 4 else vector_axes(shape[1])
+
+    def _outputs(self, value: Any) -> None:
+        if isinstance(value, tuple | list):
+            for part in value:
+                self._outputs(part)
+        elif isinstance(value, dict):
+            self._outputs(list(value.values()))
+        elif not isinstance(value, fx.Node):
+            raise UnsupportedOperatorError(f"the network returns {value!r}: only tensors, also in tuples or dicts")
+        elif value not in self.value or self._form(value) not in ("image", "vector"):
+            raise UnsupportedOperatorError(f"the network's output {value.name} is not an image or a vector of channels")
+        elif self.value[value] in (*self.outputs, *self.input_shapes):
+            raise UnsupportedOperatorError(f"the network returns {self.value[value]} twice, or an input of its own")
+        else:
+            self.outputs.append(self._as_image(value))
+
+    def _module(self, node: fx.Node, module: nn.Module) -> None:
+        name = str(node.target)
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            self._convolution(node, module, name)
+        elif isinstance(module, nn.Linear):
+            source = node.all_input_nodes[0]
+            if self._form(source) not in ("last", "tokens", "vector"):
+                raise UnsupportedOperatorError(f"{name}: a linear layer over the last axis of {shape_of(source)}")
+            if not _is_linear(module):
+                raise UnsupportedOperatorError(f"{name}: a {type(module).__name__} that is no plain linear layer")
+            self._emit(node, "linear", out_channels=module.out_features, module=name)
+        elif isinstance(module, ChannelMap):
+            self._emit(
+                node, "channel_map", out_channels=module.out_channels, stride=pair_of(module.stride), module=name
+            )
+        elif isinstance(module, BATCH_NORMS):
+            self._batch_norm(node, module, name)
+        elif isinstance(module, nn.LayerNorm):
+            self._layer_norm(node, module, name)
+        elif type(module) in ACTIVATION_MODULES and (activation := activation_of(module)):
+            self._activation(node, activation)
+        elif isinstance(module, nn.PReLU):
+            if module.num_parameters == 1:
+                self._emit(node, "prelu", module=f"{name}.weight", parameter=True)
+            else:
+                self._emit(node, "prelu", module=name)
+        elif isinstance(module, nn.LeakyReLU):
+            self._emit(node, "prelu", numbers=(float(module.negative_slope),))
+        elif isinstance(module, nn.Hardtanh):
+            self._clip(node, module.min_val, module.max_val)
+        elif isinstance(module, nn.Softmax | nn.LogSoftmax):
+            self._softmax(node, SOFTMAXES[type(module)], module.dim)
+        elif isinstance(module, nn.MultiheadAttention):
+            self._multihead(node, module, name)
+        elif isinstance(module, nn.GroupNorm | nn.InstanceNorm2d):
+            self._norm(node, module, name)
+        elif isinstance(module, nn.PixelShuffle):
+            self._pixel_shuffle(node, module.upscale_factor)
+        elif isinstance(module, IDENTITY_MODULES):
+            self._same(node)
+        elif isinstance(module, nn.MaxPool2d | nn.AvgPool2d):
+            kind = "max_pool" if isinstance(module, nn.MaxPool2d) else "avg_pool"
+            if getattr(module, "dilation", 1) not in (1, (1, 1)) or getattr(module, "divisor_override", None):
+                raise self._unsupported(node)
+            include = getattr(module, "count_include_pad", True)
+            options = {"ceil": module.ceil_mode, "exclude_pad": not include}
+            self._pool(node, kind, module.kernel_size, module.stride, module.padding, **options)
+        elif isinstance(module, nn.AdaptiveAvgPool2d):
+            self._adaptive_pool(node)
+        elif isinstance(module, nn.ZeroPad2d | nn.ConstantPad2d):
+            self._pad(node, module.padding, "constant", module.value)
+        elif isinstance(module, nn.Flatten | nn.Unflatten):
+            self._reshape(node)
+        elif isinstance(module, nn.Upsample):
+            self._upsample(node, module.mode, module.align_corners, module.scale_factor)
+        elif isinstance(module, nn.ChannelShuffle):
+            self._emit(node, "shuffle", groups=module.groups)
+        elif origin(type(module)) == PERMUTE:
+            self._permute(node, list(module.dims))  # type: ignore[arg-type]
+        else:
+            raise self._unsupported(node)
+
+    def _function(self, node: fx.Node) -> None:
+        target = node.target
+        if "tensor_meta" not in node.meta:  # computed of sizes: no tensor
+            if target is torch._assert and isinstance(node.args[0], fx.Node):
+                self._ask(node.args[0])
+            return
+        if target in ACTIVATION_FUNCTIONS:
+            if target is F.gelu and node.kwargs.get("approximate", "none") != "none":
+                raise self._unsupported(node)
+            self._activation(node, ACTIVATION_FUNCTIONS[target])
+        elif target is F.leaky_relu:
+            slope = node.kwargs.get("negative_slope", node.args[1] if len(node.args) > 1 else 0.01)
+            self._emit(node, "prelu", numbers=(float(slope),))  # type: ignore[arg-type]
+        elif target in SOFTMAXES:
+            dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+            self._softmax(node, SOFTMAXES[target], dim)
+        elif target in IDENTITY_FUNCTIONS or origin(target) == STOCHASTIC_DEPTH:
+            self._same(node)
+        elif target in KIND_OF:
+            self._arithmetic(node, KIND_OF[target])
+        elif target in SQUARES:
+            source, power = (*node.args, *node.kwargs.values(), 2)[:2]
+            if power != 2 or source not in self.value:
+                raise self._unsupported(node)
+            self._emit(node, "mul", sources=[source, source])  # type: ignore[list-item]
+        elif target is F.linear:
+            self._linear_call(node)
+        elif target in CLIPS:
+            names = ("input", "min_val", "max_val") if target is F.hardtanh else ("input", "min", "max")
+            given = dict(zip(names, node.args, strict=False), **node.kwargs)
+            default = (-1.0, 1.0) if target is F.hardtanh else (None, None)
+            self._clip(node, *(given.get(key, usual) for key, usual in zip(names[1:], default, strict=True)))
+        elif target in NEGATIONS:
+            self._with_number(node, "mul_scalar", node.all_input_nodes[0], -1.0)
+        elif target is F.pixel_shuffle:
+            self._pixel_shuffle(node, node.args[1] if len(node.args) > 1 else node.kwargs["upscale_factor"])
+        elif target in (torch.cat, torch.concat):
+            self._concat(node)
+        elif target in SPLITS:
+            self._split(node)
+        elif target is operator.getitem:
+            self._getitem(node)
+        elif target is F.adaptive_avg_pool2d:
+            self._adaptive_pool(node)
+        elif target in MEANS:
+            self._mean(node)
+        elif target in (*RESHAPES, *REGROUPS):
+            self._reshape(node)
+        elif target in PERMUTES:
+            named: Any = node.kwargs.get("dims")
+            self._permute(node, list(self._listed(node) if named is None else named))
+        elif target in TRANSPOSES or (target is getattr and node.args[1] in ("mT", "T")):
+            self._transpose(node)
+        elif target in PRODUCTS:
+            self._product(node, *node.args)
+        elif target in (torch.einsum, torch.functional.einsum):
+            self._einsum(node)
+        elif target is F.scaled_dot_product_attention:
+            self._attention_call(node)
+        elif target is F.interpolate:
+            self._interpolate(node)
+        elif target in POOL_FUNCTIONS:
+            self._pool_function(node)
+        elif target is F.pad:
+            self._pad_function(node)
+        else:
+            raise self._unsupported(node)
