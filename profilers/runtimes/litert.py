@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from profilers.builders.tflite import SIGNATURE, build
+from profilers.builders.tflite import build
+from profilers.builders.tflite_writer import SIGNATURE
 from profilers.errors import DeviceError
 from profilers.ops import OpGraph
 

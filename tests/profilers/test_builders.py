@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from profilers.builders import onnx as onnx_builder
 from profilers.builders import tflite as tflite_builder
 from profilers.builders import torch as torch_builder
+from profilers.builders.tflite_writer import CONSTANT_ALIGNMENT
 from profilers.builders.weights import Weights, random_weights
 from profilers.errors import DeviceError, UnsupportedOperatorError
 from profilers.ops import ACTIVATIONS, ANY_RANK_KINDS, CONV_KINDS, KINDS, OpGraph, OpNode, OpSpec
@@ -825,7 +826,7 @@ def test_the_file_is_tflite_with_aligned_constants_and_the_names_of_the_nodes() 
     for index in range(1, model.BuffersLength()):
         buffer = model.Buffers(index)
         offset = buffer._tab.Vector(buffer._tab.Offset(4))
-        assert offset % tflite_builder.CONSTANT_ALIGNMENT == 0
+        assert offset % CONSTANT_ALIGNMENT == 0
     names = {model.Subgraphs(0).Tensors(index).Name().decode() for index in range(model.Subgraphs(0).TensorsLength())}
     assert names >= {OpGraph.INPUT, *(node.name for node in graph.nodes)}
     for index in range(model.OperatorCodesLength()):
