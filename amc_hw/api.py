@@ -15,7 +15,7 @@ from torch import nn
 from amc_hw.compare import CompareConfig, compare, plan_compare
 from amc_hw.errors import DeviceError, TableError, UserError
 from amc_hw.evaluate import Evaluator, check_expected, warn_of_guessing
-from amc_hw.export import FORMATS, RUNTIME_OF, SUFFIXES, export_int8, export_network, folded_weights
+from amc_hw.export import FORMATS, RUNTIME_OF, SUFFIXES, export_int8, export_network
 from amc_hw.find import (
     BUDGETS,
     LOAD_ROUNDS,
@@ -45,6 +45,7 @@ from amc_hw.subject import (
 )
 from amc_hw.tables import export_csv, list_tables, merge_tables, plot_table, show_table
 from amc_hw.task import Task, load_task
+from amc_hw.weights import folded_weights
 from profilers import import_log as import_logs
 from profilers.device import DTYPES, device_names, load_device
 from profilers.farm import run_steps

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from amc_hw.errors import BudgetError, UserError
-from amc_hw.export import folded_weights
 from amc_hw.find import BUDGETS, POLICY, RESULT, Progress, SearchConfig, check_budget, plan_search, search, timed_anew
 from amc_hw.plots import save_pareto
 from amc_hw.resources import check_ratio
@@ -25,6 +24,7 @@ from amc_hw.search.loop import METHODS
 from amc_hw.specs import unknown_name
 from amc_hw.subject import Subject, open_pruned, read_table
 from amc_hw.task import shown_gain
+from amc_hw.weights import folded_weights
 from profilers.ops import digest
 from profilers.targets import Network
 from profilers.timing import Steady, mean_half_width

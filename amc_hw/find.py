@@ -20,7 +20,6 @@ from torch import nn
 from amc_hw.env import REWARDS
 from amc_hw.errors import UserError
 from amc_hw.evaluate import REFITS, Evaluator, check_expected, check_refit, warn_of_guessing
-from amc_hw.export import folded_weights
 from amc_hw.policy import Policy
 from amc_hw.pretrain import DEFAULT_DATA
 from amc_hw.prune import slice_channels
@@ -50,6 +49,7 @@ from amc_hw.search.loop import AUTO, CANDIDATES, FREE, METHODS, Outcome, Problem
 from amc_hw.specs import parse_spec, source_sha256, unknown_name
 from amc_hw.subject import Subject, read_predictor, read_table
 from amc_hw.task import Judged, Task, check_eval_device, load_task
+from amc_hw.weights import folded_weights
 from amc_hw.workers import Recipe, Workers, free_memory
 from profilers.ops import digest
 from profilers.profile import NETWORK_PLAN

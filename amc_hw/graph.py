@@ -272,7 +272,9 @@ def _whole(module: nn.Module, traced: TracedOps) -> dict[str, str]:
         for name in (op.module, op.batch_norm):
             if name not in modules:
                 continue
-            if holds_any(modules[name], shared):
+            if name in traced.read:
+                found |= dict.fromkeys((*op.inputs, op.name), f"the network's code reads the weights of {name}")
+            elif holds_any(modules[name], shared):
                 found |= dict.fromkeys((*op.inputs, op.name), f"{name} shares its weights with another layer")
             elif has_computed_weight(modules[name]):
                 found |= dict.fromkeys((*op.inputs, op.name), f"the weights of {name} are computed from others")

@@ -142,6 +142,10 @@ def slice_channels(module: nn.Module, graph: LayerGraph, kept: Kept) -> nn.Modul
             elif axes.into is None or key != "weight":
                 continue
             smaller[id(tensor)] = _like(tensor, sliced)
+    for part in modules.values():  # what was computed with gradients, and kept, has no copy
+        for tensor in vars(part).values():
+            if isinstance(tensor, Tensor) and not tensor.is_leaf:
+                smaller.setdefault(id(tensor), tensor.detach())
     copied = copy.deepcopy(module, smaller)
     for name, values in attributes.items():
         part = copied.get_submodule(name)

@@ -20,6 +20,7 @@ from amc_hw.policy import Policy, load_policy
 from amc_hw.prune import slice_channels
 from amc_hw.resources import Grids
 from amc_hw.specs import parse_spec, source_sha256
+from amc_hw.weights import check_reading
 from profilers.device import DeviceConfig, load_device
 from profilers.multiple import channel_multiple as detect_multiple
 from profilers.ops import OpGraph, digest
@@ -87,9 +88,14 @@ def load_graph(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> tuple[LoadedModel, LayerGraph]:
-    """A model given by its spec, and its channel groups and operators. mean, std: in place of the model's own."""
+    """A model given by its spec, and its channel groups and operators. mean, std: in place of the model's own.
+
+    UnsupportedOperatorError where the operators are not what the network computes.
+    """
     loaded = load_model(model, input_shape=input_shape, checkpoint=checkpoint, mean=mean, std=std)
-    return loaded, build_graph(loaded.module, loaded.input_shape, examples=loaded.example_inputs, keep=keep)
+    graph = build_graph(loaded.module, loaded.input_shape, examples=loaded.example_inputs, keep=keep)
+    check_reading(loaded.module, graph, loaded.example_inputs)
+    return loaded, graph
 
 
 def found_near(text: str, path: Path, policy: Policy) -> str:

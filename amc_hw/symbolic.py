@@ -27,6 +27,7 @@ Asked = set[tuple[str, tuple[int, ...]]]  #: names of nodes, and dimensions of t
 #: What may be asked of a tensor without a look at its values.
 SIZE_METHODS = ("size", "dim", "ndimension", "numel", "is_floating_point")
 SIZE_ATTRIBUTES = ("shape", "ndim", "dtype", "device", "is_cuda")
+MAKERS = ("zeros", "ones", "full", "arange", "linspace", "eye")  #: calls that make tensors of numbers alone
 FACTS = ("device", "dtype")  #: of tensors, the same for all inputs: keys of caches, arguments of other calls
 #: As they are when torch.fx traces nothing.
 _CALL, _GETATTR = nn.Module.__call__, nn.Module.__getattr__
@@ -68,6 +69,7 @@ class _Tracer(fx.Tracer):
     """
 
     record_stack_traces = True
+    proxy_buffer_attributes = True  # whose methods may be given sizes
 
     def __init__(self, examples: Sequence[torch.Tensor], constants: Mapping[str, Any]) -> None:
         super().__init__()
@@ -98,9 +100,11 @@ class _Tracer(fx.Tracer):
         else:
             asked = None if isinstance(value, torch.Tensor) else sizes_asked(node, self._rank, key)
         if asked is None:
+            if self._of_buffers(node):
+                return value
             return super().to_bool(proxy)  # raises
         weights = {each.name for each in self.graph.nodes if each.op == "get_attr"}
-        if any(dims == (0,) and name not in weights for name, dims in asked):
+        if of_images({each for each in asked if each[0] not in weights}):
             raise fx.proxy.TraceError("it computes with the number of images")
         self.asked |= asked
         return value
@@ -114,6 +118,12 @@ class _Tracer(fx.Tracer):
                 if each is node:
                     break
         return self.values[node]
+
+    def _of_buffers(self, node: fx.Node) -> bool:
+        """Whether a node depends on buffers alone, which no training changes."""
+        if node.op == "get_attr":
+            return not isinstance(self.values[node], nn.Parameter)
+        return node.op != "placeholder" and all(map(self._of_buffers, node.all_input_nodes))
 
     def _rank(self, node: fx.Node) -> int | None:
         value = self.values[node]
@@ -141,6 +151,33 @@ class _Tracer(fx.Tracer):
 
 
 @contextmanager
+def _sized(tracer: fx.Tracer) -> Iterator[None]:
+    """`torch.zeros(n, 1, c)` and the like of traced sizes, which PyTorch takes for tensors."""
+    made = {name: getattr(torch, name) for name in MAKERS}
+
+    def traced(call: Callable[..., Any]) -> Callable[..., Any]:
+        def either(*args: Any, **kwargs: Any) -> Any:
+            given = [
+                each
+                for part in (*args, *kwargs.values())
+                for each in (part if isinstance(part, tuple | list) else [part])
+            ]
+            if any(isinstance(each, fx.Proxy) for each in given):
+                return tracer.create_proxy("call_function", call, args, kwargs)
+            return call(*args, **kwargs)
+
+        return either
+
+    for name, call in made.items():
+        setattr(torch, name, traced(call))
+    try:
+        yield
+    finally:
+        for name, call in made.items():
+            setattr(torch, name, call)
+
+
+@contextmanager
 def _untraced() -> Iterator[None]:
     """Modules compute, in the middle of a trace."""
     module: Any = nn.Module
@@ -163,10 +200,10 @@ def trace_fx(module: nn.Module, examples: Sequence[torch.Tensor]) -> tuple[fx.Gr
         name = type(module).__name__
         raise UserError(f"forward() of {name} needs the keyword argument {needed[0]!r}: give a factory that wraps it")
     constants = {p.name: p.default for p in parameters if p.default is not p.empty}
-    tracer = _Tracer(examples, constants)
+    tracer, apart = _Tracer(examples, constants), _apart(module)
     try:
-        apart = _apart(module)
-        graph = tracer.trace(apart, constants or None)
+        with _sized(tracer):
+            graph = tracer.trace(apart, constants or None)
         _drop_constants(graph, constants)
         return fx.GraphModule(apart, graph), tracer.asked
     except Exception as error:  # tracing runs the user's forward: anything can be raised
@@ -181,7 +218,13 @@ def _apart(module: nn.Module) -> nn.Module:
     """A copy of the modules, of the same tensors: what torch.fx and forward() put into modules, caches of what was
     traced among it, is not left in the user's."""
     held = [value for part in module.modules() for value in (*own_tensors(part).values(), *vars(part).values())]
-    return copy.deepcopy(module, {id(value): value for value in held if isinstance(value, torch.Tensor)})
+    try:
+        return copy.deepcopy(module, {id(value): value for value in held if isinstance(value, torch.Tensor)})
+    except Exception as error:  # of locks, files and the like there is no copy
+        raise UserError(
+            f"{type(module).__name__} cannot be copied ({one_line(error)}), and pruning works on copies: keep locks, "
+            "files and lists of tensors with gradients out of the network"
+        ) from error
 
 
 def _drop_constants(graph: fx.Graph, constants: Mapping[str, Any]) -> None:
@@ -221,6 +264,11 @@ def sizes_asked(node: fx.Node, rank: Callable[[fx.Node], int | None], key: Any =
         read = range(dims)[key] if isinstance(key, int | slice) else range(dims)
         asked.add((source.name, (read,) if isinstance(read, int) else tuple(read)))
     return asked
+
+
+def of_images(asked: Asked) -> bool:
+    """Whether the number of images is among sizes of tensors that have one."""
+    return any(dims == (0,) for _, dims in asked)
 
 
 def _selects(node: fx.Node) -> bool:

@@ -12,12 +12,20 @@ from torch import fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 from amc_hw.errors import UnsupportedOperatorError, UserError
-from amc_hw.lowering.calls import CLIPS, IDENTITY_MODULES, KIND_OF, VIEWS, shape_of
+from amc_hw.lowering.calls import (
+    CLIPS,
+    IDENTITY_MODULES,
+    KIND_OF,
+    STOCHASTIC_DEPTH,
+    STOCHASTIC_DEPTH_MODULE,
+    VIEWS,
+    shape_of,
+)
 from amc_hw.lowering.constants import CONSTANT, follows_from_constants
 from amc_hw.lowering.values import TracedOps
 from amc_hw.lowering.walk import Lowering
 from amc_hw.specs import one_line
-from amc_hw.symbolic import readers, trace_fx
+from amc_hw.symbolic import PERMUTE, asks_for_size, origin, readers, trace_fx
 
 
 def trace_ops(module: nn.Module, *examples: torch.Tensor) -> TracedOps:
@@ -70,23 +78,41 @@ def _read_what_is_written(graph_module: fx.GraphModule, name: str) -> None:
 def _read_elsewhere(graph_module: fx.GraphModule, node: fx.Node, order: Mapping[fx.Node, int]) -> str | None:
     """What a node writes into by another name: an input, or a tensor that is read later. (To cut off what is below zero
     once more changes nothing: rectifiers may write into the input.)"""
-    source, viewed = node.all_input_nodes[0], False
-    while True:
-        if source.op == "placeholder":
-            return f"its input {source.name}" if node.target in (*KIND_OF, *CLIPS) else None
-        if viewed and any(order[user] > order[node] for user in readers(source)):
-            return f"a part or a view of {source.name}"
-        if source.target not in VIEWS and not _is_its_input(graph_module, source):
-            return None
-        viewed = viewed or source.target in VIEWS
+    source = node.all_input_nodes[0]
+    itself, whole = [source], True  # what the written tensor is, under other names
+    while source.op != "placeholder" and (_is_its_input(graph_module, source) or _is_view(graph_module, source)):
+        whole = whole and _is_its_input(graph_module, source)
         source = source.all_input_nodes[0]
+        itself += [source] if whole else []
+    if source.op == "placeholder" and node.target in (*KIND_OF, *CLIPS):
+        return f"its input {source.name}"
+    known = [source]  # all that lies in that memory, as it was before
+    for each in known:
+        if each not in itself and any(order[user] > order[node] for user in readers(each)):
+            return f"a part or a view of {source.name}"
+        known += [
+            user
+            for user in each.users
+            if user is not node and order[user] < order[node] and each is user.all_input_nodes[0]
+            if _is_its_input(graph_module, user) or _is_view(graph_module, user)
+        ]
+    return None
 
 
 def _is_its_input(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a node gives its input itself, so that to write the one is to write the other."""
     if node.op == "call_module":
-        return isinstance(graph_module.get_submodule(str(node.target)), IDENTITY_MODULES)
-    return node.target in (F.dropout, F.dropout2d, "detach")
+        module = graph_module.get_submodule(str(node.target))
+        return isinstance(module, IDENTITY_MODULES) or origin(type(module)) == STOCHASTIC_DEPTH_MODULE
+    return node.target in (F.dropout, F.dropout2d, "detach") or origin(node.target) == STOCHASTIC_DEPTH
+
+
+def _is_view(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node's tensor may lie in the memory of what it reads."""
+    if node.op == "call_module":
+        module = graph_module.get_submodule(str(node.target))
+        return isinstance(module, nn.Flatten | nn.Unflatten) or origin(type(module)) == PERMUTE
+    return node.target in VIEWS or (node.target is getattr and not asks_for_size(node))
 
 
 def _in_place(graph_module: fx.GraphModule, node: fx.Node) -> bool:

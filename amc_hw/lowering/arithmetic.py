@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any
 
 from torch import fx, nn
@@ -83,7 +84,7 @@ class Arithmetic(Attention):
             raise self._unsupported(node)
         seen = [self._seen(source) for source in tensors]
         if seen[0].axes == seen[1].axes:
-            self._emit(node, kind)
+            self._emit(node, kind)  # images of other sides by their positions alone: as tokens
             return
         tensors.sort(key=lambda source: -math.prod(shape_of(source) or ()))  # the image, then its gate
         image, gate = tensors
@@ -112,6 +113,8 @@ class Arithmetic(Attention):
         place = self._channel_axis(source)
         padded = (*(1,) * (rank - len(shape)), *shape)
         per_channel = place is not None and math.prod(shape) == padded[place] == channels
+        if name and not number and max(attrgetter(name)(self.root).shape) != channels:
+            name = ""  # in several axes: it is not cut
         held: dict[str, Any] = {"module": name, "parameter": True} if name else {"constants": (self._held(constant),)}
         if number and kind == "mul" and name and (before := self._foldable(source)):
             self._fold(node, source, before, name)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from amc_hw.lowering.axes import CHANNELS, Seen, of_dim, size_of, token_axes
+from amc_hw.lowering.axes import CHANNELS, Part, Seen, of_dim, size_of, whole
 from amc_hw.lowering.calls import shape_of
 from amc_hw.lowering.constants import is_constant
 from amc_hw.lowering.scores import Scores, as_product, attended, scores_of
@@ -82,13 +82,17 @@ class Attention(Shapes):
         shape = shape_of(bias)
         if not is_constant(bias) or shape is None or scores.bias is not None or scores.weights or scores.turned:
             raise self._unsupported(node)
+        if not bias.meta["tensor_meta"].dtype.is_floating_point:  # a mask of what to leave out
+            raise self._unsupported(node)
         padded = (*(1,) * (scores.rank - len(shape)), *shape)
         if any(size > 1 and not of_dim(axis, CHANNELS) for size, axis in zip(padded, scores.places, strict=False)):
             raise self._unsupported(node)
         return replace(scores, bias=bias)
 
-    def _attend(self, node: fx.Node, scores: Scores, value: Seen, order: Sequence[int] | None = None) -> None:
-        """order: where an axis of the product stands among the node's."""
+    def _attend(
+        self, node: fx.Node, scores: Scores, value: Seen, order: Sequence[int] | None = None, *, name: str = ""
+    ) -> None:
+        """order: where an axis of the product stands among the node's. name: of the operator, else its module's."""
         found = attended(scores, value)
         if found is None:
             raise self._unsupported(node)
@@ -100,7 +104,7 @@ class Attention(Shapes):
         op = OpSpec("attention", channels, *sides, tokens=names[0] in self.tokens, **found.sizes())
         constants = () if scores.bias is None else (self._held(scores.bias),)
         stack = list(node.meta.get("nn_module_stack", {}).values())
-        name = self._free_name(stack[-1][0] if stack and stack[-1][0] else node.name)
+        name = self._free_name(name or (stack[-1][0] if stack and stack[-1][0] else node.name))
         self._add(TracedOp(name, op, tuple(names), numbers=(scores.scale,), constants=constants))
         self.value[node], self.axes[node] = name, axes
 
@@ -123,24 +127,29 @@ class Attention(Shapes):
         given = [*node.args, *(node.kwargs[key] for key in ("query", "key", "value") if key in node.kwargs)]
         source, rest = node.all_input_nodes[0], {key: value for key, value in node.kwargs.items() if value is not None}
         plain = module.in_proj_weight is not None and module.bias_k is None and not module.add_zero_attn
+        plain = plain and type(module).forward is nn.MultiheadAttention.forward
         known = {"query", "key", "value", "need_weights", "average_attn_weights"}
-        exact = self._are_tokens(source)
         alone = node.all_input_nodes == [source] and len(given) == 3
-        if not (plain and module.batch_first and alone and exact and set(rest) <= known):
+        if not (plain and alone and set(rest) <= known and len(self.axes[source]) == 3):
             raise self._unsupported(node)
         channels, heads = module.embed_dim, module.num_heads
         self._emit(node, "linear", out_channels=3 * channels, module=name)
         qkv = self._seen(node)
+        places, rows, _ = qkv.axes if module.batch_first else (qkv.axes[1], qkv.axes[0], None)
+        each = channels // heads
         parts = []
         for start in range(3):
             op = OpSpec("chunk", (3 * channels,), *qkv.shape[1:], channels, groups=3, tokens=True)
             part = self._free_name(f"{name}.{'qkv'[start]}")
             self._add(TracedOp(part, op, (qkv.name,), start=start))
-            parts.append(part)
-        sizes = {"groups": heads, "kernel": qkv.shape[1:], "tokens": True}
-        op = OpSpec("attention", (channels,) * 3, *qkv.shape[1:], channels, **sizes)  # type: ignore[arg-type]
-        made = self._free_name(f"{name}.attention")
-        self._add(TracedOp(made, op, tuple(parts), numbers=((channels // heads) ** -0.5,)))
-        self.value[node], self.axes[node] = made, token_axes(channels, qkv.positions)
+            split = (Part(CHANNELS, each, heads),) if heads > 1 else ()
+            parts.append(Seen(part, (channels, *qkv.shape[1:]), (places, split, rows, whole(CHANNELS, each))))
+        query, key, value = parts
+        scores = scores_of(query, replace(key, axes=(*key.axes[:-2], key.axes[-1], key.axes[-2])))
+        if scores is None:
+            raise self._unsupported(node)
+        self._attend(node, replace(scores, scale=each**-0.5, weights=True), value, name=f"{name}.attention")
+        ends = places, rows, whole(CHANNELS, channels)
+        self.axes[node] = ends if module.batch_first else (rows, places, ends[2])
         self._emit(node, "linear", sources=[node], out_channels=channels, module=f"{name}.out_proj")
         self.attended.add(node)

@@ -44,6 +44,8 @@ IDENTITY_MODULES = (nn.Identity, nn.Dropout, nn.Dropout2d)
 IDENTITY_FUNCTIONS: tuple[Any, ...] = (F.dropout, F.dropout2d, "contiguous", "clone", "detach")
 #: Of torchvision, by name: to import it takes as long as PyTorch does, and many networks do without.
 STOCHASTIC_DEPTH = ("torchvision.ops.stochastic_depth", "stochastic_depth")
+STOCHASTIC_DEPTH_MODULE = ("torchvision.ops.stochastic_depth", "StochasticDepth")
+STOCHASTIC_DEPTH_MODULE = ("torchvision.ops.stochastic_depth", "StochasticDepth")
 #: What is computed of two operands, by the kind that it is for tensors; quotients are of a number only.
 ARITHMETIC: dict[str, tuple[Any, ...]] = {
     "add": (operator.add, operator.iadd, torch.add, "add", "add_"),
@@ -108,7 +110,7 @@ def pair_of(value: Any) -> tuple[int, int]:
 def line_of(node: fx.Node) -> str:
     """The line of the network's own code that made a node."""
     frames = re.findall(r'File "([^"]+)", line (\d+)', node.stack_trace or "")
-    libraries = Path(torch.__file__).parent, Path(__file__).parent
+    libraries = Path(torch.__file__).parent, Path(__file__).parent.parent
     own = [(Path(file), line) for file, line in frames if not any(map(Path(file).is_relative_to, libraries))]
     return f"at {own[-1][0].name}:{own[-1][1]}" if own else ""
 

@@ -7,8 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from amc_hw.lowering.calls import rank_of
+from amc_hw.symbolic import Asked, of_images, sizes_asked
+
 CONSTANT = "constant"  #: in the `meta` of such nodes
 WRITTEN = "_tensor_constant"  #: what torch.fx calls tensors of the code itself, which no module holds
+#: Calls that take the number of images to make copies of the same.
+COPIES = (
+    *("expand", "repeat", "broadcast_to", "tile", "view", "reshape"),
+    *("zeros", "ones", "full", "new_zeros", "new_ones", "new_full"),
+)
 
 
 def is_constant(node: fx.Node) -> bool:
@@ -16,20 +24,35 @@ def is_constant(node: fx.Node) -> bool:
 
 
 def follows_from_constants(node: fx.Node) -> bool:
-    """Whether a node whose sources are known reads parameters, and numbers, alone."""
+    """Whether a node whose sources are known reads parameters, and numbers, alone. What has a copy for every image is
+    the same for each; anything else that follows from how many images there are is none."""
     if node.op in ("placeholder", "output"):
         return False
-    return all(is_constant(source) or "tensor_meta" not in source.meta for source in node.all_input_nodes)
+    others = [source for source in node.all_input_nodes if not is_constant(source)]
+    if any("tensor_meta" in source.meta for source in others):
+        return False
+    copies = getattr(node.target, "__name__", str(node.target)) in COPIES
+    return copies or not any(of_images(sizes_asked(source, rank_of) or set()) for source in others)
 
 
 class Constant:
     """What a node computes of the parameters of a module, whatever they are by then."""
 
     def __init__(self, node: fx.Node, root: nn.Module) -> None:
-        """root: what torch.fx traced. Sizes of the network's inputs are what they were in the trace."""
+        """root: what torch.fx traced. Sizes of the network's inputs are what they were in the trace.
+
+        asked: these. read: names of the modules whose parameters are read, or that are called.
+        """
         self._graph, self._held = fx.Graph(), dict[str, Tensor]()
+        self.asked: Asked = set()
+        self.read: set[str] = set()
         copied: dict[fx.Node, Any] = {}
         for each in _ancestors(node):
+            for source in each.all_input_nodes:
+                if not is_constant(source):
+                    self.asked |= sizes_asked(source, rank_of) or set()
+            if each.op in ("get_attr", "call_module"):
+                self.read.add(str(each.target) if each.op == "call_module" else str(each.target).rpartition(".")[0])
             if each.op == "get_attr" and str(each.target).startswith(WRITTEN):
                 self._held[str(each.target)] = getattr(root, str(each.target)).detach().clone()
             copied[each] = self._graph.node_copy(each, lambda source: _copied(source, copied))

@@ -28,6 +28,19 @@ def _is_group_norm(layer: nn.GroupNorm) -> bool:
     return gives(layer, drawn, F.group_norm(drawn, layer.num_groups, layer.weight, layer.bias, layer.eps))
 
 
+@torch.no_grad()
+def _is_layer_norm(layer: nn.LayerNorm, *, channels_first: bool) -> bool:
+    """As `_is_group_norm`, over the channels of images or of tokens."""
+    if type(layer).forward is nn.LayerNorm.forward:
+        return True
+    (channels,) = layer.normalized_shape
+    drawn = torch.randn(2, 3, 3, channels, generator=torch.Generator().manual_seed(0))
+    wanted = F.layer_norm(drawn, (channels,), layer.weight, layer.bias, layer.eps)
+    if channels_first:
+        return gives(layer, drawn.movedim(3, 1), wanted.movedim(3, 1))
+    return gives(layer, drawn.flatten(1, 2), wanted.flatten(1, 2))
+
+
 class Images(Shapes):
     """What layers of images, of tokens and of vectors are as operators."""
 
@@ -108,8 +121,11 @@ class Images(Shapes):
         source = node.all_input_nodes[0]
         if tuple(module.normalized_shape) != (self._seen(source).channels,):
             raise UnsupportedOperatorError(f"{name}: only a layer-norm over the channels is supported")
-        if type(module) is nn.LayerNorm and self._form(source) == "image":
+        first = self._form(source) == "image"
+        if type(module) is nn.LayerNorm and first:
             raise UnsupportedOperatorError(f"{name}: a layer-norm over the last axis of a channels-first image")
+        if not _is_layer_norm(module, channels_first=first):
+            raise UnsupportedOperatorError(f"{name}: a {type(module).__name__} that is no plain layer-norm")
         self._emit(node, "layer_norm", module=name)
 
     def _norm(self, node: fx.Node, module: nn.GroupNorm | nn.InstanceNorm2d, name: str) -> None:
@@ -263,6 +279,8 @@ class Images(Shapes):
     def _adaptive_pool(self, node: fx.Node) -> None:
         before, after = shape_of(node.all_input_nodes[0]), shape_of(node)
         assert before is not None and after is not None
+        if self._form(node.all_input_nodes[0]) != "image":
+            raise self._unsupported(node)
         if after == before:
             self._same(node)
         elif after[2:] == (1, 1):

@@ -81,7 +81,7 @@ def _places_fit(query: Seen, other: Seen) -> bool:
     for axis, twin in zip(query.axes[:-2], other.axes[:-2], strict=True):
         for side, parts in enumerate((axis, twin)):
             covered[side] *= size_of(tuple(part for part in parts if part.dim == POSITIONS))
-        sides = [[(part.dim, part.size) for part in parts] for parts in (axis, twin)]
+        sides = [[part if part.dim == POSITIONS else part._replace(step=0) for part in parts] for parts in (axis, twin)]
         alone = not twin and of_dim(axis, CHANNELS)
         if sides[0] != sides[1] and not alone:
             return False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import fx
 
 from amc_hw.errors import UnsupportedOperatorError
 from amc_hw.lowering.axes import (
+    BATCH,
     CHANNELS,
     IMAGES,
     POSITIONS,
@@ -98,6 +98,9 @@ class Shapes(Values):
         if before is None or source not in self.value:
             raise self._unsupported(node)
         keys = self._keys(node, key, before)
+        named = [each for each in keys if each is not None]
+        if any(each != slice(None) for each, axis in zip(named, self.axes[source], strict=True) if has(axis, IMAGES)):
+            raise self._unsupported(node)
         form = self._form(source)
         if form not in ("image", "vector") or any(not isinstance(each, slice) for each in keys):
             self._indexed(node, source, keys, before)
@@ -225,14 +228,15 @@ class Shapes(Values):
         source, out = node.all_input_nodes[0], shape_of(node)
         assert out is not None
         seen, form = self._seen(source), self._form(source)
-        sizes = self._listed(node) if node.target in RESHAPES else ()
-        if sizes and isinstance(sizes[0], int) and sizes[0] != -1 and has(seen.axes[0], IMAGES):
-            raise UnsupportedOperatorError(f"{node.name}: reshaped to a batch of {sizes[0]}: write torch.flatten(x, 1)")
         axes = reshaped(seen.axes, out)
-        if axes is None or not (has(axes[0], IMAGES) if axes else False):
+        squeezed = node.target in (torch.squeeze, "squeeze") and axes is not None and BATCH in seen.axes
+        if axes is None or (squeezed and BATCH not in axes):
             raise self._unsupported(node)
+        sizes = self._sizes_of(node, len(axes))
         self.value[node], self.axes[node] = seen.name, axes
-        for size, axis in itertools.zip_longest(sizes, axes):
+        for size, axis in zip(sizes, axes, strict=True):
+            if has(axis, IMAGES) and isinstance(size, int) and size != -1:
+                raise UnsupportedOperatorError(f"{node.name}: reshaped to a batch of {size}: write torch.flatten(x, 1)")
             if not has(axis, CHANNELS):
                 continue
             if axis != whole(CHANNELS, seen.channels) and of_dim(axis, CHANNELS):
@@ -244,10 +248,26 @@ class Shapes(Values):
                 self._counts(node, seen.name, size)
         if node.target in ("view_as", "reshape_as"):
             self._counted_alike(node, seen.name, node.args[1])  # type: ignore[arg-type]
-        if len(out) != 2 or form != "image" or seen.axes == axes:
+        flat = BATCH, whole(CHANNELS, seen.channels) + whole(POSITIONS, seen.positions)
+        if form != "image" or axes != flat:
             self._shuffled(node)
         elif not (seen.name in self.ops and self.ops[seen.name].op.kind == "global_avg_pool"):
             self._emit(node, "flatten", sources=[source], out_channels=out[1])
+
+    def _sizes_of(self, node: fx.Node, rank: int) -> tuple[Any, ...]:
+        """Sizes that the code gives the axes of a reshaped tensor, None where it gives none."""
+        given: tuple[Any, ...] = ()
+        if node.target in RESHAPES:
+            given = self._listed(node)
+        elif node.op == "call_module":
+            module: Any = self.modules[str(node.target)]
+            dim, cut = getattr(module, "dim", 0), getattr(module, "unflattened_size", ())
+            given = (*[None] * dim, *cut)
+        elif node.target in ("unflatten", torch.unflatten):
+            called: Any = (*node.args[1:], *node.kwargs.values())
+            dim, cut = called[:2]
+            given = (*[None] * (dim % (rank - len(cut) + 1)), *cut)
+        return (*given, *[None] * (rank - len(given)))
 
     def _counts(self, node: fx.Node, name: str, size: fx.Node) -> None:
         """A value's channels are as many as the code computes of the sizes of others."""

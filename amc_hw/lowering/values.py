@@ -16,7 +16,7 @@ from amc_hw.lowering.calls import AS_IT_LIES, OVER_CHANNELS, OVER_TOKENS, line_o
 from amc_hw.lowering.constants import Constant
 from amc_hw.lowering.scores import Scores
 from amc_hw.padding import Pads
-from amc_hw.symbolic import Asked, readers, sizes_asked
+from amc_hw.symbolic import Asked, of_images, readers, sizes_asked
 from profilers.ops import KINDS, OpSpec
 
 
@@ -47,13 +47,14 @@ class TracedOp:
 class TracedOps:
     """input_shapes: (C, H, W) or (C,) by name, `OpGraph.INPUT` first. fixed: operators whose output channels the
     network's code counts on, with the reason. counted: (operator, another, node): the code gives the first's output as
-    many channels as the other's has."""
+    many channels as the other's has. read: modules whose weights the code reads, or that it calls on parameters."""
 
     ops: tuple[TracedOp, ...]
     outputs: tuple[str, ...]
     input_shapes: dict[str, tuple[int, ...]]
     fixed: dict[str, str] = field(default_factory=dict)
     counted: tuple[tuple[str, str, str], ...] = ()
+    read: frozenset[str] = frozenset()
 
 
 class Values:
@@ -78,6 +79,7 @@ class Values:
         self.rigid: set[fx.Node] = set()  # of those, that the network's code gives a shape of so many channels
         self.fixed: dict[str, str] = {}
         self.counted: list[tuple[str, str, str]] = []
+        self.read: set[str] = set()  # modules that constants are computed with
         self.outputs: list[str] = []
         self.input_shapes: dict[str, tuple[int, ...]] = {}
 
@@ -149,7 +151,8 @@ class Values:
     def _as_they_lie(self, sources: Sequence[fx.Node]) -> list[str]:
         """The values that an operator reads, all as images or all as tokens."""
         names = [self.value[source] for source in sources]
-        return names if self.tokens.isdisjoint(names) else [self._as_tokens(source) for source in sources]
+        alike = self.tokens.isdisjoint(names) and len({self._size(name) for name in names}) == 1
+        return names if alike else [self._as_tokens(source) for source in sources]
 
     def _laid_out(self, kind: str, sources: Sequence[fx.Node], form: str) -> list[str]:
         """The values that an operator reads, as images, or as tokens where it takes these."""
@@ -255,15 +258,21 @@ class Values:
         """The operator that gives `source`, if that has one reader alone."""
         name = self.value[source]
         while name in self.ops and len(readers(source)) == 1:
-            if not self._passes(source):
+            passed = self.parts[source][0] if source in self.parts else self._passed(source)
+            if passed is None:
                 return name
-            source = next(each for each in source.all_input_nodes if each in self.value)
+            source = passed
         return None
 
-    def _passes(self, node: fx.Node) -> bool:
-        """Whether a node has no operator of its own: its value is that of what it reads."""
-        sources = [source for source in node.all_input_nodes if source in self.value]
-        return len(sources) == 1 and self.value.get(sources[0]) == self.value[node]
+    def _passed(self, node: fx.Node) -> fx.Node | None:
+        """What a node reads that has no operator of its own: its value is that of what it reads."""
+        sources = [source for source in node.all_input_nodes if source in self.value or source in self.parts]
+        if len(sources) != 1:
+            return None
+        if sources[0] in self.parts:  # a tuple, of which the node is a part
+            whole = self.parts[sources[0]][0]
+            return sources[0] if self.value.get(whole) == self.value[node] else None
+        return sources[0] if self.value[sources[0]] == self.value[node] else None
 
     def _called_again(self, *modules: str | None) -> bool:
         """Whether one of the modules is called at several places."""
@@ -283,10 +292,14 @@ class Values:
         return given
 
     def _ask(self, node: fx.Node) -> Any:
-        """What a node that is no tensor was for the examples, None where that depends on values."""
+        """What a node that is no tensor was for the examples, None where that depends on values or on how many images
+        there are."""
         asked = sizes_asked(node, rank_of)
-        self.asked |= asked or set()
-        return None if asked is None else node.meta.get("known")
+        weights = {each.name for each in self.parameters}
+        if asked is None or of_images({each for each in asked if each[0] not in weights}):
+            return None
+        self.asked |= asked
+        return node.meta.get("known")
 
     def _listed(self, node: fx.Node) -> tuple[Any, ...]:
         """Sizes or dimensions, which a call takes one by one or in a tuple."""
@@ -294,4 +307,7 @@ class Values:
         return tuple(given[0]) if len(given) == 1 and isinstance(given[0], tuple | list) else tuple(given)
 
     def _held(self, node: fx.Node) -> Constant:
-        return Constant(node, self.root)
+        constant = Constant(node, self.root)
+        self.asked |= constant.asked
+        self.read |= constant.read
+        return constant

@@ -78,8 +78,8 @@ class Lowering(Arithmetic, Images):
             more = f"; and {len(reasons) - TOLD} more" if len(reasons) > TOLD else ""
             raise UnsupportedOperatorError("; ".join(reasons[:TOLD]) + more)
         self._fix_what_is_asked()
-        counted = tuple(dict.fromkeys(self.counted))
-        return TracedOps(tuple(self.ops.values()), tuple(self.outputs), self.input_shapes, self.fixed, counted)
+        ends = tuple(self.ops.values()), tuple(self.outputs), self.input_shapes
+        return TracedOps(*ends, self.fixed, tuple(dict.fromkeys(self.counted)), frozenset(self.read))
 
     def _stands_for(self, node: fx.Node) -> None:
         """As if a node that is refused had been read, so that what reads it can be."""
@@ -199,8 +199,11 @@ class Lowering(Arithmetic, Images):
         elif type(module) in ACTIVATION_MODULES and (activation := activation_of(module)):
             self._activation(node, activation)
         elif isinstance(module, nn.PReLU):
+            source = node.all_input_nodes[0]
             if module.num_parameters == 1:
                 self._emit(node, "prelu", module=f"{name}.weight", parameter=True)
+            elif self._channel_axis(source) != 1:
+                raise UnsupportedOperatorError(f"{name}: slopes along an axis that has other than all channels")
             else:
                 self._emit(node, "prelu", module=name)
         elif isinstance(module, nn.LeakyReLU):

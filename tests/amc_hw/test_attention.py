@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from amc_hw.errors import UnsupportedOperatorError
-from amc_hw.export import export_network, folded_weights
+from amc_hw.export import export_network
 from amc_hw.graph import build_graph
 from amc_hw.lowering.axes import (
     BATCH,
@@ -29,6 +29,7 @@ from amc_hw.lowering.axes import (
     window_of,
 )
 from amc_hw.symbolic import trace_fx
+from amc_hw.weights import folded_weights
 from profilers.builders import torch as torch_builder
 from profilers.ops import OpSpec
 

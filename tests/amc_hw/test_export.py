@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from amc_hw.errors import FailedError, UserError
-from amc_hw.export import FORMATS, export_network, folded_weights
+from amc_hw.export import FORMATS, export_network
 from amc_hw.graph import LayerGraph, build_graph
 from amc_hw.models import ChannelMap, load_model
 from amc_hw.prune import keep_channels, slice_channels
+from amc_hw.weights import folded_weights
 from profilers.ops import OpGraph
 
 Disk = Callable[[int], AbstractContextManager[None]]
