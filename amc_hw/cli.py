@@ -209,6 +209,7 @@ def graph(model: str, input_shape: tuple[int, ...] | None, keep: tuple[str, ...]
         api.describe_graph(model, input_shape=input_shape, keep=keep, device=device),
         as_json,
         lambda r: [
+            *(["channels, the group that they are of -> what reads them"] if r["groups"] else []),
             *(f"{g['width']:>6}  {g['name']} -> {', '.join(g['consumers'])}{_blocks(g)}" for g in r["groups"]),
             *(f"frozen {f['name']} ({f['width']}): {f['reason']}{_locked(f)}" for f in r["frozen"]),
             f"{r['macs'] / 1e6:.1f} MMACs, {r['params'] / 1e6:.2f} M parameters (batch-norms folded)",
@@ -328,6 +329,8 @@ def _profile_lines(r: dict[str, Any]) -> list[str]:
         "not calibrated yet" if r["error_pct"] is None else f"90% of networks predicted within {r['error_pct']:.1f}%"
     )
     lines = [f"{r['table']}: {r['rows_new']} new rows, {r['rows_total']} in all, {r['seconds']:.0f} s; {error}"]
+    if r["time_up"]:
+        lines.append("its time is up (--max-minutes): the same command goes on from here")
     if r["channel_multiple"] is not None:
         lines.append(f"channel multiple that this device and runtime show: {r['channel_multiple']}")
     return lines
@@ -785,6 +788,7 @@ def export(context: click.Context, as_json: bool, policy: Path | None, unpruned:
 def _export_lines(r: dict[str, Any]) -> list[str]:
     several = f" ({', '.join(r['outputs'])})" if len(r.get("outputs", ())) > 1 else ""
     line = f"{r['file']}: {r['bytes']} bytes, outputs{several} within {r['max_abs_diff']:.2g} of PyTorch's"
+    line += f" on {r['images']} inputs"
     if "accuracy" in r:
         line += f"; {_metric(r)} {r['float_accuracy']:.4f} -> {r['accuracy']:.4f} ({r['accuracy_split']})"
     return [line]
@@ -795,7 +799,11 @@ def _export_lines(r: dict[str, Any]) -> list[str]:
 @click.option("--data", help="Images with labels; default: those of the search.")
 @click.option("--checkpoint", type=PATH, help="The unpruned network: reported beside, and teacher of --distill.")
 @click.option("--epochs", default=30, show_default=True, type=click.IntRange(1), help="Passes over the training split.")
-@click.option("--lr", default=0.05, show_default=True, help="Largest learning rate; a cosine takes it to zero.")
+@click.option(
+    "--lr",
+    type=float,
+    help="Largest learning rate; a cosine takes it to zero.  [default: 0.05; with layer-norms 0.002]",
+)
 @click.option(
     "--batch", default=128, show_default=True, type=click.IntRange(2), help="Images of a step, on each process."
 )

@@ -32,7 +32,7 @@ TOLERANCE = 1e-3  #: of the largest output
 def export_network(
     module: nn.Module, graph: LayerGraph, network: OpGraph, inputs: Inputs, *, file_format: str, out: Path
 ) -> dict[str, Any]:
-    """Write `module` to `out` and return `file`, `bytes` and `max_abs_diff` from PyTorch's outputs.
+    """Write `module` to `out` and return `file`, `bytes` and `max_abs_diff` from PyTorch's outputs on `images`.
 
     network: the operators of `graph` at the module's widths and the batch wanted. inputs: (N, C, H, W) or (N, C) each.
     `torch` is a program of torch.export, which loads without this package. Nothing is left at `out` where the
@@ -58,7 +58,7 @@ def export_network(
             difference = np.maximum(difference, np.abs(found.reshape(right.shape) - right).max())  # keeps a NaN
     if not difference <= TOLERANCE * largest:  # NaN fails this, too
         raise FailedError(f"the {file_format} file's outputs are off by {difference:.3g} (largest {largest:.3g})")
-    return _written(out, data, float(difference)) | named
+    return _written(out, data, float(difference)) | named | {"images": batch * len(chunks)}
 
 
 class Running(nn.Module):
@@ -96,11 +96,14 @@ def export_int8(
     model = runtime.build(network, weights)
     data = runtime.quantized(model, [[part.numpy() for part in chunk] for chunk in chunks])
     running = Running(runtime, data, batch, module(*chunks[0]))
-    pairs = zip(_outputs(running(*chunks[0])), _outputs(module(*chunks[0])), strict=True)
-    difference = max(float(np.abs(found.reshape(right.shape) - right).max()) for found, right in pairs)
-    if not math.isfinite(difference):
+    difference = np.float64(0.0)
+    for chunk in chunks:
+        for found, right in zip(_outputs(running(*chunk)), _outputs(module(*chunk)), strict=True):
+            difference = np.maximum(difference, np.abs(found.reshape(right.shape) - right).max())  # keeps a NaN
+    if not np.isfinite(difference):
         raise FailedError(f"the int8 {file_format} file's outputs are not finite")
-    return _written(out, data, difference) | {"outputs": list(network.outputs)}, running
+    named = {"outputs": list(network.outputs), "images": batch * len(chunks)}
+    return _written(out, data, float(difference)) | named, running
 
 
 def _whole_batches(inputs: Inputs, batch: int) -> list[tuple[Tensor, ...]]:

@@ -39,6 +39,7 @@ PRECISIONS = ("no", "fp16", "bf16")
 IN_MEMORY = 2_000_000_000  #: bytes of decoded training images that are kept
 STATE = "state.pt"
 SEEDS = 1 << 63  #: of a generator
+USUAL_LR, LAYER_NORM_LR = 0.05, 0.002  #: transformers lose with the one what convolutional networks gain
 PLAN_STEPS = 5  #: that are made to tell what all of them will take
 
 
@@ -47,16 +48,16 @@ class FinetuneConfig:
     """How to train.
 
     out: folder of the run, by default that of the policy with `-finetuned`. lr: at the start of a cosine to zero, after
-    one epoch of linear warm-up. distill: weight of the unpruned network's softened outputs in the loss (Hinton et al.,
-    2015); checkpoint: its weights. crop: images are shifted by at most that share of their size. precision: of
-    PRECISIONS.
+    one epoch of linear warm-up; by default USUAL_LR, or where there are layer-norms LAYER_NORM_LR. distill: weight of
+    the unpruned network's softened outputs in the loss (Hinton et al., 2015); checkpoint: its weights. crop: images are
+    shifted by at most that share of their size. precision: of PRECISIONS.
     """
 
     out: Path | None = None
     data: str | None = None
     checkpoint: Path | None = None
     epochs: int = 30
-    lr: float = 0.05
+    lr: float | None = None
     batch: int = 128
     momentum: float = 0.9
     weight_decay: float = 1e-4
@@ -68,7 +69,7 @@ class FinetuneConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not (self.lr > 0 and math.isfinite(self.lr)):
+        if self.lr is not None and not (self.lr > 0 and math.isfinite(self.lr)):
             raise UserError(f"--lr {self.lr} must be a number above 0")
         if not 0 <= self.distill <= 1:
             raise UserError(f"--distill {self.distill} must lie in 0..1")
@@ -97,6 +98,7 @@ def finetune(policy: Path, config: FinetuneConfig, *, progress: Progress) -> dic
     UserError where the policy's task has no labels, FailedError where the loss is no longer finite.
     """
     pruned, data, accelerator = _opened(policy, config)
+    config = _with_rate(config, pruned.module)
     from accelerate.utils import broadcast_object_list
 
     folder = policy.parent.resolve() if policy.parent.name in ("", "..") else policy.parent
@@ -145,6 +147,7 @@ def finetune(policy: Path, config: FinetuneConfig, *, progress: Progress) -> dic
 def plan_finetune(policy: Path, config: FinetuneConfig) -> dict[str, Any]:
     """What `finetune` would do: epochs, steps and about how many minutes; a few steps are made, nothing is written."""
     pruned, data, accelerator = _opened(policy, config)
+    config = _with_rate(config, pruned.module)
     start = time.monotonic()
     splits = load_data(data, input_shape=pruned.policy.input_shape)
     run = _Run(pruned, splits, config, Path(), accelerator, None, lambda done, total, text: None)
@@ -176,6 +179,13 @@ def _opened(policy: Path, config: FinetuneConfig) -> tuple[Pruned, str, Any]:
     # several processes on CPUs are one group only where the CPU is asked for
     several_cpus = "LOCAL_RANK" in os.environ and not torch.accelerator.is_available()
     return pruned, data, Accelerator(mixed_precision=config.precision, cpu=several_cpus)
+
+
+def _with_rate(config: FinetuneConfig, module: nn.Module) -> FinetuneConfig:
+    if config.lr is not None:
+        return config
+    layer_norms = any(isinstance(part, nn.LayerNorm) for part in module.modules())
+    return replace(config, lr=LAYER_NORM_LR if layer_norms else USUAL_LR)
 
 
 def _header(pruned: Pruned, config: FinetuneConfig) -> dict[str, Any]:
@@ -227,7 +237,9 @@ class _Run:
             {"params": decayed, "weight_decay": config.weight_decay},
             {"params": [p for p in module.parameters() if p.dim() <= 1], "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
+        assert config.lr is not None
+        self.lr = config.lr
+        optimizer = torch.optim.SGD(groups, lr=self.lr, momentum=config.momentum, nesterov=config.momentum > 0)
         self.module, self.optimizer, self.loader = accelerator.prepare(module, optimizer, loader)
         if not len(self.loader):
             raise UserError(f"--batch {config.batch} on {accelerator.num_processes} processes is larger than the split")
@@ -243,8 +255,8 @@ class _Run:
         """Learning rate of a step: linear over the first epoch, then a cosine to zero (Loshchilov and Hutter, 2017)."""
         warm = min(len(self.loader), self.steps // 2)
         if step < warm:
-            return self.config.lr * (step + 1) / warm
-        return self.config.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(self.steps - warm, 1)))
+            return self.lr * (step + 1) / warm
+        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(self.steps - warm, 1)))
 
     def train(self) -> nn.Module:
         if self.accelerator.is_main_process:
@@ -261,7 +273,7 @@ class _Run:
             if kept == 0:
                 warnings.warn(
                     f"no epoch was better than the policy was before (held-out accuracy {accuracy:.4f}): its weights "
-                    f"stay as they were; try a lower --lr than {self.config.lr:g}, or more --epochs",
+                    f"stay as they were; try a lower --lr than {self.lr:g}, or more --epochs",
                     stacklevel=2,
                 )
             elif kept < self.config.epochs:
@@ -308,7 +320,7 @@ class _Run:
             step = epoch * len(self.loader) + index
             total, count = total + self._step(step, images, labels), count + 1
             if not math.isfinite(total):
-                raise FailedError(f"the loss is no longer finite in epoch {epoch + 1}: lower --lr {config.lr:g}")
+                raise FailedError(f"the loss is no longer finite in epoch {epoch + 1}: lower --lr {self.lr:g}")
             self.progress(step, self.steps, f"epoch {epoch + 1} of {config.epochs}, loss {total / count:.3f}")
         if self.accelerator.is_main_process:
             held_out = self._held_out()

@@ -335,9 +335,7 @@ class _Couplings:
             both = [self._roots[self.labels[each]] for each in (name, other)]
             if not np.array_equal(*both):
                 for each in (name, other):
-                    self._fix(
-                        self.labels[each], f"as many channels as those of {other}, by the network's code at {node}"
-                    )
+                    self._fix(self.labels[each], f"the network's code counts the channels of {other} at {node}")
 
     def _new(self, count: int) -> np.ndarray:
         self._count += count

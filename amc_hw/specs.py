@@ -136,11 +136,16 @@ def _guess(text: str) -> Any:
     return text
 
 
-def unknown_name(kind: str, name: str, known: Iterable[str], *, forms: Iterable[str] = FACTORY_FORMS) -> UserError:
-    """The error for a name that nothing answers to: close matches first, then `known` names and other `forms`."""
+def unknown_name(
+    kind: str, name: str, known: Iterable[str], *, forms: Iterable[str] = FACTORY_FORMS, listed: bool = True
+) -> UserError:
+    """The error for a name that nothing answers to: close matches first, then, where they are to be `listed`, `known`
+    names and other `forms`."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
+    if not listed:
+        return UserError(f"unknown {kind} {name!r}{f': {hint.strip()}' if hint else ''}")
     return UserError(f"unknown {kind} {name!r}: {hint}known are {', '.join([*known, *forms])}")
 
 

@@ -28,7 +28,12 @@ Asked = set[tuple[str, tuple[int, ...]]]  #: names of nodes, and dimensions of t
 SIZE_METHODS = ("size", "dim", "ndimension", "numel", "is_floating_point")
 SIZE_ATTRIBUTES = ("shape", "ndim", "dtype", "device", "is_cuda")
 MAKERS = ("zeros", "ones", "full", "arange", "linspace", "eye")  #: calls that make tensors of numbers alone
-FACTS = ("device", "dtype")  #: of tensors, the same for all inputs: keys of caches, arguments of other calls
+FACTS = (
+    "device",
+    "dtype",
+    "is_nested",
+    "is_sparse",
+)  #: of tensors, the same for all inputs: keys of caches, arguments of other calls
 #: As they are when torch.fx traces nothing.
 _CALL, _GETATTR = nn.Module.__call__, nn.Module.__getattr__
 
@@ -94,6 +99,8 @@ class _Tracer(fx.Tracer):
         """A traced value for the examples; TraceError where it depends on what is in a tensor. key: what of a shape
         is wanted."""
         node, value = proxy.node, self.value_of(proxy.node)
+        if isinstance(value, torch.Tensor) and key == slice(0):
+            raise fx.proxy.TraceError(f"len({node.name}) of a tensor is a number, not a traced one: use .shape[0]")
         if isinstance(value, tuple | list) and all(isinstance(part, torch.Tensor) for part in value):
             # how many parts there are
             asked: Asked | None = {(each.name, tuple(range(self._rank(each) or 0))) for each in node.all_input_nodes}
@@ -144,6 +151,8 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         # classes derived of them, too
+        if isinstance(module, nn.TransformerEncoder | nn.TransformerEncoderLayer):
+            return False
         leaves = ChannelMap | nn.Conv2d | nn.BatchNorm1d | nn.BatchNorm2d | nn.LayerNorm | nn.GroupNorm | nn.Linear
         if isinstance(module, leaves) or origin(type(module)) == PERMUTE:
             return True

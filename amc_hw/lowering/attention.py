@@ -57,7 +57,10 @@ class Attention(Shapes):
         query, key, value = (self._seen(given[name]) for name in names[:3])
         turned = replace(key, axes=(*key.axes[:-2], key.axes[-1], key.axes[-2]))
         scores = scores_of(query, turned)
-        if scores is None or given.get("is_causal") or given.get("enable_gqa"):
+        for flag, instead in (("is_causal", "give the mask as attn_mask"), ("enable_gqa", "repeat keys and values")):
+            if given.get(flag):
+                raise self._unsupported(node, f"{flag} is not read, {instead}")
+        if scores is None:
             raise self._unsupported(node)
         scale = given.get("scale")
         scores = replace(scores, scale=size_of(query.axes[-1]) ** -0.5 if scale is None else float(scale))
@@ -82,8 +85,8 @@ class Attention(Shapes):
         shape = shape_of(bias)
         if not is_constant(bias) or shape is None or scores.bias is not None or scores.weights or scores.turned:
             raise self._unsupported(node)
-        if not bias.meta["tensor_meta"].dtype.is_floating_point:  # a mask of what to leave out
-            raise self._unsupported(node)
+        if not bias.meta["tensor_meta"].dtype.is_floating_point:
+            raise self._unsupported(node, "masks are read as numbers to add, of 0 and -inf")
         padded = (*(1,) * (scores.rank - len(shape)), *shape)
         if any(size > 1 and not of_dim(axis, CHANNELS) for size, axis in zip(padded, scores.places, strict=False)):
             raise self._unsupported(node)
@@ -125,12 +128,15 @@ class Attention(Shapes):
     def _multihead(self, node: fx.Node, module: nn.MultiheadAttention, name: str) -> None:
         """PyTorch's own module, of one tensor: queries, keys and values of one product, attention, and one more."""
         given = [*node.args, *(node.kwargs[key] for key in ("query", "key", "value") if key in node.kwargs)]
-        source, rest = node.all_input_nodes[0], {key: value for key, value in node.kwargs.items() if value is not None}
+        source, rest = (
+            node.all_input_nodes[0],
+            {key for key, value in node.kwargs.items() if value not in (None, False)},
+        )
         plain = module.in_proj_weight is not None and module.bias_k is None and not module.add_zero_attn
         plain = plain and type(module).forward is nn.MultiheadAttention.forward
         known = {"query", "key", "value", "need_weights", "average_attn_weights"}
         alone = node.all_input_nodes == [source] and len(given) == 3
-        if not (plain and alone and set(rest) <= known and len(self.axes[source]) == 3):
+        if not (plain and alone and rest <= known and len(self.axes[source]) == 3):
             raise self._unsupported(node)
         channels, heads = module.embed_dim, module.num_heads
         self._emit(node, "linear", out_channels=3 * channels, module=name)

@@ -83,7 +83,9 @@ class Values:
         self.outputs: list[str] = []
         self.input_shapes: dict[str, tuple[int, ...]] = {}
 
-    def _unsupported(self, node: fx.Node) -> UnsupportedOperatorError:
+    def _unsupported(
+        self, node: fx.Node, why: str = "it has no operator kind to be timed as"
+    ) -> UnsupportedOperatorError:
         what: Any = node.target
         if node.op == "call_module":
             what = f"{type(self.modules[str(node.target)]).__name__} ({node.target})"
@@ -93,7 +95,6 @@ class Values:
             place = f"in {stack[-1][0]}" if stack else line_of(node)
             what = f"{called} ({node.name}{f' {place}' if place else ''})"
         form = " in this form" if str(getattr(node.target, "__name__", node.target)) in KINDS else ""
-        why = "it has no operator kind to be timed as"
         return UnsupportedOperatorError(f"operator {what} is not supported{form}: {why}")
 
     def _emit(

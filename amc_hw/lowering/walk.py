@@ -60,11 +60,12 @@ class Lowering(Arithmetic, Images):
 
     def run(self) -> TracedOps:
         refused: dict[fx.Node, str] = {}  # all that is not supported is told at once
+        stand_ins: set[str] = set()
         for node in self.graph.nodes:
             try:
                 self._visit(node)
             except Exception as error:
-                if refused.keys() & node.all_input_nodes:
+                if any(each in refused or self.value.get(each) in stand_ins for each in node.all_input_nodes):
                     refused[node] = ""  # perhaps for nothing but what it reads
                 elif isinstance(error, UnsupportedOperatorError):
                     refused[node] = str(error)
@@ -73,6 +74,7 @@ class Lowering(Arithmetic, Images):
                 else:  # arguments of a kind that nobody thought of
                     refused[node] = str(self._unsupported(node))
                 self._stands_for(node)
+                stand_ins.add(node.name)
         if refused:
             reasons = [reason for reason in dict.fromkeys(refused.values()) if reason]
             more = f"; and {len(reasons) - TOLD} more" if len(reasons) > TOLD else ""

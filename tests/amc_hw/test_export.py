@@ -115,7 +115,9 @@ def test_file_computes_what_the_pruned_network_does(pruned, tmp_path: Path, file
     out = tmp_path / "new" / f"net.{file_format}"
     network = graph.op_graph(widths, batch=batch)
     found = export_network(net, graph, network, images(6), file_format=file_format, out=out)
-    assert set(found) == {"file", "bytes", "max_abs_diff"} | ({"outputs"} if file_format != "torch" else set())
+    assert set(found) == {"file", "bytes", "max_abs_diff", "images"} | (
+        {"outputs"} if file_format != "torch" else set()
+    )
     assert found["file"] == str(out) and found["bytes"] == out.stat().st_size
     assert 0 <= found["max_abs_diff"] < 1e-4
     other = images(batch, seed=7)  # not those it was checked with

@@ -396,10 +396,13 @@ def test_timm(monkeypatch: pytest.MonkeyPatch) -> None:
         object.__setattr__(module, "pretrained_cfg", config)
         return module
 
-    monkeypatch.setitem(sys.modules, "timm", types.SimpleNamespace(create_model=create_model))
+    monkeypatch.setitem(
+        sys.modules, "timm", types.SimpleNamespace(create_model=create_model, list_models=lambda: ["tiny"])
+    )
     loaded = load_model("timm:tiny?num_classes=6")
     assert loaded.input_shape == (3, 48, 48) and loaded.mean == (0.5,) * 3 and loaded.std == (0.25,) * 3
     assert "cannot be built" in fails("timm:tiny?depth=3")
+    assert fails("timm:tine") == "unknown timm model 'tine': did you mean tiny?"
 
 
 @pytest.fixture
