@@ -68,7 +68,7 @@ _OPTIONS = {
         type=click.IntRange(0, 2**63 - 1),
         help="Random seed.",
     ),
-    "widths": click.option("--widths", help="24,48,... one per group, or conv1=24,..."),
+    "widths": click.option("--widths", help="24,48,... one per group, conv1=24,..., or 0.5 of each."),
     "policy": click.option(
         "--policy", type=POLICY, help="A policy.json of a search or its folder, in place of --model and --widths."
     ),

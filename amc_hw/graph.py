@@ -190,9 +190,12 @@ class LayerGraph:
         raise UserError(f"no group {name!r} in --widths; groups: {', '.join(known)}")
 
     def parse_widths(self, text: str) -> tuple[int, ...]:
-        """Widths from `24,48,...` (one per group, in order) or `features.0=24,...` (the rest at full width)."""
+        """Widths from `24,48,...` (one per group, in order), `features.0=24,...` (the rest at full width) or `0.5` (of
+        every group about that share, on the grid of `width_grid`)."""
         parts = [part.strip() for part in text.split(",") if part.strip()]
         try:
+            if len(parts) == 1 and "." in parts[0] and "=" not in parts[0]:
+                return self._share(float(parts[0]))
             if parts and all("=" in part for part in parts):
                 pairs = [part.split("=", 1) for part in parts]
                 named = {self._group_named(name.strip()): int(value) for name, value in pairs}
@@ -201,7 +204,14 @@ class LayerGraph:
                 return self.checked([named.get(group.name, group.width) for group in self.groups])
             return self.checked([int(part) for part in parts])
         except ValueError:
-            raise UserError(f"--widths {text!r}: expected numbers such as 24,48 or names such as conv1=24") from None
+            wanted = "numbers such as 24,48, names such as conv1=24, or a share such as 0.5"
+            raise UserError(f"--widths {text!r}: expected {wanted}") from None
+
+    def _share(self, share: float) -> tuple[int, ...]:
+        if not 0 < share <= 1:
+            raise UserError(f"--widths {share:g}: a share lies between 0 and 1")
+        grids = [width_grid(group.width, floor=0.0, block=group.block) for group in self.groups]
+        return tuple(min(grid, key=lambda width: abs(width - share * grid[-1])) for grid in grids)
 
 
 def width_grid(full: int, *, multiple: int = 8, floor: float = 0.2, block: int = 1) -> tuple[int, ...]:

@@ -328,7 +328,23 @@ def test_a_batch_norm_without_running_statistics_is_refused() -> None:
         build_graph(net.eval(), (3, 8, 8))
 
 
-BAD_WIDTHS = ["", "8", "8,16,1", "0,16", "9,16", "8,x", "8,16.5", "0.0=8,16", "0.0=x", "nine=8", "2=8,2=16"]
+BAD_WIDTHS = [
+    "",
+    "8",
+    "0.0",
+    "1.5",
+    "-.5",
+    "nan.",
+    "8,16,1",
+    "0,16",
+    "9,16",
+    "8,x",
+    "8,16.5",
+    "0.0=8,16",
+    "0.0=x",
+    "nine=8",
+    "2=8,2=16",
+]
 
 
 @pytest.mark.parametrize("text", BAD_WIDTHS)
@@ -336,6 +352,13 @@ def test_bad_widths_are_one_line(text: str) -> None:
     with pytest.raises(UserError) as caught:
         small().parse_widths(text)
     assert str(caught.value) and "\n" not in str(caught.value) and caught.value.exit_code == 2
+
+
+def test_a_share_is_of_every_group() -> None:
+    graph = small()
+    assert graph.full_widths == (8, 16)
+    assert graph.parse_widths("0.5") == (4, 8) and graph.parse_widths("1.0") == (8, 16)
+    assert graph.parse_widths("0.01") == (1, 2)  # an eighth, the finest that there is
 
 
 @given(st.tuples(st.integers(1, 8), st.integers(1, 16)))
