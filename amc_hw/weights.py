@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from amc_hw.errors import UnsupportedOperatorError
 from amc_hw.graph import Layer, LayerGraph
 from amc_hw.models.channel_map import ChannelMap
+from amc_hw.specs import one_line
 from amc_hw.symbolic import BATCH_NORMS, batch_norm_affine, eval_mode
 from profilers.builders.torch import build
 from profilers.builders.weights import weight_shapes
@@ -124,8 +125,11 @@ def check_reading(module: nn.Module, graph: LayerGraph, examples: Sequence[Tenso
     """
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(2, *example.shape[1:], generator=generator) for example in examples]
-    with eval_mode(module):
-        wanted = [each for each in tree_leaves(module(*inputs)) if isinstance(each, Tensor)]
+    try:
+        with eval_mode(module):
+            wanted = [each for each in tree_leaves(module(*inputs)) if isinstance(each, Tensor)]
+    except Exception as error:  # the user's code
+        raise UnsupportedOperatorError(f"{type(module).__name__} fails on two images: {one_line(error)}") from error
     found = build(graph.op_graph(), folded_weights(module, graph))(*inputs)
     for name, right, made in zip(graph.outputs, wanted, found, strict=True):
         largest = float(right.abs().max())

@@ -248,6 +248,17 @@ def test_operators_that_compute_something_else_are_found() -> None:
         check_reading(net, graph, [torch.zeros(1, *IMAGE)])
 
 
+def test_a_network_for_one_image_is_refused_in_one_line() -> None:
+    def forward(net, x):
+        assert x.shape[0] == 1, "one by one\nplease"
+        return net.b(F.relu(net.a(x)))
+
+    net = net_of(forward, a=conv(), b=conv(8, 4))
+    graph = build_graph(net_of(lambda net, x: net.b(F.relu(net.a(x))), a=net.a, b=net.b), IMAGE)
+    with pytest.raises(UnsupportedOperatorError, match="Net fails on two images: AssertionError: one by one$"):
+        check_reading(net, graph, [torch.zeros(1, *IMAGE)])
+
+
 def aliased(net, x):
     y = net.a(x)
     turned = y.transpose(2, 3)
