@@ -55,8 +55,7 @@ class Attention(Shapes):
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
         given: dict[str, Any] = dict(zip(names, node.args, strict=False), **node.kwargs)
         query, key, value = (self._seen(given[name]) for name in names[:3])
-        turned = replace(key, axes=(*key.axes[:-2], key.axes[-1], key.axes[-2]))
-        scores = scores_of(query, turned)
+        scores = scores_of(query, key.turned)
         for flag, instead in (("is_causal", "give the mask as attn_mask"), ("enable_gqa", "repeat keys and values")):
             if given.get(flag):
                 raise self._unsupported(node, f"{flag} is not read, {instead}")
@@ -151,7 +150,7 @@ class Attention(Shapes):
             split = (Part(CHANNELS, each, heads),) if heads > 1 else ()
             parts.append(Seen(part, (channels, *qkv.shape[1:]), (places, split, rows, whole(CHANNELS, each))))
         query, key, value = parts
-        scores = scores_of(query, replace(key, axes=(*key.axes[:-2], key.axes[-1], key.axes[-2])))
+        scores = scores_of(query, key.turned)
         if scores is None:
             raise self._unsupported(node)
         self._attend(node, replace(scores, scale=each**-0.5, weights=True), value, name=f"{name}.attention")

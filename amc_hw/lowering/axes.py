@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 IMAGES, CHANNELS, POSITIONS = range(3)
@@ -43,6 +43,11 @@ class Seen:
     @property
     def positions(self) -> int:
         return self.shape[1] * self.shape[2]
+
+    @property
+    def turned(self) -> Seen:
+        """With its last two axes exchanged."""
+        return replace(self, axes=(*self.axes[:-2], self.axes[-1], self.axes[-2]))
 
 
 def whole(dim: int, size: int) -> Axis:

@@ -47,11 +47,7 @@ class Scores:
 
 def scores_of(query: Seen, key: Seen) -> Scores | None:
     """query (..., queries, channels) times key (..., channels, keys); None where that is none of these products."""
-    return _scores(query, replace(key, axes=(*key.axes[:-2], key.axes[-1], key.axes[-2])))
-
-
-def _scores(query: Seen, key: Seen) -> Scores | None:
-    """key: (..., keys, channels)."""
+    key = key.turned
     heads, key_heads = _heads(query), _heads(key)
     windows = window_of(query.axes[-2], query.shape), window_of(key.axes[-2], key.shape)
     if heads is None or key_heads not in (heads, 1) or None in windows or len(query.axes) != len(key.axes):
@@ -114,8 +110,7 @@ class Attended:
 def attended(scores: Scores, value: Seen) -> Attended | None:
     """Weights (..., queries, keys) times value (..., keys, channels); turned: value (..., channels, keys) times
     weights (..., keys, queries). None where the two do not fit."""
-    if scores.turned:
-        value = replace(value, axes=(*value.axes[:-2], value.axes[-1], value.axes[-2]))
+    value = value.turned if scores.turned else value
     heads = _heads(value)
     if not scores.weights or heads not in (scores.heads, 1) or len(value.axes) != scores.rank:
         return None

@@ -9,7 +9,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from profilers.builders.weights import Weights, checked_weights, first_channel, map_as_convolution
-from profilers.builders.windows import windows_of
+from profilers.builders.windows import parts_of, windows_of
 from profilers.errors import UnsupportedOperatorError
 from profilers.ops import ANY_RANK_KINDS, CONV_KINDS, SCALAR_KINDS, OpGraph, OpNode, OpSpec
 
@@ -279,21 +279,16 @@ def _runs(writer: _Writer, op: OpSpec, name: str, source: str, result: str, star
 
 def _attention(writer: _Writer, op: OpSpec, name: str, inputs: list[str], result: str, arrays: Any) -> None:
     """Every input as (batch * windows, heads, positions, channels), keys turned."""
-    windows, first, heads = windows_of(op, channels_first=not op.tokens), not op.tokens, op.groups
+    windows, first = windows_of(op, channels_first=not op.tokens), not op.tokens
     count = windows.count if windows else 1
-    each = [op.in_channels[0] // heads] * 2 + [op.out_channels // heads]
-    keys = op.keys or (op.height, op.width)
     read = []
-    for part, source, channels, width, sides in zip(
-        "qkv", inputs, op.in_channels, each, ((op.height, op.width), keys, keys), strict=True
-    ):
-        positions = sides[0] * sides[1] // count
+    for part, source, (positions, heads, width) in zip("qkv", inputs, parts_of(op), strict=True):
         if windows is not None:
-            divided = (channels, *windows.divided) if first else (*windows.divided, channels)
+            divided = (heads * width, *windows.divided) if first else (*windows.divided, heads * width)
             split = writer.reshape(f"{name}/{part}/apart", source, f"{name}/{part}/apart", (op.batch, *divided))
             source = writer.transpose(f"{name}/{part}/windows", split, windows.order)
-        shape: tuple[int, ...] = (op.batch * count, positions, channels // width, width)
-        shape = (shape[0], *shape[2:], shape[1]) if first else shape
+        shape: tuple[int, ...] = (op.batch * count, positions, heads, width)
+        shape = (shape[0], heads, width, positions) if first else shape
         split = writer.reshape(f"{name}/{part}/heads", source, f"{name}/{part}/heads", shape)
         turned = part == "k"
         if first:  # (batch, heads, channels, positions), as keys are wanted

@@ -13,7 +13,7 @@ import numpy as np
 
 from profilers.builders.tflite_writer import FUSED, Writer
 from profilers.builders.weights import Weights, checked_weights, first_channel, map_as_convolution
-from profilers.builders.windows import windows_of
+from profilers.builders.windows import parts_of, windows_of
 from profilers.errors import DeviceError, UnsupportedOperatorError
 from profilers.ops import GROUPED_KINDS, OpGraph, OpNode, OpSpec
 
@@ -385,23 +385,18 @@ def _take_token(network: _Network, node: OpNode, output: str, activation: str) -
 def _attention(network: _Network, node: OpNode, output: str, activation: str) -> None:
     """Every input as (batch * windows, heads, positions, channels)."""
     op, writer, name, arrays = node.op, network.writer, node.name, network.weights[node.name]
-    windows, heads = windows_of(op, channels_first=False), op.groups
+    windows = windows_of(op, channels_first=False)
     count = windows.count if windows else 1
-    each = [op.in_channels[0] // heads] * 2 + [op.out_channels // heads]
-    keys = op.keys or (op.height, op.width)
     read = []
-    for part, given, channels, width, sides in zip(
-        "qkv", node.inputs, op.in_channels, each, ((op.height, op.width), keys, keys), strict=True
-    ):
-        source, positions = given, sides[0] * sides[1] // count
+    for part, given, (positions, heads, width) in zip("qkv", node.inputs, parts_of(op), strict=True):
+        source = given
         if windows is not None:
-            split = writer.reshape(source, f"{name}/{part}/apart", (network.batch, *windows.divided, channels))
+            split = writer.reshape(source, f"{name}/{part}/apart", (network.batch, *windows.divided, heads * width))
             source = writer.transpose(split, f"{name}/{part}/windows", windows.order)
-        shape = (network.batch * count, positions, channels // width, width)
-        split = writer.reshape(source, f"{name}/{part}/heads", shape)
+        split = writer.reshape(source, f"{name}/{part}/heads", (network.batch * count, positions, heads, width))
         read.append(writer.transpose(split, f"{name}/{part}", (0, 2, 1, 3)))
     query, key, value = read
-    shape = (network.batch * count, heads, writer.shapes[query][2], writer.shapes[key][2])
+    shape = (network.batch * count, op.groups, writer.shapes[query][2], writer.shapes[key][2])
     turned = ("BatchMatMulOptions", {"adjY": True})
     scores = writer.operator("BATCH_MATMUL", [query, key], f"{name}/scores", shape, options=turned)
     for part, code in (("scale", "Mul"), ("bias", "Add")):
@@ -411,7 +406,7 @@ def _attention(network: _Network, node: OpNode, output: str, activation: str) ->
             scores = writer.operator(code.upper(), [scores, constant], f"{name}/{part}d", shape, options=options)
     softmax = ("SoftmaxOptions", {"beta": 1.0})
     weights = writer.operator("SOFTMAX", [scores], f"{name}/weights", shape, options=softmax)
-    shape = (*shape[:3], each[2])
+    shape = (*shape[:3], writer.shapes[value][3])
     plain: tuple[str, dict[str, Any]] = ("BatchMatMulOptions", {})
     product = writer.operator("BATCH_MATMUL", [weights, value], f"{name}/product", shape, options=plain)
     made = writer.transpose(product, f"{name}/together", (0, 2, 1, 3))

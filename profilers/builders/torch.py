@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from profilers.builders.weights import Weights, checked_weights, first_channel
-from profilers.builders.windows import windows_of
+from profilers.builders.windows import parts_of, windows_of
 from profilers.errors import UnsupportedOperatorError
 from profilers.ops import ANY_RANK_KINDS, CONV_KINDS, SCALAR_KINDS, OpGraph, OpNode, OpSpec
 
@@ -204,9 +204,8 @@ def build(graph: OpGraph, weights: Weights) -> Network:
 def _attention(op: OpSpec, inputs: list[Tensor], bias: Tensor | None, scale: float) -> Tensor:
     first, heads = not op.tokens, op.groups
     windows = windows_of(op, channels_first=first)
-    each = [op.in_channels[0] // heads] * 2 + [op.out_channels // heads]
     read = []
-    for x, width in zip(inputs, each, strict=True):
+    for x, (_, _, width) in zip(inputs, parts_of(op), strict=True):
         if windows is not None:
             split = x.flatten(2).unflatten(2, windows.divided) if first else x.unflatten(1, windows.divided)
             x = split.permute(windows.order)

@@ -26,6 +26,18 @@ class Windows:
         return tuple(self.order.index(place) for place in range(len(self.order)))
 
 
+def parts_of(op: OpSpec) -> list[tuple[int, int, int]]:
+    """Of queries, keys and values: positions in a window, heads, and channels of each."""
+    windows, keys = windows_of(op, channels_first=False), op.keys or (op.height, op.width)
+    count = windows.count if windows else 1
+    widths = [op.in_channels[0] // op.groups] * 2 + [op.out_channels // op.groups]
+    sides = [(op.height, op.width), keys, keys]
+    return [
+        (height * width // count, channels // each, each)
+        for (height, width), channels, each in zip(sides, op.in_channels, widths, strict=True)
+    ]
+
+
 def windows_of(op: OpSpec, *, channels_first: bool) -> Windows | None:
     """The windows of an `attention`; None where all of the image is one."""
     if op.keys or op.kernel == (op.height, op.width):
