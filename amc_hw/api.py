@@ -27,7 +27,7 @@ from amc_hw.find import (
     search_time,
     timed_anew,
 )
-from amc_hw.finetune import PRECISIONS, FinetuneConfig, finetune, plan_finetune
+from amc_hw.finetune import LAYER_NORM_LR, PRECISIONS, USUAL_LR, FinetuneConfig, finetune, plan_finetune
 from amc_hw.graph import LayerGraph
 from amc_hw.plots import check_picture, save_predictions
 from amc_hw.policy import Policy, load_policy
@@ -69,6 +69,8 @@ __all__ = [
     "FORMATS",
     "FinetuneConfig",
     "PRECISIONS",
+    "USUAL_LR",
+    "LAYER_NORM_LR",
     "SearchConfig",
     "WAYS",
     "Policy",

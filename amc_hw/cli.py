@@ -802,7 +802,8 @@ def _export_lines(r: dict[str, Any]) -> list[str]:
 @click.option(
     "--lr",
     type=float,
-    help="Largest learning rate; a cosine takes it to zero.  [default: 0.05; with layer-norms 0.002]",
+    help="Largest learning rate; a cosine takes it to zero.  "
+    f"[default: {api.USUAL_LR}; with layer-norms {api.LAYER_NORM_LR}]",
 )
 @click.option(
     "--batch", default=128, show_default=True, type=click.IntRange(2), help="Images of a step, on each process."

@@ -18,7 +18,6 @@ from scipy.sparse import coo_array, csgraph
 from torch import Tensor, nn
 
 from amc_hw.errors import UserError
-from amc_hw.lowering.constants import Constant
 from amc_hw.lowering.values import TracedOp, TracedOps
 from amc_hw.symbolic import eval_mode, has_computed_weight, holds_any, own_tensors, shared_tensors
 from amc_hw.tracing import trace_ops
@@ -39,28 +38,14 @@ class Channels:
 
 
 @dataclass(frozen=True)
-class Layer:
+class Layer(TracedOp):
     """One operator of the network at full width, with the groups its widths follow.
 
-    name: the module's dotted name, or a name made from the operation where there is no module.
-    module, batch_norm: dotted names of the modules that hold the weights, None where there are none.
-    inputs: names of earlier layers, or of the network's inputs. sources: channels of every input.
-    start: the first channel of a slice. parameter: `module` names a parameter. numbers, factors, constants: as of
-    `TracedOp`.
+    sources: channels of every input. out: of its output.
     """
 
-    name: str
-    op: OpSpec
-    inputs: tuple[str, ...]
-    sources: tuple[Channels, ...]
-    out: Channels
-    module: str | None = None
-    batch_norm: str | None = None
-    start: int = 0
-    parameter: bool = False
-    numbers: tuple[float, ...] = ()
-    factors: tuple[float | str, ...] = ()
-    constants: tuple[Constant, ...] = field(default=(), compare=False)
+    sources: tuple[Channels, ...] = ()
+    out: Channels = Channels()
 
     @property
     def groups(self) -> tuple[int, ...]:
@@ -248,18 +233,9 @@ def build_graph(
     groups, frozen = couplings.groups(keep)
     layers = tuple(
         Layer(
-            op.name,
-            op.op,
-            op.inputs,
-            tuple(couplings.channels(couplings.labels[source], groups) for source in op.inputs),
-            couplings.channels(couplings.labels[op.name], groups),
-            op.module,
-            op.batch_norm,
-            op.start,
-            op.parameter,
-            op.numbers,
-            op.factors,
-            op.constants,
+            **vars(op),
+            sources=tuple(couplings.channels(couplings.labels[source], groups) for source in op.inputs),
+            out=couplings.channels(couplings.labels[op.name], groups),
         )
         for op in traced.ops
     )
@@ -293,7 +269,7 @@ def _whole(module: nn.Module, traced: TracedOps) -> dict[str, str]:
     return found
 
 
-def _is_one_for_all(layer: Layer | TracedOp) -> bool:
+def _is_one_for_all(layer: TracedOp) -> bool:
     """Whether an operator's parameter is one number for all channels."""
     return layer.parameter and layer.op.kind in ("prelu", *SCALAR_KINDS)
 

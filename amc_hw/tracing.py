@@ -17,7 +17,6 @@ from amc_hw.lowering.calls import (
     IDENTITY_MODULES,
     KIND_OF,
     STOCHASTIC_DEPTH,
-    STOCHASTIC_DEPTH_MODULE,
     VIEWS,
     shape_of,
 )
@@ -102,8 +101,7 @@ def _read_elsewhere(graph_module: fx.GraphModule, node: fx.Node, order: Mapping[
 def _is_its_input(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a node gives its input itself, so that to write the one is to write the other."""
     if node.op == "call_module":
-        module = graph_module.get_submodule(str(node.target))
-        return isinstance(module, IDENTITY_MODULES) or origin(type(module)) == STOCHASTIC_DEPTH_MODULE
+        return isinstance(graph_module.get_submodule(str(node.target)), IDENTITY_MODULES)
     return node.target in (F.dropout, F.dropout2d, "detach") or origin(node.target) == STOCHASTIC_DEPTH
 
 

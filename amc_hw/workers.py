@@ -24,9 +24,10 @@ import torch
 from amc_hw.errors import FailedError
 from amc_hw.evaluate import Evaluator
 from amc_hw.graph import build_graph
+from amc_hw.models import load_model
 from amc_hw.policy import Policy
 from amc_hw.prune import slice_channels
-from amc_hw.subject import Subject, load_graph
+from amc_hw.subject import Subject
 from amc_hw.task import load_task
 
 Widths = tuple[int, ...]
@@ -55,7 +56,8 @@ class Recipe:
 
     def evaluator(self) -> Evaluator:
         keep = self.keep if self.base is None else self.base.keep
-        model, graph = load_graph(self.spec, input_shape=self.input_shape, keep=keep)
+        model = load_model(self.spec, input_shape=self.input_shape)  # the parent has checked what is read of it
+        graph = build_graph(model.module, model.input_shape, examples=model.example_inputs, keep=keep)
         if self.base is not None:
             model = replace(model, module=slice_channels(model.module, graph, self.base.kept_arrays()))
             graph = build_graph(model.module, model.input_shape, examples=model.example_inputs, keep=self.keep)

@@ -63,15 +63,20 @@ def mask_channels(module: nn.Module, graph: LayerGraph, kept: Kept) -> nn.Module
     return masked
 
 
-def half_and_exported(net: nn.Module, image: Tensor, tmp_path: Path) -> LayerGraph:
-    """The graph of a network whose half is right, refits, and is what both files of it compute."""
-    torch.manual_seed(0)
+def with_statistics(net: nn.Module, spread: float = 0.1) -> nn.Module:
+    """The network in eval mode, its batch-norms as if it had been trained. spread: of their means."""
     for part in net.modules():
         if isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d):
             assert part.running_mean is not None and part.running_var is not None
-            part.running_mean.normal_(0, 0.1)
+            part.running_mean.normal_(0, spread)
             part.running_var.uniform_(0.5, 1.5)
-    graph = build_graph(net.eval(), tuple(image.shape[1:]))
+    return net.eval()
+
+
+def half_and_exported(net: nn.Module, image: Tensor, tmp_path: Path) -> LayerGraph:
+    """The graph of a network whose half is right, refits, and is what both files of it compute."""
+    torch.manual_seed(0)
+    graph = build_graph(with_statistics(net), tuple(image.shape[1:]))
     half = halved(graph)
     kept = keep_channels(net, graph, half)
     small, masked = slice_channels(net, graph, kept), mask_channels(net, graph, kept)

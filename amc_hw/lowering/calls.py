@@ -44,8 +44,6 @@ IDENTITY_MODULES = (nn.Identity, nn.Dropout, nn.Dropout2d)
 IDENTITY_FUNCTIONS: tuple[Any, ...] = (F.dropout, F.dropout2d, "contiguous", "clone", "detach")
 #: Of torchvision, by name: to import it takes as long as PyTorch does, and many networks do without.
 STOCHASTIC_DEPTH = ("torchvision.ops.stochastic_depth", "stochastic_depth")
-STOCHASTIC_DEPTH_MODULE = ("torchvision.ops.stochastic_depth", "StochasticDepth")
-STOCHASTIC_DEPTH_MODULE = ("torchvision.ops.stochastic_depth", "StochasticDepth")
 #: What is computed of two operands, by the kind that it is for tensors; quotients are of a number only.
 ARITHMETIC: dict[str, tuple[Any, ...]] = {
     "add": (operator.add, operator.iadd, torch.add, "add", "add_"),
@@ -87,8 +85,9 @@ TOLD = 3  #: of the operators that are not supported, by name
 NO_PADS: Pads = ((0, 0), (0, 0))
 #: Operators that do the same to every element, or to every channel, wherever it lies.
 AS_IT_LIES = ("add", "sub", "mul", "add_scalar", "mul_scalar", "activation", "affine", "prelu", "clip")
-#: Operators over the channels of images, of tokens and of vectors.
+#: Operators over tokens, one by one or all of them.
 OVER_TOKENS = ("prepend", "take_token", "crop", "add_map")
+#: Operators over the channels of images, of tokens and of vectors.
 OVER_CHANNELS = ("linear", "layer_norm", "softmax", "log_softmax", "concat", "slice", "chunk")
 
 

@@ -105,7 +105,7 @@ class Shapes(Values):
         if form not in ("image", "vector") or any(not isinstance(each, slice) for each in keys):
             self._indexed(node, source, keys, before)
             return
-        starts = self._starts(node, keys, before)
+        starts = [self._run(node, each, size)[0] for each, size in zip(keys, before, strict=True)]
         self._same(node, source)
         if out[0] != before[0]:
             raise self._unsupported(node)
@@ -124,9 +124,8 @@ class Shapes(Values):
         self._same(node, source)
         for dim in cut:
             if isinstance(named[dim], slice):
-                start = self._starts(node, named[: dim + 1], before)[dim]
-                ends = [None if end is None else self._number(end, node) for end in (named[dim].start, named[dim].stop)]
-                self._part(node, source, dim, start, len(range(*slice(*ends).indices(before[dim]))), dropped=False)
+                start, count = self._run(node, named[dim], before[dim])
+                self._part(node, source, dim, start, count, dropped=False)
             else:
                 place = self._number(named[dim], node) % before[dim]
                 self._part(node, source, dim, place, 1, dropped=True, chunks=True)
@@ -180,16 +179,13 @@ class Shapes(Values):
             keys += [slice(None)] * (len(shape) - named)
         return keys
 
-    def _starts(self, node: fx.Node, keys: list[Any], shape: tuple[int, ...]) -> list[int]:
-        """Where slices of the first axes begin."""
-        starts = []
-        for size, each in zip(shape, keys, strict=False):
-            ends = [None if end is None else self._number(end, node) for end in (each.start, each.stop, each.step)]
-            start, _, step = slice(*ends).indices(size)
-            if step != 1:
-                raise self._unsupported(node)
-            starts.append(start)
-        return starts
+    def _run(self, node: fx.Node, key: slice, size: int) -> tuple[int, int]:
+        """The first element that a slice keeps of `size`, and how many."""
+        ends = [None if end is None else self._number(end, node) for end in (key.start, key.stop, key.step)]
+        kept = range(size)[slice(*ends)]
+        if kept.step != 1:
+            raise self._unsupported(node)
+        return kept.start, len(kept)
 
     def _crop(self, node: fx.Node, source: fx.Node, cut: Pads) -> None:
         before, after = cut

@@ -24,7 +24,9 @@ from profilers.ops import KINDS, OpSpec
 class TracedOp:
     """An operator with the modules it came from; `inputs` are names of earlier ones or of the network's inputs.
 
-    module: dotted name of the module that holds the weights, or of a `parameter` that is read as it is.
+    name: the module's dotted name, or a name made from the operation where there is no module.
+    module, batch_norm: dotted names of the modules that hold the weights; `module` also of a `parameter` that is read
+    as it is.
     start: a slice's first channel, a chunk's number. numbers: the slope of a `prelu` without weights, what a scalar
     operator without a parameter adds or multiplies by, the bounds of a `clip`, the scale of an `attention`. factors: of
     the weights, after a batch-norm; numbers, or names of parameters. constants: what the operator reads that the

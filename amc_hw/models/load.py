@@ -178,7 +178,7 @@ def _from_timm(spec: Spec) -> _Built:
         import timm  # type: ignore[import-not-found, import-untyped, unused-ignore]
     except ImportError as exc:
         raise UserError(f"{str(spec)!r} needs timm: pip install timm") from exc
-    if spec.path not in timm.list_models():
+    if ":" not in (spec.path or "") and not timm.is_model(spec.path or ""):
         raise unknown_name("timm model", spec.path or "", timm.list_models(), listed=False)
     try:
         module: Any = timm.create_model(spec.path or "", **{**guess_options(spec), "pretrained": False})

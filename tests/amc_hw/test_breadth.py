@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from networks import FORMATS, Net, frozen_of, halved, mask_channels
+from networks import FORMATS, Net, frozen_of, halved, mask_channels, with_statistics
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -370,12 +370,7 @@ HALVES = {  # MACs at half widths over those at full widths
 @pytest.mark.parametrize("name", HALVES)
 def test_torchvision_networks_at_half_widths(name: str, tmp_path: Path) -> None:
     """MACs fall, the smaller network is the masked one, and both exports are it, too."""
-    net = load_model(f"torchvision:{name}").module
-    for part in net.modules():
-        if isinstance(part, nn.BatchNorm2d):
-            assert part.running_mean is not None and part.running_var is not None
-            part.running_mean.normal_(0, 0.1)
-            part.running_var.uniform_(0.5, 1.5)
+    net = with_statistics(load_model(f"torchvision:{name}").module)
     graph = build_graph(net, (3, 224, 224))
     half = halved(graph)
     assert graph.macs(half) <= HALVES[name] * graph.macs()

@@ -396,9 +396,10 @@ def test_timm(monkeypatch: pytest.MonkeyPatch) -> None:
         object.__setattr__(module, "pretrained_cfg", config)
         return module
 
-    monkeypatch.setitem(
-        sys.modules, "timm", types.SimpleNamespace(create_model=create_model, list_models=lambda: ["tiny"])
-    )
+    stub = types.SimpleNamespace(create_model=create_model, list_models=lambda: ["tiny"])
+    stub.is_model = lambda name: name.partition(".")[0] == "tiny"  # perhaps with the tag of its weights
+    monkeypatch.setitem(sys.modules, "timm", stub)
+    assert load_model("timm:tiny.of_1k?num_classes=6").input_shape == (3, 48, 48)
     loaded = load_model("timm:tiny?num_classes=6")
     assert loaded.input_shape == (3, 48, 48) and loaded.mean == (0.5,) * 3 and loaded.std == (0.25,) * 3
     assert "cannot be built" in fails("timm:tiny?depth=3")

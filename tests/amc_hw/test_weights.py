@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from networks import Net, frozen_of, halved, mask_channels
+from networks import Net, frozen_of, halved, mask_channels, with_statistics
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -40,12 +40,7 @@ def right(net: nn.Module, shape: tuple[int, int, int] = IMAGE) -> LayerGraph:
     """The graph of a network whose operators compute what it does, for one, two and three images, at full and at half
     width."""
     torch.manual_seed(0)
-    for part in net.modules():
-        if isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d):
-            assert part.running_mean is not None and part.running_var is not None
-            part.running_mean.normal_(0, 0.3)
-            part.running_var.uniform_(0.5, 1.5)
-    graph = build_graph(net.eval(), shape)
+    graph = build_graph(with_statistics(net, 0.3), shape)
     kept = keep_channels(net, graph, halved(graph))
     small, masked = slice_channels(net, graph, kept), mask_channels(net, graph, kept)
     for count in (1, 2, 3):
