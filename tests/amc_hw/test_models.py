@@ -389,8 +389,11 @@ def test_timm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
     assert "pip install timm" in fails("timm:resnet10t")
 
+    asked: list[str] = []
+
     def create_model(name: str, *, pretrained: bool, num_classes: int) -> nn.Module:
-        assert name == "tiny" and not pretrained
+        asked.append(name)
+        assert not pretrained
         module = nn.Sequential(nn.Conv2d(3, num_classes, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
         config = {"input_size": (3, 48, 48), "mean": (0.5,) * 3, "std": (0.25,) * 3}
         object.__setattr__(module, "pretrained_cfg", config)
@@ -402,6 +405,7 @@ def test_timm(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_model("timm:tiny.of_1k?num_classes=6").input_shape == (3, 48, 48)
     loaded = load_model("timm:tiny?num_classes=6")
     assert loaded.input_shape == (3, 48, 48) and loaded.mean == (0.5,) * 3 and loaded.std == (0.25,) * 3
+    assert asked == ["tiny.of_1k", "tiny"]
     assert "cannot be built" in fails("timm:tiny?depth=3")
     assert fails("timm:tine") == "unknown timm model 'tine': did you mean tiny?"
 
