@@ -64,7 +64,8 @@ class BenchmarkRun:
     timed: the timed runs, never the warm-up. ops: in run order, empty where the log has no table. The oldest builds
     profile the warm-up too, so their operators are means over both.
     delegate: name of the delegate that was applied, several joined by "+"; delegate_kernels: how many parts of the
-    graph it runs, where the log counts them; partial: it runs only a part of the graph.
+    graph it runs, where the log counts them; partial: it runs only a part of the graph. ignored: flags that the program
+    does not know.
     """
 
     model: str | None
@@ -75,6 +76,7 @@ class BenchmarkRun:
     delegate: str | None
     delegate_kernels: int | None
     partial: bool
+    ignored: tuple[str, ...] = ()
 
 
 def read_log(text: str | bytes, *, name: str) -> BenchmarkRun:
@@ -111,6 +113,7 @@ def read_log(text: str | bytes, *, name: str) -> BenchmarkRun:
         delegate="+".join(dict.fromkeys(delegates)) or None,
         delegate_kernels=sum(kernels) if kernels else None,
         partial=any(line.groups[1] for line in applied),
+        ignored=tuple(flag for line in log.find(".*Unconsumed cmdline flags: (.+)") for flag in line.groups[0].split()),
     )
 
 

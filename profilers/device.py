@@ -33,7 +33,9 @@ class DeviceConfig:
     sha256: where that program is to be had, and its checksum; python: the interpreter there; affinity: "any", "big" or
     a hexadecimal mask of cores; workdir: a folder for our files; lock: a path there, empty for one in workdir, and
     lock_wait_s: how long to wait for who holds it; fixed_performance: whether Android is to keep its clocks while it is
-    timed; root: whether governors may be set.
+    timed; root: whether governors may be set. delegate: what runs a TFLite model there in place of the CPU, "gpu",
+    "nnapi" or the path of a library on the device; delegate_options: the backend of a GPU, the accelerator of NNAPI, or
+    what such a library takes.
     gpu: index or UUID of a CUDA GPU; execution: PyTorch's "eager", "compile" or "graph"; layout: "channels_first" or
     "channels_last"; provider: of ONNX Runtime on a GPU, "cuda" or "tensorrt"; clock: "events" of the GPU, or "host",
     launches included; flush_l2: whether the L2 cache is emptied before every run; shared: whether others may use it.
@@ -68,6 +70,8 @@ class DeviceConfig:
     fixed_performance: bool = True
     root: bool = False
     slowest_s: float = 1.25
+    delegate: str = ""
+    delegate_options: str = ""
     gpu: str = ""
     execution: str = "eager"
     layout: str = "channels_first"
@@ -95,8 +99,18 @@ class DeviceConfig:
             raise UserError(f"device {self.name}: lock_wait_s must not be negative")
         if (self.serials or self.serial or self.address) and self.target not in MANY:
             raise UserError(f"device {self.name}: it is not reached over ADB: leave serials and addresses out")
+        if (self.delegate or self.delegate_options) and self.target != "adb":
+            raise UserError(f"device {self.name}: delegates are of devices over ADB: leave them out")
+        if self.delegate_options and not self.delegate:
+            raise UserError(f"device {self.name}: delegate_options without a delegate")
         if self.serials and (self.serial or self.address):
             raise UserError(f"device {self.name}: serials stand alone: leave serial and address out")
+
+    @property
+    def whole_only(self) -> bool:
+        """Whether only whole networks tell latencies: where they are quantized, or converted where they begin and end,
+        or run by a delegate, operators that are timed alone do not add up."""
+        return self.dtype == "int8" or bool(self.delegate) or (self.target == "adb" and self.dtype != "float32")
 
     def at(self, serials: Sequence[str]) -> DeviceConfig:
         """The same device, of these serials or addresses; as it is where none is given."""

@@ -162,7 +162,7 @@ def _way(job: ProfileJob, target: Target) -> str:
     is asked to and does not."""
     if job.way in ("alone", "networks"):
         return job.way
-    if job.way == "auto" and target.config.dtype == "int8":
+    if job.way == "auto" and target.config.whole_only:
         return "networks"
     if target.profile_ops(job.unpruned, time_s=0.01) is not None:
         return "context"

@@ -31,7 +31,7 @@ from profilers.processor import CPUINFO, MODEL, processor_name
 from profilers.runtimes import load_runtime
 from profilers.table import Identity
 from profilers.targets import Network, Probe, identity_of
-from profilers.targets.adb_runners import RUNNERS, RUNTIME, Runner
+from profilers.targets.adb_runners import COMPILED, DELEGATES, RUNNERS, RUNTIME, BenchmarkModel, Runner
 from profilers.targets.models import Models
 from profilers.timing import TimingPlan
 
@@ -67,8 +67,14 @@ class AdbTarget:
     def __init__(self, config: DeviceConfig, device: AdbDevice | None = None) -> None:
         if config.runner not in RUNNERS:
             raise UserError(f"device {config.name}: unknown runner {config.runner!r}; known: {', '.join(RUNNERS)}")
-        if config.dtype != "float32":
-            raise UserError(f"device {config.name}: over ADB only float32 is measured, not {config.dtype}")
+        if config.dtype not in (dtypes := RUNNERS[config.runner].dtypes):
+            known = f"{', '.join(dtypes[:-1])} and {dtypes[-1]}"
+            raise UserError(f"device {config.name}: {config.runner} times {known}, not {config.dtype}")
+        if config.delegate and config.runner != BenchmarkModel.name:
+            raise UserError(f"device {config.name}: {BenchmarkModel.name} alone has delegates, not {config.runner}")
+        if config.delegate not in ("", *DELEGATES) and not config.delegate.startswith("/"):
+            known = f"{', '.join(DELEGATES)}, or the path of a library on the device"
+            raise UserError(f"device {config.name}: unknown delegate {config.delegate!r}; known: {known}")
         if RUNTIME.get(config.runner, config.runtime) != config.runtime:
             raise UserError(
                 f"device {config.name}: {config.runner} runs {RUNTIME[config.runner]}, not {config.runtime}"
@@ -411,7 +417,7 @@ class AdbTarget:
         with self._alone(PUSH_S):
             self._free_clocks()
             self.device.run(
-                f"cd {folder} || exit; rm -rf models; rm -f {files}; cd /; rmdir {folder} 2>/dev/null; true"
+                f"cd {folder} || exit; rm -rf models {COMPILED}; rm -f {files}; cd /; rmdir {folder} 2>/dev/null; true"
             )
 
 

@@ -7,6 +7,7 @@ import math
 import re
 import secrets
 import shlex
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -18,7 +19,7 @@ import numpy as np
 
 from profilers import device_runner
 from profilers.adb import AdbDevice
-from profilers.benchmark_log import read_log
+from profilers.benchmark_log import BenchmarkRun, read_log
 from profilers.device import DeviceConfig
 from profilers.errors import DeviceError, UserError
 from profilers.timing import TimingPlan
@@ -29,12 +30,22 @@ VISIT = "amc-hw-visit"  #: begins the output of each of a program's runs
 LEAST_RUNS = 10  #: of a program that is started for every sample
 START_S = 2.0  #: of it
 TIMED_OUT, NO_FOLDER = 124, 90  #: exit codes: of `timeout`, and ours
+#: Of a delegate: what it may take to compile a network, and how long it runs one until its clocks have risen.
+COMPILE_S, WARM_S = 60.0, 0.3
+COMPILED = "compiled"  #: in the work folder, while a job runs: what delegates compiled
+#: `delegate` in a configuration -> its name in a log, and the flags for it, for half precision, for `delegate_options`.
+DELEGATES = {
+    "gpu": ("GPU", "--use_gpu=true", "--gpu_precision_loss_allowed", "--gpu_backend"),
+    # what NNAPI has no driver for would run on its reference implementation, unseen
+    "nnapi": ("NNAPI", "--use_nnapi=true --disable_nnapi_cpu=true", "--nnapi_allow_fp16", "--nnapi_accelerator_name"),
+}
 
 
 class Runner(ABC):
-    """Times models that lie on the device. `program`: whether it is one that the user brings."""
+    """Times models that lie on the device. `program`: whether it is one that the user brings. `dtypes`: of networks."""
 
     program = True
+    dtypes: tuple[str, ...] = ("float32", "int8")
 
     def __init__(self, config: DeviceConfig, device: AdbDevice) -> None:
         self.config, self.device, self.work = config, device, shlex.quote(config.workdir)
@@ -189,6 +200,11 @@ class ProgramRunner(Runner):
     def seconds(self, plan: TimingPlan, models: int) -> float:
         return super().seconds(plan, models) + START_S * plan.rounds * models
 
+    @property
+    def begin(self) -> tuple[str, ...]:
+        """Commands of a job before its runs."""
+        return ()
+
     @abstractmethod
     def flags(self, model: str, plan: TimingPlan) -> str:
         """Its arguments, quoted."""
@@ -200,13 +216,13 @@ class ProgramRunner(Runner):
     def time(self, models: Sequence[str], plan: TimingPlan, seed: int, prefix: str) -> list[list[float]]:
         order = np.random.default_rng(seed)
         visits = [int(index) for _ in range(plan.rounds) for index in order.permutation(len(models))]
-        lines = ["#!/bin/sh"]
+        lines = ["#!/bin/sh", *self.begin]
         for index in visits:
             run = f"{prefix}{shlex.quote(self.path)} {self.flags(models[index], plan)}"
             lines += [
                 f"rm -f {self.output}; {run} > run.txt 2>&1; code=$?",
                 f"{{ echo {VISIT}; cat {self.output}; }} >> out.txt",
-                "[ $code = 0 ] || { tail -n 1 run.txt; exit $code; }",
+                "[ $code = 0 ] || { grep -m 1 ERROR run.txt || tail -n 1 run.txt; exit $code; }",
             ]
         self.device.push("\n".join(lines).encode() + b"\n", f"{self.config.workdir}/job.sh")
         code, said = self.job("sh job.sh", removes="out.txt", seconds=self.seconds(plan, len(models)))
@@ -225,21 +241,81 @@ class ProgramRunner(Runner):
 
 
 class BenchmarkModel(ProgramRunner):
-    """Google's `benchmark_model`, of TFLite and of LiteRT."""
+    """Google's `benchmark_model`, of TFLite and of LiteRT, on the CPU or with a delegate."""
 
     name = "benchmark_model"
     output = "run.txt"
+    dtypes = ("float32", "float16", "int8")
+
+    @cached_property
+    def _asked(self) -> tuple[str, list[str]]:
+        """The delegate by its name in a log, and the flags that it takes; ("", []) where TFLite may do as it likes."""
+        delegate, options = self.config.delegate, self.config.delegate_options
+        if delegate in DELEGATES:
+            name, asks, half, option = DELEGATES[delegate]
+            flags = [*asks.split(), f"{half}={str(self.config.dtype != 'float32').lower()}"]
+            return name, flags + ([f"{option}={options}"] if options else [])
+        if delegate:
+            more = [f"--external_delegate_options={options}"] if options else []
+            return "EXTERNAL", [f"--external_delegate_path={delegate}", *more]
+        if self.config.dtype == "float16":
+            return "XNNPACK", ["--use_xnnpack=true", "--xnnpack_force_fp16=true"]
+        return "", []
+
+    @property
+    def begin(self) -> tuple[str, ...]:
+        return (f"rm -rf {COMPILED}; mkdir {COMPILED}",) if self.config.delegate in DELEGATES else ()
+
+    def version(self) -> str:
+        version, delegate, options = super().version(), self.config.delegate, self.config.delegate_options
+        if not delegate:
+            return version
+        if delegate not in DELEGATES:
+            code, text = self.device.try_run(f"sha256sum < {shlex.quote(delegate)}")
+            if code != 0:
+                raise DeviceError(f"{self.device.name}: there is no {delegate}: put the delegate's library there")
+            delegate = f"{Path(delegate).name} {text.split()[0][:12]}"
+        return f"{version}, delegate {delegate}" + (f" ({options})" if options else "")
+
+    def seconds(self, plan: TimingPlan, models: int) -> float:
+        more = models * (COMPILE_S + WARM_S * plan.rounds) if self.config.delegate else 0.0
+        return super().seconds(plan, models) + more
 
     def flags(self, model: str, plan: TimingPlan) -> str:
+        _, asked = self._asked
+        warm_s = WARM_S if self.config.delegate else 0
+        if self.config.delegate in DELEGATES:  # compiled once, not anew by every run
+            place = f"{self.config.workdir}/{COMPILED}"
+            asked = [*asked, f"--delegate_serialize_dir={place}", f"--delegate_serialize_token={Path(model).stem}"]
         return (
             f"{shlex.quote(f'--graph={model}')} --num_threads={self.config.threads} "
-            f"--warmup_runs=1 --warmup_min_secs=0 --num_runs={plan.min_runs} --min_secs={plan.burst_s} "
-            f"--max_secs={max(1.0, 20 * plan.burst_s)}"
-        )
+            f"--warmup_runs=1 --warmup_min_secs={warm_s} --num_runs={plan.min_runs} --min_secs={plan.burst_s} "
+            f"--max_secs={max(1.0, 20 * plan.burst_s)} {' '.join(map(shlex.quote, asked))}"
+        ).rstrip()
 
     def read_ms(self, text: bytes, plan: TimingPlan) -> float:
-        timed = read_log(text, name=f"{self.device.name}, {self.name}").timed
-        return timed.mean_ms if timed.median_ms is None else timed.median_ms
+        run = read_log(text, name=f"{self.device.name}, {self.name}")
+        self._check(run)
+        return run.timed.mean_ms if run.timed.median_ms is None else run.timed.median_ms
+
+    def _check(self, run: BenchmarkRun) -> None:
+        """UserError where the delegate that was asked for did not run, a warning where it ran only a part."""
+        name, asked = self._asked
+        ignored = {flag.partition("=")[0] for flag in run.ignored}
+        if unknown := [flag for flag in asked if flag.partition("=")[0] in ignored]:
+            raise UserError(
+                f"{self.device.name}: this build of {self.name} does not know {unknown[0]}: put another there"
+            )
+        if name and name not in (run.delegate or "").split("+"):
+            raise UserError(
+                f"{self.device.name}: {self.name} did not apply the {name} delegate, and ran the network on the CPU: "
+                f"see what it says there, {self.config.workdir}/run.txt"
+            )
+        if name and run.partial:
+            parts = "a part" if run.delegate_kernels in (None, 1) else f"{run.delegate_kernels} parts"
+            warnings.warn(
+                f"{self.device.name}: the {name} delegate runs {parts} of a network, the CPU the rest", stacklevel=2
+            )
 
 
 class PerfTest(ProgramRunner):

@@ -4,12 +4,15 @@
 import statistics
 import sys
 import time
+from pathlib import Path
 
 import numpy
 from ai_edge_litert.interpreter import Interpreter
 
 flags = dict(argument.removeprefix("--").split("=", 1) for argument in sys.argv[1:])
-unknown = set(flags) - {"graph", "num_threads", "warmup_runs", "warmup_min_secs", "num_runs", "min_secs", "max_secs"}
+known = {"graph", "num_threads", "warmup_runs", "warmup_min_secs", "num_runs", "min_secs", "max_secs"}
+known |= {"use_gpu", "gpu_precision_loss_allowed", "delegate_serialize_dir", "delegate_serialize_token"}
+unknown = set(flags) - known
 if unknown:
     sys.exit(f"ERROR: Unrecognized commandline flags: {sorted(unknown)}")
 print("INFO: STARTING!")
@@ -25,7 +28,13 @@ interpreter.allocate_tensors()
 for source in interpreter.get_input_details():
     value = numpy.random.default_rng(0).standard_normal(source["shape"]).astype(numpy.float32)
     interpreter.set_tensor(source["index"], value)
-print("INFO: Created TensorFlow Lite XNNPACK delegate for CPU.")
+if flags.get("use_gpu") == "true":
+    print("INFO: Created TensorFlow Lite delegate for GPU.")
+    if "delegate_serialize_dir" in flags:
+        Path(flags["delegate_serialize_dir"], f"{flags['delegate_serialize_token']}.bin").write_bytes(b"kernels")
+    print("INFO: Explicitly applied GPU delegate, and the model graph will be completely executed by the delegate.")
+else:
+    print("INFO: Created TensorFlow Lite XNNPACK delegate for CPU.")
 init = 1e6 * (time.perf_counter() - begun)
 
 

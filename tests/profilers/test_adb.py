@@ -299,6 +299,141 @@ def test_a_benchmark_model_that_fails_is_an_error(config: DeviceConfig, tmp_path
         target.time_networks(NETWORKS, PLAN, seed=0)
 
 
+FULLY = "Explicitly applied {} delegate, and the model graph will be completely executed by the delegate."
+ACCELERATED = [  # keys of a configuration, the flags they become, what the log calls the delegate
+    ({"dtype": "float16"}, "--use_xnnpack=true --xnnpack_force_fp16=true", "XNNPACK"),
+    ({"delegate": "gpu"}, "--use_gpu=true --gpu_precision_loss_allowed=false", "GPU"),
+    (
+        {"delegate": "gpu", "dtype": "float16", "delegate_options": "cl"},
+        "--use_gpu=true --gpu_precision_loss_allowed=true --gpu_backend=cl",
+        "GPU",
+    ),
+    (
+        {"delegate": "nnapi", "dtype": "int8", "delegate_options": "google-edgetpu"},
+        "--use_nnapi=true --disable_nnapi_cpu=true --nnapi_allow_fp16=true --nnapi_accelerator_name=google-edgetpu",
+        "NNAPI",
+    ),
+    (
+        {"delegate": "LIBRARY", "dtype": "int8", "delegate_options": "backend_type:htp;a:b c"},
+        "--external_delegate_path=LIBRARY --external_delegate_options=backend_type:htp;a:b c",
+        "EXTERNAL",
+    ),
+]
+
+
+def accelerated(config: DeviceConfig, folder: Path, line: str, **keys: str) -> AdbTarget:
+    """A phone whose benchmark_model says `line` before it times, and keeps its arguments."""
+    library, program = folder / "lib delegate.so", folder / "benchmark_model"
+    library.write_bytes(b"a delegate")
+    told = f"echo {shlex.quote(line)}; printf '%s\\n' \"$@\" > {shlex.quote(str(folder / 'arguments'))}"
+    program.write_text(BENCHMARK_MODEL.replace('echo "STARTING!"', f'echo "STARTING!"; {told}'))
+    keys = {key: value.replace("LIBRARY", str(library)) for key, value in keys.items()}
+    target = AdbTarget(replace(config, runner="benchmark_model", **keys), device(Folder()))
+    target.setup(program)
+    return target
+
+
+@needs_litert
+@pytest.mark.parametrize(("keys", "flags", "name"), ACCELERATED)
+def test_half_precision_and_delegates_are_asked_for(
+    config: DeviceConfig, tmp_path: Path, keys: dict[str, str], flags: str, name: str
+) -> None:
+    target = accelerated(config, tmp_path, f"INFO: {FULLY.format(name)}", **keys)
+    samples = target.time_networks(NETWORKS, PLAN, seed=0)
+    assert samples == [[len(target._model(network)) / 1000] * 3 for network in NETWORKS]
+    given = (tmp_path / "arguments").read_text().splitlines()
+    wanted = flags.replace("LIBRARY", str(tmp_path / "lib delegate.so")).replace(" --", "\n--").splitlines()
+    assert given[7 : 7 + len(wanted)] == wanted
+    assert target.config.whole_only and target.identity().dtype == keys.get("dtype", "float32")
+    cached = [flag for flag in given if flag.startswith("--delegate_serialize")]
+    models = [path.stem for path in Path(config.workdir, "models").iterdir()]
+    if keys.get("delegate") in ("gpu", "nnapi"):
+        assert (
+            cached[0] == f"--delegate_serialize_dir={config.workdir}/compiled"
+            and Path(config.workdir, "compiled").is_dir()
+        )
+        assert cached[1].rpartition("=")[2] in models
+    else:
+        assert not cached
+    assert ("--warmup_min_secs=0.3" in given) == ("delegate" in keys)
+    target.clean()
+    assert not Path(config.workdir).exists()
+
+
+@needs_litert
+def test_a_delegate_is_part_of_what_a_table_is_of(config: DeviceConfig, tmp_path: Path) -> None:
+    versions = [
+        accelerated(config, tmp_path, "", **keys).identity().runtime_version
+        for keys in ({}, *(keys for keys, _, _ in ACCELERATED))
+    ]
+    assert len(set(versions)) == 5 and versions[0] == versions[1]  # half precision on the CPU is a dtype
+    assert versions[3].endswith(", delegate gpu (cl)")
+    assert versions[5].startswith(f"{versions[0]}, delegate lib delegate.so ") and versions[5].endswith(
+        "(backend_type:htp;a:b c)"
+    )
+    (tmp_path / "lib delegate.so").unlink()
+    target = AdbTarget(replace(config, runner="benchmark_model", delegate="/nowhere/lib.so"), device(Folder()))
+    target.setup(tmp_path / "benchmark_model")
+    with pytest.raises(DeviceError, match="phone: there is no /nowhere/lib.so: put the delegate's library there"):
+        target.identity()
+
+
+@needs_litert
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("INFO: Created TensorFlow Lite XNNPACK delegate for CPU.", "did not apply the GPU delegate, and ran .* CPU"),
+        (
+            "Though GPU delegate is explicitly applied, the model graph will not be executed by the delegate.",
+            "on the CPU",
+        ),
+        (FULLY.format("NNAPI"), "did not apply the GPU delegate"),
+        (
+            "WARN: Unconsumed cmdline flags: --use_gpu=true --delegate_serialize_dir=x",
+            "this build of benchmark_model does not know --use_gpu=true",
+        ),
+    ],
+)
+def test_a_delegate_that_does_not_run_is_an_error(config: DeviceConfig, tmp_path: Path, line: str, words: str) -> None:
+    target = accelerated(config, tmp_path, line, delegate="gpu")
+    with pytest.raises(DeviceError, match=words):
+        target.time_networks(NETWORKS, PLAN, seed=0)
+
+
+@needs_litert
+def test_a_delegate_that_runs_a_part_is_told(config: DeviceConfig, tmp_path: Path) -> None:
+    line = (
+        FULLY.format("GPU").replace("completely", "partially").replace("delegate.", "delegate w/ 3 delegate kernels.")
+    )
+    target = accelerated(config, tmp_path, line, delegate="gpu")
+    with pytest.warns(UserWarning, match="the GPU delegate runs 3 parts of a network, the CPU the rest"):
+        assert len(target.time_networks(NETWORKS, PLAN, seed=0)) == 2
+
+
+@needs_litert
+def test_a_build_that_keeps_nothing_compiled_will_do(config: DeviceConfig, tmp_path: Path) -> None:
+    lines = f"WARN: Unconsumed cmdline flags: --delegate_serialize_dir=x\n{FULLY.format('GPU')}"
+    target = accelerated(config, tmp_path, lines, delegate="gpu")
+    assert len(target.time_networks(NETWORKS, PLAN, seed=0)) == 2
+
+
+@needs_litert
+@pytest.mark.parametrize("runtime", ["litert", "onnxruntime"])
+def test_int8_networks_are_timed_on_the_device(config: DeviceConfig, runtime: str) -> None:
+    """Quantized here, run there: what arrives is smaller, and its times are another table's."""
+    pytest.importorskip("ai_edge_quantizer")
+    float32, int8 = (
+        AdbTarget(replace(config, runtime=runtime, dtype=dtype), device(Folder())) for dtype in ("float32", "int8")
+    )
+    large = [Network(small(512))]
+    samples = [target.time_networks(large, PLAN, seed=0) for target in (float32, int8)]
+    assert all(ms > 0 for each in samples for ms in each[0])
+    sizes = sorted(path.stat().st_size for path in Path(config.workdir, "models").iterdir())
+    assert len(sizes) == 2 and sizes[0] < 0.6 * sizes[1]
+    assert replace(float32.identity(), dtype="int8") == int8.identity()
+    assert int8.config.whole_only and not float32.config.whole_only
+
+
 PERF_TEST = """#!{python}
 import os, sys, time
 import numpy, onnxruntime
@@ -865,8 +1000,14 @@ def test_a_file_that_the_device_refuses_is_no_fault_of_the_cable(adb_program: Ca
 def test_unknown_runners_and_dtypes_are_named() -> None:
     with pytest.raises(UserError, match="unknown runner 'abacus'; known: python, benchmark_model, onnx"):
         open_target(DeviceConfig("x", "adb", "litert", runner="abacus"))
-    with pytest.raises(UserError, match="only float32"):
-        open_target(DeviceConfig("x", "adb", "litert", dtype="int8"))
+    with pytest.raises(UserError, match="python times float32 and int8, not float16"):
+        open_target(DeviceConfig("x", "adb", "litert", dtype="float16"))
+    with pytest.raises(UserError, match="benchmark_model times float32, float16 and int8, not tf32"):
+        open_target(DeviceConfig("x", "adb", "litert", runner="benchmark_model", dtype="tf32"))
+    with pytest.raises(UserError, match="benchmark_model alone has delegates, not python"):
+        open_target(DeviceConfig("x", "adb", "litert", delegate="gpu"))
+    with pytest.raises(UserError, match="unknown delegate 'dsp'; known: gpu, nnapi, or the path of a library"):
+        open_target(DeviceConfig("x", "adb", "litert", runner="benchmark_model", delegate="dsp"))
     with pytest.raises(UserError, match="onnxruntime_perf_test runs onnxruntime, not litert"):
         open_target(DeviceConfig("x", "adb", "litert", runner="onnxruntime_perf_test"))
 

@@ -306,6 +306,15 @@ def test_delegates(lines: str, delegate: str | None, kernels: int | None, partia
     assert (run.delegate, run.delegate_kernels, run.partial) == (delegate, kernels, partial)
 
 
+def test_flags_that_the_program_does_not_know() -> None:
+    line = "WARN: Unconsumed cmdline flags: --use_gpu=true --gpu_backend=cl"
+    assert read_log(swap(NEW, "The input model", f"{line}\nThe input model"), name="a.txt").ignored == (
+        "--use_gpu=true",
+        "--gpu_backend=cl",
+    )
+    assert read_log(NEW, name="a.txt").ignored == ()
+
+
 def test_what_a_log_does_not_say_is_none() -> None:
     text = swap(swap(NEW, "Graph: [/data/local/tmp/net.tflite]\n", ""), "Num threads: [4]", "Num threads: [-1]")
     text = swap(swap(text, "#threads used for CPU inference: [4]\n", ""), "[1,224,224,3]", "[1,224,224,3:1,10]")

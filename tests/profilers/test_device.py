@@ -130,6 +130,8 @@ def test_a_device_needs_a_target_and_a_runtime(own: Path, key: str) -> None:
         ("min_time_s = 0", "min_time_s must be positive"),
         ("noise_pct = nan", "noise_pct must be positive"),
         ("slowest_s = 0", "slowest_s must be positive"),
+        ('delegate = "gpu"', "delegates are of devices over ADB: leave them out"),
+        ('delegate_options = "cl"', "delegates are of devices over ADB: leave them out"),
         ('serial = "A"', "it is not reached over ADB: leave serials and addresses out"),
     ],
 )

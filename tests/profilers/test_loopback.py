@@ -132,11 +132,12 @@ def test_a_key_is_made_for_the_user_alone(
     assert (tmp_path / "amc-hw" / "adbkey").stat().st_mode & 0o777 == 0o600
 
 
-def test_times_over_adb_are_those_of_this_machine(config: DeviceConfig) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_times_over_adb_are_those_of_this_machine(config: DeviceConfig, dtype: str) -> None:
     """The transport does not leak into the timing: the same runtime, through the daemon and without it."""
     network, plan = [Network(graph())], TimingPlan(rounds=9, burst_s=0.02)
-    here = open_target(load_device("host-litert"))
-    there = AdbTarget(config)
+    here = open_target(replace(load_device("host-litert"), dtype=dtype))
+    there = AdbTarget(replace(config, dtype=dtype))
     least = [np.inf, np.inf]  # others use this machine: what they do only slows
     for attempt in range(15):
         for index, target in enumerate((here, there)):
@@ -288,7 +289,13 @@ def test_benchmark_model_end_to_end(config: DeviceConfig) -> None:
         float(np.median(each.time_networks(network, TimingPlan(rounds=5), seed=0)[0])) for each in (target, python)
     )
     assert 0.5 < program / script < 2
+    gpu = AdbTarget(replace(target.config, delegate="gpu", dtype="float16"))
+    assert gpu.identity().runtime_version == f"{target.identity().runtime_version}, delegate gpu"
+    assert gpu.time_networks(NETWORKS, PLAN, seed=0)
+    compiled = gpu.device.run(f"ls {shlex.quote(f'{config.workdir}/compiled')}").split()
+    assert len(compiled) == 2 and all(name.endswith(".bin") for name in compiled)
     target.clean()
+    assert gpu.device.try_run(f"test -e {shlex.quote(f'{config.workdir}/compiled')}")[0] == 1
 
 
 def test_onnxruntime_is_there_too(config: DeviceConfig) -> None:
