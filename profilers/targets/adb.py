@@ -26,7 +26,7 @@ from typing import Any
 from profilers.adb import COMMAND_S, AdbDevice, open_device
 from profilers.device import DeviceConfig
 from profilers.errors import DeviceError, UserError
-from profilers.ops import OpGraph
+from profilers.ops import OpGraph, OpNode, OpSpec
 from profilers.processor import CPUINFO, MODEL, processor_name
 from profilers.runtimes import load_runtime
 from profilers.table import Identity
@@ -202,7 +202,20 @@ class AdbTarget:
             hot = status is not None and status >= SEVERE
             text = "not told" if status is None else f"status {status}" + (": let it cool" if hot else "")
             probes.append(Probe("temperature", not hot, text))
+            if self.config.whole_only:
+                probes.append(self._tried())
         return probes
+
+    def _tried(self) -> Probe:
+        """Whether a network of one convolution runs in this dtype and by this delegate."""
+        op = OpSpec("conv", (8,), 16, 16, 8, kernel=(3, 3), padding=(1, 1))
+        network = Network(OpGraph((OpNode("conv", op, (OpGraph.INPUT,)),), (8, 16, 16), ("conv",)))
+        what = " by ".join(part for part in (self.config.dtype, self.config.delegate) if part)
+        try:
+            self.time_networks([network], TimingPlan(rounds=1, min_runs=1), seed=0)
+        except DeviceError as error:
+            return Probe("trial", False, f"{what}: {error}")
+        return Probe("trial", True, f"{what} runs")
 
     # Timing
 

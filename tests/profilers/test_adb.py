@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -356,6 +357,7 @@ def test_half_precision_and_delegates_are_asked_for(
     else:
         assert not cached
     assert ("--warmup_min_secs=0.3" in given) == ("delegate" in keys)
+    assert target.probes()[-1].text.endswith(" runs")
     target.clean()
     assert not Path(config.workdir).exists()
 
@@ -398,6 +400,8 @@ def test_a_delegate_that_does_not_run_is_an_error(config: DeviceConfig, tmp_path
     target = accelerated(config, tmp_path, line, delegate="gpu")
     with pytest.raises(DeviceError, match=words):
         target.time_networks(NETWORKS, PLAN, seed=0)
+    *others, tried = target.probes()
+    assert all(probe.ok for probe in others) and not tried.ok and re.search(f"float32 by gpu: .*{words}", tried.text)
 
 
 @needs_litert
@@ -405,8 +409,8 @@ def test_a_delegate_that_runs_a_part_is_told(config: DeviceConfig, tmp_path: Pat
     line = (
         FULLY.format("GPU").replace("completely", "partially").replace("delegate.", "delegate w/ 3 delegate kernels.")
     )
-    target = accelerated(config, tmp_path, line, delegate="gpu")
     with pytest.warns(UserWarning, match="the GPU delegate runs 3 parts of a network, the CPU the rest"):
+        target = accelerated(config, tmp_path, line, delegate="gpu")
         assert len(target.time_networks(NETWORKS, PLAN, seed=0)) == 2
 
 
