@@ -221,6 +221,9 @@ class _Rounds:
             self._learn(self._time(_pilots(self.problem, self.seed)))
         self._judge_uniform()
         for number in range(ROUNDS if by_latency else 1):
+            if number:
+                why = "measured policies leave much of the budget" if self.met else "no measured policy met the budget"
+                self.progress(0, method.planned(number), f"{why}: {method.planned(number)} more episodes")
             limit = self._round(method, number)
             inside = [one for one in _ranked(self.found.values()) if keeps(one.cost, limit)]
             known = self.met | self.uniform | set(self.missed)

@@ -144,9 +144,16 @@ def quiet(done: int, total: int, text: str) -> None:
     assert 0 <= done <= total and text
 
 
-def search(problem: Problem, path: Path, *, seed: int = 0, episodes: int = EPISODES) -> Outcome:
+def search(
+    problem: Problem, path: Path, *, seed: int = 0, episodes: int = EPISODES, said: list[str] | None = None
+) -> Outcome:
+    def progress(done: int, total: int, text: str) -> None:
+        quiet(done, total, text)
+        if said is not None:
+            said.append(text)
+
     journal = Journal(path / "metrics.jsonl", {"schema_version": 1, "seed": seed})
-    return run_search(problem, journal, method="ddpg", episodes=episodes, seed=seed, progress=quiet)
+    return run_search(problem, journal, method="ddpg", episodes=episodes, seed=seed, progress=progress)
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -230,16 +237,18 @@ def surprising(share: float) -> Target:
 
 
 def test_candidates_that_miss_correct_the_table_for_another_round(tmp_path: Path) -> None:
-    target = surprising(1.8)
-    outcome = search(target.problem(), tmp_path)
+    target, said = surprising(1.8), list[str]()
+    outcome = search(target.problem(), tmp_path, said=said)
+    assert said.count("no measured policy met the budget: 10 more episodes") == 1
     assert all(target.used(target.one(widths)) > 1.02 for widths in target.batches[1])
     assert len(target.batches) == 3 and outcome.episodes == EPISODES + 10
     assert target.used_by(outcome) <= 1.02 and outcome.widths in target.batches[2]
 
 
 def test_candidates_that_leave_a_part_of_the_budget_get_a_spare_round(tmp_path: Path) -> None:
-    target = surprising(0.8)
-    outcome = search(target.problem(), tmp_path)
+    target, said = surprising(0.8), list[str]()
+    outcome = search(target.problem(), tmp_path, said=said)
+    assert said.count("measured policies leave much of the budget: 10 more episodes") == 1
     first = target.batches[1]
     spent = max(target.used(target.one(widths)) for widths in first)
     assert spent <= 0.8 + 1e-6 and target.used_by(outcome) <= 1.02
