@@ -15,7 +15,7 @@ from torch import nn
 from amc_hw.compare import CompareConfig, compare, plan_compare
 from amc_hw.errors import DeviceError, TableError, UserError
 from amc_hw.evaluate import Evaluator, check_expected, warn_of_guessing
-from amc_hw.export import FORMATS, RUNTIME_OF, SUFFIXES, export_int8, export_network
+from amc_hw.export import FORMATS, MARK, RUNTIME_OF, SUFFIXES, export_int8, export_network
 from amc_hw.find import (
     BUDGETS,
     LOAD_ROUNDS,
@@ -29,6 +29,7 @@ from amc_hw.find import (
 )
 from amc_hw.finetune import LAYER_NORM_LR, PRECISIONS, USUAL_LR, FinetuneConfig, finetune, plan_finetune
 from amc_hw.graph import LayerGraph
+from amc_hw.models import LoadedModel
 from amc_hw.plots import check_picture, save_predictions
 from amc_hw.policy import Policy, load_policy
 from amc_hw.pretrain import DEFAULT_DATA, DEFAULT_MODEL, checkpoint_for
@@ -49,6 +50,7 @@ from amc_hw.weights import folded_weights
 from profilers import import_log as import_logs
 from profilers.device import DTYPES, device_names, load_device
 from profilers.farm import run_steps
+from profilers.files import check_replaceable
 from profilers.multiple import channel_multiple
 from profilers.ops import OpGraph, digest
 from profilers.predictor import Predictor
@@ -116,6 +118,7 @@ TOLERANCE_PCT, MAX_MINUTES = 4.0, 10.0  #: of `profile`
 KNOWN_BY_HEART = 0.999  #: an accuracy that images have which a network was trained on
 VALIDATION = 1000  #: begins the seeds of networks that no profile draws
 INT8_IMAGES = 200  #: that an int8 export is calibrated on
+ROUGH = 0.1  #: root mean square difference over outputs, above which an int8 export warns
 CHECK_IMAGES = 32  #: real inputs on which an export is compared with PyTorch
 
 
@@ -507,7 +510,8 @@ def export(
     calibrate = calibrate if data is None else None
     task = load_task(pruned.model, data=data or images, evaluate=evaluate, calibrate=calibrate)
     network = pruned.graph.op_graph(pruned.widths, batch=batch)
-    return _export(pruned.module, pruned.graph, network, task, file_format=file_format, out=out, int8=int8)
+    about = _about(pruned.model, calibrate, file_format)
+    return _export(pruned.module, pruned.graph, network, task, about, file_format=file_format, out=out, int8=int8)
 
 
 def export_unpruned(
@@ -528,23 +532,50 @@ def export_unpruned(
     loaded, graph = load_graph(model, input_shape=input_shape, checkpoint=checkpoint)
     task = load_task(loaded, data=data, evaluate=evaluate, calibrate=calibrate)
     network = graph.op_graph(batch=batch)
-    return _export(loaded.module, graph, network, task, file_format=file_format, out=out, int8=int8)
+    about = _about(loaded, calibrate, file_format)
+    return _export(loaded.module, graph, network, task, about, file_format=file_format, out=out, int8=int8)
 
 
 def _check_named(out: Path, file_format: str) -> None:
     if SUFFIXES.get(out.suffix, file_format) != file_format:
         raise UserError(f"{out} is named as a file of {SUFFIXES[out.suffix]}, not of --format {file_format}")
+    if file_format == "torch" and out.suffix != ".pt2":
+        raise UserError(f"{out}: the name of a torch file ends in .pt2, torch.export.load takes no other")
+    check_replaceable(out, MARK)
+
+
+def _about(loaded: LoadedModel, calibrate: str | None, file_format: str) -> dict[str, Any]:
+    """What someone who runs an exported file has to know: for its metadata, and for the result."""
+    layout = "channels_last" if file_format == "tflite" else "channels_first"
+    images = {} if calibrate else {"mean": list(loaded.mean), "std": list(loaded.std)}
+    return {"model": loaded.spec, "layout": layout, **images}
 
 
 def _export(
-    module: nn.Module, graph: LayerGraph, network: OpGraph, task: Task, *, file_format: str, out: Path, int8: bool
+    module: nn.Module,
+    graph: LayerGraph,
+    network: OpGraph,
+    task: Task,
+    about: dict[str, Any],
+    *,
+    file_format: str,
+    out: Path,
+    int8: bool,
 ) -> dict[str, Any]:
+    told = {name: value for name, value in about.items() if name != "model"}
     if not int8:
-        return export_network(module, graph, network, task.inputs(CHECK_IMAGES), file_format=file_format, out=out)
+        inputs = task.inputs(CHECK_IMAGES)
+        return export_network(module, graph, network, inputs, file_format=file_format, out=out, about=about) | told
     inputs = task.inputs(INT8_IMAGES)
-    found, running = export_int8(module, graph, network, inputs, file_format=file_format, out=out)
+    found, running = export_int8(module, graph, network, inputs, file_format=file_format, out=out, about=about)
+    if found["rms_diff"] > ROUGH:
+        warnings.warn(
+            f"the outputs of {out} differ by {100 * found['rms_diff']:.0f}% in the root mean square: accuracies that "
+            "compare outputs only may not show it",
+            stacklevel=2,
+        )
     scores = {"accuracy": task.score(running), "float_accuracy": task.score(module)}
-    return found | scores | {"accuracy_split": "evaluate" if task.split == "evaluate" else "held-out"}
+    return found | told | scores | {"accuracy_split": "evaluate" if task.split == "evaluate" else "held-out"}
 
 
 def load_pruned(policy: str | Path) -> nn.Module:

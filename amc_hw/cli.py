@@ -788,10 +788,15 @@ def export(context: click.Context, as_json: bool, policy: Path | None, unpruned:
 def _export_lines(r: dict[str, Any]) -> list[str]:
     several = f" ({', '.join(r['outputs'])})" if len(r.get("outputs", ())) > 1 else ""
     line = f"{r['file']}: {r['bytes']} bytes, outputs{several} within {r['max_abs_diff']:.2g} of PyTorch's"
-    line += f" on {r['images']} inputs"
+    line += f" (largest {r['largest']:.3g}) on {r['images']} inputs"
+    line += f", {100 * r['rms_diff']:.2g}% in the root mean square" if "rms_diff" in r else ""
     if "accuracy" in r:
         line += f"; {_metric(r)} {r['float_accuracy']:.4f} -> {r['accuracy']:.4f} ({r['accuracy_split']})"
-    return [line]
+    if "mean" not in r:
+        return [line]
+    mean, std = (" ".join(f"{value:.4g}" for value in r[name]) for name in ("mean", "std"))
+    layout = r["layout"].replace("_", " ")
+    return [line, f"it reads (x - mean) / std of images x in [0, 1], {layout}: mean {mean}, std {std}"]
 
 
 @cli.command()

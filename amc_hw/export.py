@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from amc_hw.errors import FailedError, UserError
 from amc_hw.graph import LayerGraph
 from amc_hw.refit import Inputs, batches, count_of
 from amc_hw.weights import folded_weights
-from profilers.files import write_whole
+from profilers.files import check_replaceable, write_whole
 from profilers.ops import OpGraph
 from profilers.runtimes import Runtime, load_runtime
 
@@ -26,17 +27,29 @@ RUNTIME_OF = {"onnx": "onnxruntime", "tflite": "litert"}
 FORMATS = ("torch", *RUNTIME_OF)
 SUFFIXES = {f".{file_format}": file_format for file_format in RUNTIME_OF}
 TOLERANCE = 1e-3  #: of the largest output
+LABEL = "amc-hw"  #: of a file's metadata, a JSON object
+MARK = b'{"program": "amc-hw"'  #: how that begins
+_Chunk = tuple[Tensor, ...]
 
 
 @torch.no_grad()
 def export_network(
-    module: nn.Module, graph: LayerGraph, network: OpGraph, inputs: Inputs, *, file_format: str, out: Path
+    module: nn.Module,
+    graph: LayerGraph,
+    network: OpGraph,
+    inputs: Inputs,
+    *,
+    file_format: str,
+    out: Path,
+    about: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write `module` to `out` and return `file`, `bytes` and `max_abs_diff` from PyTorch's outputs on `images`.
+    """Write `module` to `out` and return `file`, `bytes`, `max_abs_diff` from PyTorch's outputs on `images`, and the
+    `largest` of these.
 
     network: the operators of `graph` at the module's widths and the batch wanted. inputs: (N, C, H, W) or (N, C) each.
-    `torch` is a program of torch.export, which loads without this package. Nothing is left at `out` where the
-    outputs differ by more than TOLERANCE (FailedError) or the runtime is missing (DeviceError).
+    about: for the file's metadata, under LABEL. `torch` is a program of torch.export, which loads without this package.
+    Nothing is left at `out` where the outputs differ by more than TOLERANCE (FailedError) or the runtime is missing
+    (DeviceError); what lies there already is replaced where it is a file of ours (else UserError).
     """
     if file_format not in FORMATS:
         raise UserError(f"unknown format {file_format!r}; known: {', '.join(FORMATS)}")
@@ -45,11 +58,13 @@ def export_network(
     chunks = _whole_batches(inputs, batch)
     if file_format == "torch":
         named: dict[str, Any] = {}
-        data, run = _as_program(module, chunks[0])
+        data, run = _as_program(module, chunks[0], about)
     else:
         network, weights = _with_names(network, folded_weights(module, graph), module(*chunks[0]))
         named = {"outputs": list(network.outputs)}
-        data, run = _as_model(network, weights, file_format)
+        runtime = load_runtime(RUNTIME_OF[file_format])
+        data = runtime.labelled(runtime.build(network, weights), LABEL, _told(about))
+        run = _numbers(runtime.session(data))
     expected = [_outputs(module(*chunk)) for chunk in chunks]
     largest, difference = float(np.finfo(np.float32).tiny), np.float64(0.0)
     for chunk, wanted in zip(chunks, expected, strict=True):
@@ -58,7 +73,7 @@ def export_network(
             difference = np.maximum(difference, np.abs(found.reshape(right.shape) - right).max())  # keeps a NaN
     if not difference <= TOLERANCE * largest:  # NaN fails this, too
         raise FailedError(f"the {file_format} file's outputs are off by {difference:.3g} (largest {largest:.3g})")
-    return _written(out, data, float(difference)) | named | {"images": batch * len(chunks)}
+    return _written(out, data, float(difference), largest) | named | {"images": batch * len(chunks)}
 
 
 class Running(nn.Module):
@@ -81,11 +96,19 @@ class Running(nn.Module):
 
 @torch.no_grad()
 def export_int8(
-    module: nn.Module, graph: LayerGraph, network: OpGraph, inputs: Inputs, *, file_format: str, out: Path
+    module: nn.Module,
+    graph: LayerGraph,
+    network: OpGraph,
+    inputs: Inputs,
+    *,
+    file_format: str,
+    out: Path,
+    about: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], Running]:
     """As `export_network`, quantized to int8 and calibrated on `inputs`; the written model comes back as a module, too.
 
-    `max_abs_diff` from PyTorch's float outputs is reported, and no file is refused for it.
+    `max_abs_diff` from PyTorch's float outputs is reported, and `rms_diff`, the root of the mean square difference over
+    that of these outputs; no file is refused for it.
     """
     if file_format not in RUNTIME_OF:
         raise UserError(f"int8 is for {' and '.join(RUNTIME_OF)}, not for {file_format}")
@@ -95,15 +118,34 @@ def export_int8(
     network, weights = _with_names(network, folded_weights(module, graph), module(*chunks[0]))
     model = runtime.build(network, weights)
     data = runtime.quantized(model, [[part.numpy() for part in chunk] for chunk in chunks])
+    data = runtime.labelled(data, LABEL, _told(about))
     running = Running(runtime, data, batch, module(*chunks[0]))
-    difference = np.float64(0.0)
-    for chunk in chunks:
-        for found, right in zip(_outputs(running(*chunk)), _outputs(module(*chunk)), strict=True):
-            difference = np.maximum(difference, np.abs(found.reshape(right.shape) - right).max())  # keeps a NaN
-    if not np.isfinite(difference):
+    off, right = (
+        [np.concatenate([part.ravel() for part in parts]) for parts in zip(*each, strict=True)]
+        for each in zip(*(_compared(running, module, chunk) for chunk in chunks), strict=True)
+    )
+    if not all(np.isfinite(part).all() for part in off):
         raise FailedError(f"the int8 {file_format} file's outputs are not finite")
+    difference, largest = (max(float(np.abs(part).max()) for part in parts) for parts in (off, right))
     named = {"outputs": list(network.outputs), "images": batch * len(chunks)}
-    return _written(out, data, float(difference)) | named, running
+    # of several outputs the worst
+    rms = max(
+        float(np.sqrt(np.mean(np.square(a)) / max(np.mean(np.square(b)), np.finfo(np.float32).tiny)))
+        for a, b in zip(off, right, strict=True)
+    )
+    return _written(out, data, difference, largest) | {"rms_diff": rms} | named, running
+
+
+def _compared(running: nn.Module, module: nn.Module, chunk: _Chunk) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """How far off every output is, and the outputs as they should be, float64."""
+    right = [part.astype(np.float64) for part in _outputs(module(*chunk))]
+    found = _outputs(running(*chunk))
+    return [got.reshape(want.shape) - want for got, want in zip(found, right, strict=True)], right
+
+
+def _told(about: Mapping[str, Any] | None) -> str:
+    """What a file's metadata say."""
+    return json.dumps({"program": "amc-hw"} | dict(about or {}))
 
 
 def _whole_batches(inputs: Inputs, batch: int) -> list[tuple[Tensor, ...]]:
@@ -113,16 +155,16 @@ def _whole_batches(inputs: Inputs, batch: int) -> list[tuple[Tensor, ...]]:
     return [chunk for chunk in batches(repeated, batch) if len(chunk[0]) == batch]
 
 
-def _written(out: Path, data: bytes, difference: float) -> dict[str, Any]:
+def _written(out: Path, data: bytes, difference: float, largest: float) -> dict[str, Any]:
+    check_replaceable(out, MARK)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FailedError(f"cannot write {out}: {error.strerror}") from error
     write_whole(out, data)
-    return {"file": str(out), "bytes": len(data), "max_abs_diff": difference}
+    return {"file": str(out), "bytes": len(data), "max_abs_diff": difference, "largest": largest}
 
 
-_Chunk = tuple[Tensor, ...]
 _Run = Callable[[_Chunk], Sequence[np.ndarray]]
 _Arrays = dict[str, dict[str, np.ndarray]]
 
@@ -157,17 +199,14 @@ def _keys(outputs: Any, path: tuple[str, ...] = (), *, named: bool = False) -> I
             yield from _keys(part, (*path, str(index)), named=named)
 
 
-def _as_model(network: OpGraph, weights: _Arrays, file_format: str) -> tuple[bytes, _Run]:
-    runtime = load_runtime(RUNTIME_OF[file_format])
-    data = runtime.build(network, weights)
-    run = runtime.session(data)
-    return data, lambda chunk: run(*(value.numpy() for value in chunk))
+def _numbers(run: Callable[..., list[np.ndarray]]) -> _Run:
+    return lambda chunk: run(*(value.numpy() for value in chunk))
 
 
-def _as_program(module: nn.Module, example: _Chunk) -> tuple[bytes, _Run]:
+def _as_program(module: nn.Module, example: _Chunk, about: Mapping[str, Any] | None) -> tuple[bytes, _Run]:
     buffer = io.BytesIO()
     blank = tuple(torch.zeros(part.shape, dtype=part.dtype) for part in example)  # it is written into the file
-    torch.export.save(torch.export.export(module, blank), buffer)
+    torch.export.save(torch.export.export(module, blank), buffer, extra_files={LABEL: _told(about)})
     program = torch.export.load(io.BytesIO(buffer.getvalue())).module()
     return buffer.getvalue(), lambda chunk: _outputs(program(*chunk))
 

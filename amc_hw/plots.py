@@ -12,14 +12,17 @@ from typing import Any
 import numpy as np
 
 from amc_hw.errors import UserError
-from profilers.files import write_whole
+from profilers.files import check_replaceable, write_whole
 
+CREATOR = "amc-hw"  #: of a picture, in its metadata
 TITLE = 88  #: letters of a line
 
 
 def check_picture(path: Path) -> None:
+    """UserError where a picture cannot be written there."""
     if path.suffix not in (".svg", ".png"):
         raise UserError(f"{path}: a picture's name ends in .svg or .png")
+    check_replaceable(path, CREATOR.encode())
 
 
 def _axes(*, size: tuple[float, float] = (6.4, 4.4)) -> tuple[Any, Any]:
@@ -33,7 +36,8 @@ def _axes(*, size: tuple[float, float] = (6.4, 4.4)) -> tuple[Any, Any]:
 
 def _drawn(figure: Any, kind: str = "svg") -> bytes:
     data = io.BytesIO()
-    figure.savefig(data, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
+    told = {"Creator": CREATOR, "Date": None} if kind == "svg" else {"Software": CREATOR}
+    figure.savefig(data, format=kind, dpi=150, metadata=told)
     return data.getvalue()
 
 

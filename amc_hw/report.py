@@ -23,7 +23,7 @@ from amc_hw.resources import CostModel, keeps, latency_model, macs_model, params
 from amc_hw.runs import JOURNAL
 from amc_hw.subject import Pruned, Subject, open_pruned, open_subject, read_predictor, read_table
 from amc_hw.task import shown_gain
-from profilers.files import write_whole
+from profilers.files import check_replaceable, write_whole
 from profilers.ops import OpSpec, digest
 from profilers.predictor import Predictor
 from profilers.store import table_files
@@ -32,6 +32,7 @@ from profilers.table import LatencyTable
 SLOWEST = 4  #: operators whose staircase is drawn
 SAME = 1.005  #: times as long is as fast: no table tells such policies apart
 AROUND = (0.8, 0.9, 1.0, 1.1, 1.25)  #: latencies beside the winner's, of what another budget would have bought
+GENERATOR = '<meta name="generator" content="amc-hw">'
 STYLE = """
 :root { color-scheme: light; }
 body { font: 16px/1.5 system-ui, sans-serif; color: #1c2330; max-width: 60rem; margin: 0 auto; padding: 1rem; }
@@ -80,7 +81,7 @@ def _lead(*facts: tuple[str, str]) -> str:
 
 def _page(title: str, *sections: str) -> bytes:
     return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8">{GENERATOR}'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<link rel="icon" href="data:,"><title>{_text(title)}</title><style>{STYLE}</style></head>'
         f"<body><h1>{_text(title)}</h1>{''.join(sections)}</body></html>\n"
@@ -116,9 +117,10 @@ def write_report(folder: Path, out: Path | None = None) -> dict[str, Any]:
     elif (folder / "result.json").exists():
         page = _search(folder)
     elif not folder.is_dir():
-        raise UserError(f"{folder}: there is no such folder")
+        raise UserError(f"{folder}: there is no such folder" if not folder.exists() else f"{folder} is no folder")
     else:
         raise UserError(f"{folder} holds no finished search or comparison: no result.json, no compare.json")
+    check_replaceable(out, GENERATOR.encode())
     write_whole(out, page)
     return {"file": str(out)}
 

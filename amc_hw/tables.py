@@ -16,7 +16,7 @@ import numpy as np
 from amc_hw.errors import TableError, UserError
 from amc_hw.plots import save_staircase
 from profilers.device import device_names, load_device
-from profilers.files import write_whole
+from profilers.files import check_replaceable, write_whole
 from profilers.multiple import channel_multiple
 from profilers.ops import CONV_KINDS, OpSpec
 from profilers.predictor import Predictor
@@ -157,6 +157,7 @@ CSV_COLUMNS = (
 
 def export_csv(name: str, *, out: Path) -> dict[str, Any]:
     """Every row of a table as one line of comma-separated values."""
+    check_replaceable(out, ",".join(CSV_COLUMNS).encode())
     table = LatencyTable.read(find_table(name))
     text = io.StringIO()
     writer = csv.DictWriter(text, CSV_COLUMNS, restval="")

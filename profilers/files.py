@@ -7,7 +7,7 @@ from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 
-from profilers.errors import FailedError
+from profilers.errors import FailedError, UserError
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -25,6 +25,15 @@ def write_whole(path: Path, data: bytes) -> None:
         with suppress(OSError):
             part.unlink()
         raise FailedError(f"cannot write {path}: {error.strerror}") from error
+
+
+def check_replaceable(path: Path, mark: bytes) -> None:
+    """UserError where there is a file that does not hold `mark`, so was not written by us."""
+    try:
+        if path.is_file() and path.stat().st_size and mark not in path.read_bytes():
+            raise UserError(f"{path} is there already, and not of amc-hw: name another --out, or move it away")
+    except OSError as error:
+        raise UserError(f"cannot read {path}, which is there already: {error.strerror}") from None
 
 
 def append_synced(file: FileIO, data: bytes) -> None:

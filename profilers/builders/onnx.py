@@ -112,6 +112,13 @@ def build(graph: OpGraph, weights: Weights) -> bytes:
     return model.SerializeToString()
 
 
+def labelled(model: bytes, key: str, text: str) -> bytes:
+    """The model with a text in its metadata."""
+    found = onnx.load_model_from_string(model)
+    found.metadata_props.add(key=key, value=text)
+    return bytes(found.SerializeToString())
+
+
 def _emit(writer: _Writer, node: OpNode, weights: Weights, *, leaves: bool) -> None:
     """Write one node. A pooled image stays (N, C, 1, 1) until a matrix product reads it or it `leaves` the network."""
     op, name, inputs = node.op, node.name, list(node.inputs)

@@ -28,6 +28,22 @@ class _Constant:
         return offset
 
 
+def labelled(model: bytes, key: str, text: str) -> bytes:
+    """The model with a text in its metadata."""
+    import flatbuffers
+    from ai_edge_litert import schema_py_generated as schema
+
+    found = schema.ModelT.InitFromPackedBuf(model, 0)
+    text_bytes = np.frombuffer(text.encode(), np.uint8)
+    metadata = schema.MetadataT(key, len(found.buffers))
+    found.metadata = [*(found.metadata or []), metadata]
+    buffers = [*found.buffers, schema.BufferT(text_bytes)]
+    found.buffers = [each if each.data is None else _Constant(each) for each in buffers]
+    builder = flatbuffers.Builder(len(model) + len(text_bytes) + 1024)
+    builder.Finish(found.Pack(builder), file_identifier=b"TFL3")
+    return bytes(memoryview(builder.Bytes)[builder.Head() :])
+
+
 class Writer:
     """Adds to a model, by name; knows the schema, not the networks."""
 

@@ -30,6 +30,9 @@ class Runtime(Protocol):
         """The float32 model as int8: weights per output channel, activations by what `samples` of its inputs make of
         them, float32 inputs and outputs. DeviceError where the runtime's own tool is not installed."""
 
+    def labelled(self, model: bytes, key: str, text: str) -> bytes:
+        """The model with a text in its metadata."""
+
     def lower(self, graph: OpGraph) -> OpGraph:
         """The network as this runtime executes it, fusions included."""
 

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from profilers.builders.onnx import build
+from profilers.builders.onnx import build, labelled
 from profilers.ops import OpGraph, fuse_adds
 
-__all__ = ["SUFFIX", "build", "loaded", "lower", "profile_ops", "quantized", "session", "version"]
+__all__ = ["SUFFIX", "build", "labelled", "loaded", "lower", "profile_ops", "quantized", "session", "version"]
 
 SUFFIX = ".onnx"
 WARM_RUNS, LEAST_RUNS = 3, 10

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import io
+import json
 import os
 import subprocess
 import sys
@@ -10,8 +12,10 @@ import threading
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -115,7 +119,7 @@ def test_file_computes_what_the_pruned_network_does(pruned, tmp_path: Path, file
     out = tmp_path / "new" / f"net.{file_format}"
     network = graph.op_graph(widths, batch=batch)
     found = export_network(net, graph, network, images(6), file_format=file_format, out=out)
-    assert set(found) == {"file", "bytes", "max_abs_diff", "images"} | (
+    assert set(found) == {"file", "bytes", "max_abs_diff", "largest", "images"} | (
         {"outputs"} if file_format != "torch" else set()
     )
     assert found["file"] == str(out) and found["bytes"] == out.stat().st_size
@@ -125,7 +129,49 @@ def test_file_computes_what_the_pruned_network_does(pruned, tmp_path: Path, file
         wanted = net(other).numpy()
     np.testing.assert_allclose(run(out, file_format, other), wanted, rtol=0, atol=1e-4)
     assert np.abs(wanted).max() > 0.1
+    checked = net(images(6 // batch * batch)).detach()
+    assert found["largest"] == pytest.approx(float(checked.abs().max()), rel=1e-5)
     assert [file.name for file in out.parent.iterdir()] == [out.name]
+
+
+def metadata(path: Path, file_format: str) -> dict[str, Any]:
+    """What a file says under "amc-hw"."""
+    if file_format == "onnx":
+        (entry,) = onnx.load(path).metadata_props
+        assert entry.key == "amc-hw"
+        return json.loads(entry.value)
+    if file_format == "torch":
+        files = {"amc-hw": ""}
+        torch.export.load(io.BytesIO(path.read_bytes()), extra_files=files)
+        return json.loads(files["amc-hw"])
+    from ai_edge_litert import schema_py_generated as schema
+
+    model = schema.ModelT.InitFromPackedBuf(path.read_bytes(), 0)
+    (buffer,) = (each.buffer for each in model.metadata if each.name in ("amc-hw", b"amc-hw"))
+    return json.loads(bytes(model.buffers[buffer].data))
+
+
+@every_format
+def test_a_file_says_what_it_reads_and_replaces_only_its_like(pruned, tmp_path: Path, file_format: str) -> None:
+    net, graph, widths = pruned
+    out, about = tmp_path / "net", {"model": "nets.py:tiny", "mean": [0.5], "std": [0.25]}
+    network = graph.op_graph(widths)
+
+    def export(out: Path, **more: Any) -> None:
+        export_network(net, graph, network, images(2), file_format=file_format, out=out, **more)
+
+    export(out, about=about)
+    assert metadata(out, file_format) == {"program": "amc-hw", **about}
+    before = out.read_bytes()
+    export(out)
+    assert metadata(out, file_format) == {"program": "amc-hw"} and out.read_bytes() != before
+    for text in (b"def make(): ...\n", b"amc-hw"):
+        (tmp_path / "mine.py").write_bytes(text)
+        with pytest.raises(UserError, match="mine.py is there already, and not of amc-hw: name another --out"):
+            export(tmp_path / "mine.py")
+        assert (tmp_path / "mine.py").read_bytes() == text
+    (tmp_path / "empty").touch()
+    export(tmp_path / "empty")
 
 
 @every_format
@@ -259,10 +305,11 @@ def test_a_network_that_gives_nan_is_not_written(tmp_path: Path, file_format: st
 def test_places_that_cannot_be_written_leave_what_was_there(pruned, tmp_path: Path, disk_with: Disk) -> None:
     net, graph, widths = pruned
     network, out = graph.op_graph(widths), tmp_path / "net.onnx"
-    out.write_bytes(b"the file of yesterday")
+    export_network(net, graph, network, images(1), file_format="onnx", out=out, about={"of": "yesterday"})
+    before = out.read_bytes()
     with disk_with(100), pytest.raises(FailedError, match="cannot write .*net.onnx: File too large"):
         export_network(net, graph, network, images(1), file_format="onnx", out=out)
-    assert out.read_bytes() == b"the file of yesterday"
+    assert out.read_bytes() == before
     with pytest.raises(FailedError, match="cannot write .*below: Not a directory|cannot write .*below: File exists"):
         export_network(net, graph, network, images(1), file_format="onnx", out=out / "below")
     with pytest.raises(FailedError, match="it is a folder"):

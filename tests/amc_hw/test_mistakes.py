@@ -1216,6 +1216,12 @@ def test_an_int8_export_reports_both_accuracies(ended: Path, amc_hw: Run, file_f
     found = json.loads(amc_hw(*command).out)
     assert 0 <= found["accuracy"] <= 1 and abs(found["accuracy"] - found["float_accuracy"]) < 0.2
     assert Path("small").stat().st_size == found["bytes"] and found["accuracy_split"] == "held-out"
+    assert 0 < found["rms_diff"] < 0.2 and found["max_abs_diff"] < 0.5 * found["largest"]
+    layout = "channels_last" if file_format == "tflite" else "channels_first"
+    assert (found["layout"], len(found["mean"]), len(found["std"])) == (layout, 3, 3)
+    text = amc_hw(*command[:-1]).out.splitlines()
+    assert "in the root mean square; accuracy" in text[0]
+    assert text[1].startswith(f"it reads (x - mean) / std of images x in [0, 1], {layout.replace('_', ' ')}: mean 0.")
     done = amc_hw("export", "--policy", "run/policy.json", "--format", "torch", "--int8", "--out", "small.pt2")
     assert done.code == 2 and "int8 is for onnx and tflite, not for torch" in done.mistake
 

@@ -156,12 +156,23 @@ def test_with_another_networks_table_the_rest_is_shown(here: Path, amc_hw: Calla
     assert "Not shown: " in page.text and "has no measurement for linear" in page.text and "The search" in page.text
 
 
+def test_a_page_replaces_no_file_of_something_else(here: Path, amc_hw: Callable) -> None:
+    Path("net.py").write_text("def make(): ...\n")
+    done = amc_hw("report", "run", "--out", "net.py")
+    assert done.code == 2 and "net.py is there already, and not of amc-hw" in done.mistake
+    assert Path("net.py").read_text() == "def make(): ...\n"
+    for _ in range(2):
+        assert amc_hw("report", "run", "--out", "page.html").code == 0
+
+
 def test_a_folder_that_is_no_run_is_a_line(tmp_path: Path, amc_hw: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("nothing").mkdir()
     done = amc_hw("report", "nothing")
     assert done.code == 2 and "nothing holds no finished search or comparison" in done.mistake
     assert "nowhere: there is no such folder" in amc_hw("report", "nowhere").mistake
+    Path("file").touch()
+    assert "file is no folder" in amc_hw("report", "file").mistake
     Path("torn").mkdir()
     Path("torn/result.json").write_text('{"policy": ')
     done = amc_hw("report", "torn")

@@ -199,6 +199,22 @@ def test_an_int8_model_computes_nearly_what_the_float_one_does(name: str, capsys
 
 
 @pytest.mark.parametrize("name", [pytest.param("onnxruntime"), pytest.param("litert", marks=needs_litert)])
+def test_no_output_of_a_sample_is_cut_off_in_an_int8_model(name: str) -> None:
+    """Where one sample has larger outputs than all the others, wherever it stands among them."""
+    runtime = load_runtime(name)
+    op = OpSpec("conv", (3,), 8, 8, 8)
+    graph = OpGraph((OpNode("conv", op, (OpGraph.INPUT,)),), (3, 8, 8), ("conv",))
+    model = runtime.build(graph, random_weights(graph))
+    images = np.random.default_rng(0).standard_normal((9, 1, 3, 8, 8)).astype(np.float32)
+    for place in (0, 4, 8):
+        samples = images.copy()
+        samples[place] *= 10
+        int8 = runtime.quantized(model, [[image] for image in samples])
+        (wanted,), (found,) = (runtime.session(each)(samples[place]) for each in (model, int8))
+        assert np.abs(found - wanted).max() < 0.03 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("name", [pytest.param("onnxruntime"), pytest.param("litert", marks=needs_litert)])
 def test_sums_of_large_products_do_not_saturate_in_an_int8_model(name: str) -> None:
     """As those of two unsigned and two signed 8-bit numbers do in the instructions of CPUs with AVX2 and no VNNI."""
     runtime = load_runtime(name)
