@@ -552,6 +552,7 @@ class _Search:
             "budget": None if self.given is None else list(self.given),
             "budget_used": self._budget_used(timed),
             "found_by": outcome.found_by,
+            "over": outcome.over,
         }
 
 

@@ -205,8 +205,10 @@ def _headline(result: dict[str, Any], own: bool, before: str) -> str:
     facts.append(
         (f"{share:.0%}", f"of the MACs: {result['macs'] / 1e6:.1f} of {result['baseline_macs'] / 1e6:.1f} million")
     )
+    over, none = result.get("over"), "the method found none better"
+    none = f"the method's better ones were over the budget, by {over - 1:.1%} or more" if over else none
     who = {
-        "uniform": "The winner is the best uniform policy, which always takes part: the method found none better.",
+        "uniform": f"The winner is the best uniform policy, which always takes part: {none}.",
         "demonstration": "The winner is a policy near uniform widths that the agent was shown: it found none better.",
     }.get(result.get("found_by", ""))
     return _lead(*facts) + (f"<p>{who}</p>" if who else "")

@@ -135,12 +135,14 @@ class Problem:
 @dataclass(frozen=True)
 class Outcome:
     """The winner, its samples of (pruned, unpruned) in milliseconds, None where the device is away, how many episodes
-    it took, and who proposed it: "method", "demonstration" or "uniform", which takes part in every search."""
+    it took, and who proposed it: "method", "demonstration" or "uniform", which takes part in every search. over: where
+    that one won for want of better ones within the budget, what the nearest of these uses of it, else None."""
 
     widths: tuple[int, ...]
     samples_ms: tuple[list[float], list[float]] | None
     episodes: int
     found_by: str
+    over: float | None = None
 
 
 class _Memory:
@@ -212,25 +214,29 @@ class _Rounds:
         self.met: set[tuple[int, ...]] = set()  # in the process of the search
         self.uniform: set[tuple[int, ...]] = set()  # of those that met, no agent asked
         self.missed: dict[tuple[int, ...], float] = {}  # widths -> share of the budget used
+        self.finished: dict[tuple[int, ...], float] = {}  # widths -> accuracy after the final refit
+        self.confirmed: dict[tuple[int, ...], tuple[list[float], list[float]]] = {}  # their samples
         self.bias = 1.0  # what measured policies use of the budget over what they were predicted to use
         self.episodes = 0
 
     def run(self, method: Method) -> Outcome:
-        by_latency = self.problem.used is not None
-        if by_latency:
+        rounds = ROUNDS if self.problem.used is not None else 1
+        if self.problem.used is not None:
             self._learn(self._time(_pilots(self.problem, self.seed)))
         self._judge_uniform()
-        for number in range(ROUNDS if by_latency else 1):
+        why = ""
+        for number in range(rounds):
             if number:
-                why = "measured policies leave much of the budget" if self.met else "no measured policy met the budget"
                 self.progress(0, method.planned(number), f"{why}: {method.planned(number)} more episodes")
             limit = self._round(method, number)
-            inside = [one for one in _ranked(self.found.values()) if keeps(one.cost, limit)]
-            known = self.met | self.uniform | set(self.missed)
-            best = [one.widths for one in inside if one.widths not in known][:CANDIDATES]
-            spare = self._judge(best)
-            if self.met and not (spare and number == 0) and (winner := self._confirmed()) is not None:
+            spare = self._judge(self._candidates(limit))
+            why = "measured policies leave much of the budget" if self.met else "no measured policy met the budget"
+            if not self.met or (spare and number == 0):
+                continue
+            winner = self._confirmed()
+            if winner is not None and (winner.over is None or number == rounds - 1):
                 return winner
+            why = "what is better is a little over the budget"
         if self.uniform and (winner := self._confirmed()) is not None:
             return winner
         assert self.problem.budget is not None
@@ -243,6 +249,18 @@ class _Rounds:
             f"{budget.given * closest:.4g} instead of {budget.given:g}: ask for that, lower --floor, or profile again "
             "and name a new --out"
         )
+
+    def _candidates(self, limit: float) -> list[tuple[int, ...]]:
+        """The best policies that are predicted within the limit, one of them by a margin: the best lie at the limit,
+        often near to each other, and may be over it together."""
+        known = self.met | self.uniform | set(self.missed)
+        ranked = _ranked(self.found.values())
+        inside = [one for one in ranked if one.widths not in known and keeps(one.cost, limit)]
+        wary = [one for one in inside if keeps(one.cost, limit * (1 - self.problem.slack))]
+        best = inside[:CANDIDATES]
+        if wary and len(inside) > CANDIDATES and wary[0] not in best:
+            best[-1] = wary[0]
+        return [one.widths for one in best]
 
     def _round(self, method: Method, number: int) -> float:
         """Run the episodes of a round; the cost that they had to keep."""
@@ -321,37 +339,54 @@ class _Rounds:
     def _confirmed(self) -> Outcome | None:
         """Of the policies that met the budget the best after the faithful refit that also meets it in a process of its
         own, of equals the one that uses more of it; None where none does, which then counts as missed."""
-        problem = self.problem
-        accuracies = {}
-        pool = sorted(self.met | self.uniform)
+        problem, pool = self.problem, sorted(self.met | self.uniform)
+        new = [widths for widths in pool if widths not in self.finished]
         if problem.finish_ahead is not None:
-            problem.finish_ahead(self.memory.missing(pool))
-        for number, widths in enumerate(pool):
-            self.progress(number, len(pool), "refitting the candidates")
+            problem.finish_ahead(self.memory.missing(new))
+        for number, widths in enumerate(new):
+            self.progress(number, len(new), "refitting the candidates")
             question = {"finished": list(widths)}
-            accuracies[widths] = self.memory.result(question, "accuracy", partial(problem.finish, widths))
+            self.finished[widths] = self.memory.result(question, "accuracy", partial(problem.finish, widths))
         failed = []
         # of a refitted candidate the score is known, not the distortion
         reward = REWARDS["err" if problem.reward == "distortion" else problem.reward][1]
         costs = problem.reward_costs or problem.costs
 
         def rank(widths: tuple[int, ...]) -> tuple[float, float]:
-            return -reward(1 - accuracies[widths], costs.cost(widths)), -problem.costs.cost(widths)
+            return -reward(1 - self.finished[widths], costs.cost(widths)), -problem.costs.cost(widths)
 
+        winner = None
         for widths in sorted(pool, key=rank):
             if problem.confirm is None:
-                return Outcome(widths, None, self.episodes, self._found_by(widths))
-            question = {"confirmed": list(widths)}
-            pruned, baseline = self.memory.result(question, "samples_ms", partial(problem.confirm, widths))
+                winner = self._outcome(widths)
+                break
+            if widths not in self.confirmed:
+                question = {"confirmed": list(widths)}
+                pruned, baseline = self.memory.result(question, "samples_ms", partial(problem.confirm, widths))
+                self.confirmed[widths] = pruned, baseline
+            pruned, baseline = self.confirmed[widths]
             timed = Timed(widths, float(np.median(pruned)), float(np.median(baseline)))
             if problem.used is None or problem.used(timed) <= 1 + problem.slack:
-                return Outcome(widths, (pruned, baseline), self.episodes, self._found_by(widths))
+                winner = self._outcome(widths)
+                break
             self.met.discard(widths)
             self.uniform.discard(widths)
             self.missed[widths] = problem.used(timed)
             failed.append(timed)
-        self._learn(failed)
-        return None
+        if failed:
+            self._learn(failed)
+        return winner
+
+    def _outcome(self, widths: tuple[int, ...]) -> Outcome:
+        """over: of policies that the method found, those that ranked higher, or all where none met the budget."""
+        by = self._found_by(widths)
+        better = [
+            share
+            for each, share in self.missed.items()
+            if each in self.found and (each in self.confirmed or not self.met)
+        ]
+        over = min(better, default=None) if by == "uniform" else None
+        return Outcome(widths, self.confirmed.get(widths), self.episodes, by, over)
 
     def _found_by(self, widths: tuple[int, ...]) -> str:
         if widths in self.uniform:

@@ -686,6 +686,8 @@ def test_a_uniform_policy_is_a_surprise_to_other_methods_alone() -> None:
     assert list(command_line._budget_lines(result, api.SearchConfig(method="uniform"))) == []
     (line,) = command_line._budget_lines(result, api.SearchConfig(method="ddpg"))
     assert line.endswith("the best uniform policy: the method found none better")
+    (line,) = command_line._budget_lines(result | {"over": 1.0214}, api.SearchConfig(method="ddpg"))
+    assert line.endswith("the best uniform policy: the method's better ones were over the budget, by 2.1% or more")
 
 
 def test_a_policy_without_one_of_the_groups(ended: Path, amc_hw: Run) -> None:

@@ -299,6 +299,39 @@ def test_the_timing_of_the_search_process_is_not_the_last_word(tmp_path: Path) -
     assert target.confirmed == best_first[:3]
 
 
+def test_a_uniform_policy_does_not_win_because_better_ones_are_a_little_over(tmp_path: Path) -> None:
+    """All candidates of the first round are 5% over the budget in a process of their own."""
+    target, said = Target(table()), list[str]()
+
+    def confirmed_share(widths: Widths) -> float:
+        limit = RATIO * target.costs.full_cost
+        return 1.05 * limit / target.costs.cost(widths) if widths in target.batches[1] else 1.0
+
+    target.confirmed_share = confirmed_share
+    outcome = search(target.problem(), tmp_path, said=said)
+    uniform = max(map(accuracy, UNIFORM & set(target.confirmed)))
+    assert (outcome.found_by, outcome.over) == ("method", None) and accuracy(outcome.widths) > uniform
+    more = said.count("what is better is a little over the budget: 10 more episodes")
+    assert more > 0 and target.used_by(outcome) <= 1.02 and outcome.episodes == EPISODES + 10 * more
+    assert len(target.confirmed) == len(set(target.confirmed)) and len(target.finished) == len(set(target.finished))
+
+
+def test_a_uniform_policy_that_wins_for_want_of_others_is_told(tmp_path: Path) -> None:
+    target = Target(table(), confirmed_share=lambda widths: 1.0 if widths in UNIFORM else 4.0)
+    outcome = search(target.problem(), tmp_path)
+    others = [4.0 * target.costs.cost(widths) for widths in target.confirmed if widths not in UNIFORM]
+    assert outcome.found_by == "uniform" and outcome.widths in UNIFORM
+    assert outcome.over == pytest.approx(min(others) / target.costs.full_cost / RATIO)
+
+
+def test_one_candidate_is_predicted_to_leave_a_margin(tmp_path: Path) -> None:
+    target = Target(table())
+    search(target.problem(), tmp_path)
+    limit = RATIO * target.costs.full_cost
+    first = [target.costs.cost(widths) for widths in target.batches[1]]
+    assert len(first) == CANDIDATES and max(first) <= limit * (1 + 1e-9) and min(first) <= 0.98 * limit
+
+
 def test_confirmations_that_all_miss_correct_the_table(tmp_path: Path) -> None:
     target = Target(table(), confirmed_share=lambda widths: 1.8)
     outcome = search(target.problem(), tmp_path)
