@@ -31,7 +31,7 @@ from amc_hw.finetune import LAYER_NORM_LR, PRECISIONS, USUAL_LR, FinetuneConfig,
 from amc_hw.graph import LayerGraph
 from amc_hw.models import LoadedModel
 from amc_hw.plots import check_picture, save_predictions
-from amc_hw.policy import Policy, load_policy
+from amc_hw.policy import Policy, load_policy, policy_file
 from amc_hw.pretrain import DEFAULT_DATA, DEFAULT_MODEL, checkpoint_for
 from amc_hw.report import write_report
 from amc_hw.search.loop import METHODS
@@ -46,7 +46,7 @@ from amc_hw.subject import (
 )
 from amc_hw.tables import export_csv, list_tables, merge_tables, plot_table, show_table
 from amc_hw.task import Task, load_task
-from amc_hw.weights import folded_weights
+from amc_hw.weights import drawn_like, folded_weights
 from profilers import import_log as import_logs
 from profilers.device import DTYPES, device_names, load_device
 from profilers.farm import run_steps
@@ -91,7 +91,9 @@ __all__ = [
     "list_devices",
     "list_tables",
     "load_device",
+    "load_graph",
     "load_policy",
+    "policy_file",
     "load_pruned",
     "measure",
     "merge_tables",
@@ -527,12 +529,18 @@ def export_unpruned(
     input_shape: Sequence[int] | None = None,
     int8: bool = False,
 ) -> dict[str, Any]:
-    """As `export`, of the network that a search begins with: what a pruned one is compared with elsewhere."""
+    """As `export`, of the network that a search begins with: what a pruned one is compared with elsewhere. A float file
+    is checked on random images where no data are named."""
     _check_named(out, file_format)
     loaded, graph = load_graph(model, input_shape=input_shape, checkpoint=checkpoint)
-    task = load_task(loaded, data=data, evaluate=evaluate, calibrate=calibrate)
+    named = int8 or any((data, evaluate, calibrate))
+    task = load_task(loaded, data=data, evaluate=evaluate, calibrate=calibrate) if named else None
     network = graph.op_graph(batch=batch)
     about = _about(loaded, calibrate, file_format)
+    if task is None:
+        drawn = drawn_like(loaded.example_inputs, CHECK_IMAGES)
+        found = export_network(loaded.module, graph, network, drawn, file_format=file_format, out=out, about=about)
+        return found | _told_too(about)
     return _export(loaded.module, graph, network, task, about, file_format=file_format, out=out, int8=int8)
 
 
@@ -551,6 +559,11 @@ def _about(loaded: LoadedModel, calibrate: str | None, file_format: str) -> dict
     return {"model": loaded.spec, "layout": layout, **images}
 
 
+def _told_too(about: dict[str, Any]) -> dict[str, Any]:
+    """Of an exported file's metadata, for the result."""
+    return {name: value for name, value in about.items() if name != "model"}
+
+
 def _export(
     module: nn.Module,
     graph: LayerGraph,
@@ -562,7 +575,7 @@ def _export(
     out: Path,
     int8: bool,
 ) -> dict[str, Any]:
-    told = {name: value for name, value in about.items() if name != "model"}
+    told = _told_too(about)
     if not int8:
         inputs = task.inputs(CHECK_IMAGES)
         return export_network(module, graph, network, inputs, file_format=file_format, out=out, about=about) | told

@@ -45,7 +45,9 @@ def _no_data_of_ours(context: click.Context, arguments: dict[str, Any], *, neede
     if untyped and (own or model != api.DEFAULT_MODEL):
         arguments["data"] = None
         if needed and not own:
-            raise UserError(f"--data is missing: {api.DEFAULT_DATA}, the default, goes with {api.DEFAULT_MODEL} alone")
+            api.load_graph(model, input_shape=arguments["input_shape"])  # where that is mistyped, too, that comes first
+            missing = "--data is missing (or --evaluate and --calibrate)"
+            raise UserError(f"{missing}: {api.DEFAULT_DATA}, the default, goes with {api.DEFAULT_MODEL} alone")
 
 
 def _leave_out(context: click.Context, policy: str, *names: str) -> None:
@@ -213,6 +215,7 @@ def graph(model: str, input_shape: tuple[int, ...] | None, keep: tuple[str, ...]
             *(f"{g['width']:>6}  {g['name']} -> {', '.join(g['consumers'])}{_blocks(g)}" for g in r["groups"]),
             *(f"frozen {f['name']} ({f['width']}): {f['reason']}{_locked(f)}" for f in r["frozen"]),
             f"{r['macs'] / 1e6:.1f} MMACs, {r['params'] / 1e6:.2f} M parameters (batch-norms folded)",
+            *([] if r["groups"] else ["nothing can be pruned"]),
         ],
     )
 
@@ -774,7 +777,7 @@ def export(context: click.Context, as_json: bool, policy: Path | None, unpruned:
     if (policy is None) != unpruned:
         raise UserError("give either --policy, for a pruned network, or --unpruned, with --model and --checkpoint")
     if policy is None:
-        _no_data_of_ours(context, arguments)
+        _no_data_of_ours(context, arguments, needed=arguments["int8"])
         named = (arguments[name] for name in ("model", "data", "checkpoint"))
         arguments["checkpoint"] = api.checkpoint_for(*named, progress=Progress())
         result = api.export_unpruned(**arguments)

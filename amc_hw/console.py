@@ -36,8 +36,7 @@ class PolicyFile(click.Path):
     """A policy.json, also by its folder."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        path = Path(os.fsdecode(super().convert(value, param, ctx)))
-        return path / "policy.json" if path.is_dir() else path
+        return api.policy_file(Path(os.fsdecode(super().convert(value, param, ctx))))
 
 
 POLICY = PolicyFile(path_type=Path)

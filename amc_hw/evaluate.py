@@ -173,9 +173,10 @@ def check_expected(found: float, expected: float | None) -> None:
     if expected is not None and found <= 1 < expected <= 100:
         raise UserError(f"--expect-accuracy {expected}: accuracies are fractions here, such as {expected / 100:g}")
     if expected is not None and not abs(found - expected) <= 0.01 + 1e-9:  # NaN fails this, too
-        raise UserError(
-            f"the unpruned network scores {found:.4f}, --expect-accuracy says {expected}: check normalisation and data"
-        )
+        advice = "check normalisation and data"
+        if found > expected:
+            advice = "was it trained on these images? Put others aside (val/, or x_val and y_val)"
+        raise UserError(f"the unpruned network scores {found:.4f}, --expect-accuracy says {expected}: {advice}")
 
 
 def warn_of_guessing(task: Task, unpruned: float) -> None:

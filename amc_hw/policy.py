@@ -50,7 +50,14 @@ class Policy:
         save_json(path, {"schema_version": SCHEMA_VERSION, **asdict(self)})
 
 
+def policy_file(path: Path) -> Path:
+    """The file, of a folder that of its policy."""
+    return path / "policy.json" if path.is_dir() else path
+
+
 def load_policy(path: Path) -> Policy:
+    """A `policy.json`, or that of a folder; UserError where it is none."""
+    path = policy_file(path)
     try:
         data: Any = json.loads(path.read_bytes())
         if not isinstance(data, dict):

@@ -86,7 +86,8 @@ def kept_axes(graph: LayerGraph, kept: Kept) -> dict[str, KeptAxes]:
     for group in graph.groups:
         channels = np.asarray(kept.get(group.name, np.arange(group.width)))
         if not len(channels) or channels.min() < 0 or channels.max() >= group.width:
-            raise ValueError(f"group {group.name} has channels 0..{group.width - 1}, cannot keep {channels.tolist()}")
+            which = f"channel {channels.min() if channels.min() < 0 else channels.max()}" if len(channels) else "none"
+            raise ValueError(f"group {group.name} has channels 0..{group.width - 1}, cannot keep {which}")
         if len(np.unique(channels)) == group.width:
             continue
         blocks = channels.reshape(-1, group.block) if len(channels) % group.block == 0 else channels[:, None]

@@ -16,7 +16,7 @@ from amc_hw.errors import UserError
 from amc_hw.graph import LayerGraph, build_graph, width_grid
 from amc_hw.models import LoadedModel, load_model
 from amc_hw.models.checkpoint import checkpoint_sha256, load_checkpoint
-from amc_hw.policy import Policy, load_policy
+from amc_hw.policy import Policy, load_policy, policy_file
 from amc_hw.prune import slice_channels
 from amc_hw.resources import Grids
 from amc_hw.specs import parse_spec, source_sha256
@@ -142,7 +142,9 @@ class Pruned:
 
 
 def open_pruned(path: Path) -> Pruned:
-    """The network of a `policy.json` and the weights beside it; UserError where they do not fit each other."""
+    """The network of a `policy.json`, or that of a folder, and the weights beside it; UserError where they do not fit
+    each other."""
+    path = policy_file(path)
     found = load_policy(path)
     model, graph = load_graph(
         found_near(found.model, path, found),

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import inspect
 import operator
+import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -216,11 +218,20 @@ def trace_fx(module: nn.Module, examples: Sequence[torch.Tensor]) -> tuple[fx.Gr
         _drop_constants(graph, constants)
         return fx.GraphModule(apart, graph), tracer.asked
     except Exception as error:  # tracing runs the user's forward: anything can be raised
-        reason = one_line(error)
+        frames = [(each.filename, each.lineno) for each in traceback.extract_tb(error.__traceback__)]
+        reason, place = one_line(error), own_line(frames)
         raise UserError(
-            f"{type(module).__name__} cannot be traced by torch.fx ({reason}): give a factory that returns a module "
-            "whose forward() takes tensors only, by position, and does not branch on their values"
+            f"{type(module).__name__} cannot be traced by torch.fx ({reason}{place and f', {place}'}): give a factory "
+            "that returns a module whose forward() takes tensors only, by position, stays in PyTorch, and does not "
+            "branch on their values"
         ) from error
+
+
+def own_line(frames: Iterable[tuple[str, int | str | None]]) -> str:
+    """Of (file, line), outermost first, the innermost that is the network's own code, as `at FILE:LINE`."""
+    libraries = Path(torch.__file__).parent, Path(__file__).parent
+    own = [(Path(file), line) for file, line in frames if not any(map(Path(file).is_relative_to, libraries))]
+    return f"at {own[-1][0].name}:{own[-1][1]}" if own else ""
 
 
 def _apart(module: nn.Module) -> nn.Module:

@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 from amc_hw.errors import UnsupportedOperatorError, UserError
 from amc_hw.lowering.calls import (
     CLIPS,
+    DROPOUTS,
+    FRAME,
     IDENTITY_MODULES,
     KIND_OF,
     STOCHASTIC_DEPTH,
@@ -24,7 +25,7 @@ from amc_hw.lowering.constants import CONSTANT, follows_from_constants
 from amc_hw.lowering.values import TracedOps
 from amc_hw.lowering.walk import Lowering
 from amc_hw.specs import one_line
-from amc_hw.symbolic import PERMUTE, asks_for_size, origin, readers, trace_fx
+from amc_hw.symbolic import PERMUTE, asks_for_size, origin, own_line, readers, trace_fx
 
 
 def trace_ops(module: nn.Module, *examples: torch.Tensor) -> TracedOps:
@@ -35,7 +36,10 @@ def trace_ops(module: nn.Module, *examples: torch.Tensor) -> TracedOps:
             _Shapes(graph_module).propagate(*examples)
     except Exception as error:
         name, shapes = type(module).__name__, " and ".join(str(tuple(example.shape)) for example in examples)
-        raise UserError(f"{name} fails on an input of shape {shapes}: {one_line(error)}") from error
+        place = own_line(FRAME.findall(str(error)))  # PyTorch wraps what was raised, and tells of the node
+        reason = one_line(error.__cause__ or error)
+        told = f"{reason}, {place}" if place else reason
+        raise UserError(f"{name} fails on an input of shape {shapes}: {told}") from error
     _read_what_is_written(graph_module, type(module).__name__)
     return Lowering(graph_module, len(examples), asked).run()
 
@@ -102,7 +106,7 @@ def _is_its_input(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a node gives its input itself, so that to write the one is to write the other."""
     if node.op == "call_module":
         return isinstance(graph_module.get_submodule(str(node.target)), IDENTITY_MODULES)
-    return node.target in (F.dropout, F.dropout2d, "detach") or origin(node.target) == STOCHASTIC_DEPTH
+    return node.target in (*DROPOUTS, "detach") or origin(node.target) == STOCHASTIC_DEPTH
 
 
 def _is_view(graph_module: fx.GraphModule, node: fx.Node) -> bool:

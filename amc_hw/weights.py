@@ -116,6 +116,12 @@ def _float32(tensor: Tensor) -> np.ndarray:
     return values.masked_fill(values.abs() < torch.finfo(torch.float32).tiny, 0.0).numpy()
 
 
+def drawn_like(examples: Sequence[Tensor], count: int) -> list[Tensor]:
+    """Random inputs, as many of each as `count`; examples: as of `build_graph`."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(count, *example.shape[1:], generator=generator) for example in examples]
+
+
 @torch.no_grad()
 def check_reading(module: nn.Module, graph: LayerGraph, examples: Sequence[Tensor]) -> None:
     """UnsupportedOperatorError where the operators that were read from a network do not compute what it does: for two
@@ -123,8 +129,7 @@ def check_reading(module: nn.Module, graph: LayerGraph, examples: Sequence[Tenso
 
     examples: as of `build_graph`. What one forward pass takes, twice.
     """
-    generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(2, *example.shape[1:], generator=generator) for example in examples]
+    inputs = drawn_like(examples, 2)
     try:
         with eval_mode(module):
             wanted = [each for each in tree_leaves(module(*inputs)) if isinstance(each, Tensor)]

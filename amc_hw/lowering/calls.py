@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 import re
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from amc_hw.padding import Pads
+from amc_hw.symbolic import own_line
 
 ACTIVATION_MODULES: dict[type[nn.Module], str] = {
     nn.ReLU: "relu",
@@ -41,7 +41,8 @@ ACTIVATION_FUNCTIONS: dict[Any, str] = {
     "tanh": "tanh",
 }
 IDENTITY_MODULES = (nn.Identity, nn.Dropout, nn.Dropout2d)
-IDENTITY_FUNCTIONS: tuple[Any, ...] = (F.dropout, F.dropout2d, "contiguous", "clone", "detach")
+DROPOUTS = (F.dropout, F.dropout2d)
+IDENTITY_FUNCTIONS: tuple[Any, ...] = ("contiguous", "clone", "detach")
 #: Of torchvision, by name: to import it takes as long as PyTorch does, and many networks do without.
 STOCHASTIC_DEPTH = ("torchvision.ops.stochastic_depth", "stochastic_depth")
 #: What is computed of two operands, by the kind that it is for tensors; quotients are of a number only.
@@ -106,12 +107,12 @@ def pair_of(value: Any) -> tuple[int, int]:
     return int(first), int(second)
 
 
+FRAME = re.compile(r'File "([^"]+)", line (\d+)')  #: of a traceback
+
+
 def line_of(node: fx.Node) -> str:
     """The line of the network's own code that made a node."""
-    frames = re.findall(r'File "([^"]+)", line (\d+)', node.stack_trace or "")
-    libraries = Path(torch.__file__).parent, Path(__file__).parent.parent
-    own = [(Path(file), line) for file, line in frames if not any(map(Path(file).is_relative_to, libraries))]
-    return f"at {own[-1][0].name}:{own[-1][1]}" if own else ""
+    return own_line(FRAME.findall(node.stack_trace or ""))
 
 
 def activation_of(module: nn.Module) -> str | None:

@@ -16,6 +16,7 @@ from amc_hw.lowering.calls import (
     ACTIVATION_FUNCTIONS,
     ACTIVATION_MODULES,
     CLIPS,
+    DROPOUTS,
     IDENTITY_FUNCTIONS,
     IDENTITY_MODULES,
     KIND_OF,
@@ -53,6 +54,12 @@ def _is_linear(layer: nn.Linear) -> bool:
     drawn = torch.randn(2, layer.in_features, generator=torch.Generator().manual_seed(0))
     drawn = drawn.to(layer.weight.device, layer.weight.dtype)
     return gives(layer, drawn, F.linear(drawn, layer.weight, layer.bias))
+
+
+def _drops(node: fx.Node) -> bool:
+    """Whether a call of F.dropout drops anything in eval mode."""
+    given: dict[str, Any] = dict(zip(("input", "p", "training"), node.args, strict=False), **node.kwargs)
+    return bool(given.get("training", True) and given.get("p", 0.5))
 
 
 class Lowering(Arithmetic, Images):
@@ -260,7 +267,9 @@ class Lowering(Arithmetic, Images):
         elif target in SOFTMAXES:
             dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
             self._softmax(node, SOFTMAXES[target], dim)
-        elif target in IDENTITY_FUNCTIONS or origin(target) == STOCHASTIC_DEPTH:
+        elif target in DROPOUTS and _drops(node):
+            raise self._unsupported(node, "it drops in eval mode, too: give it training=self.training")
+        elif target in (*DROPOUTS, *IDENTITY_FUNCTIONS) or origin(target) == STOCHASTIC_DEPTH:
             self._same(node)
         elif target in KIND_OF:
             self._arithmetic(node, KIND_OF[target])

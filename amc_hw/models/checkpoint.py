@@ -31,7 +31,7 @@ def load_checkpoint(module: nn.Module, file: str | Path) -> str:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as exc:  # unpickling an arbitrary file fails in arbitrary ways
         raise UserError(
-            f"{str(file)!r} is not a checkpoint of tensors alone ({one_line(exc)[:160]}): "
+            f"{str(file)!r} is not a checkpoint of tensors alone ({one_line(exc).partition('. ')[0]}): "
             "write one with torch.save(model.state_dict(), FILE)"
         ) from exc
     weights = _state_dict(content, file, expected=module.state_dict())

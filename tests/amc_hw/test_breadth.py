@@ -506,12 +506,33 @@ class Branches(NeedsKeyword):
         return self.a(x) if x.mean() > 0 else x
 
 
+class LeavesPyTorch(NeedsKeyword):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return torch.from_numpy(np.asarray(self.a(x)))
+
+
+class Drops(NeedsKeyword):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return F.dropout(F.dropout(self.a(x), 0.0), training=self.training) + F.dropout(self.a(x), 0.2)
+
+
+class Fails(NeedsKeyword):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return self.a(x) + x
+
+
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
         (NeedsKeyword, "forward.. of NeedsKeyword needs the keyword argument 'scale': give a factory that wraps it"),
         (OfItsOwnClass, "cannot be traced by torch.fx .*Output.*: give a factory that returns a module"),
-        (Branches, "cannot be traced by torch.fx .*control flow.*does not branch on their values"),
+        (Branches, "cannot be traced by torch.fx .*control flow, at test_breadth.py:.*does not branch on their values"),
+        (LeavesPyTorch, "cannot be traced by torch.fx .*, at test_breadth.py:.*stays in PyTorch"),
+        (
+            Fails,
+            r"on an input of shape .*: RuntimeError: The size .* must match .*, at test_breadth.py:\d+$",
+        ),
+        (Drops, r"dropout \(dropout_2 at test_breadth.py:\d+\) .*in eval mode, too: give it training=self.training"),
     ],
 )
 def test_a_forward_that_cannot_be_traced_says_what_to_do(kind: type[nn.Module], words: str) -> None:

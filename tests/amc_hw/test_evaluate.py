@@ -102,6 +102,8 @@ def test_expected_accuracy() -> None:
     for found in (0.8, 0.882, 0.904, 0.99):
         with pytest.raises(UserError, match=f"{found:.4f}, --expect-accuracy says 0.893") as caught:
             check_expected(found, 0.893)
+        advice = "trained on these images" if found > 0.893 else "check normalisation and data"
+        assert advice in str(caught.value)
         assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
 
 

@@ -127,13 +127,17 @@ def test_the_default_data_do_not_stand_in_for_another_networks(
     own = ("--model", "plain20", "--checkpoint", "w.pt")
     asked = (command, "--device", "fake", *(("--latency-ratio", "0.6") if command != "check" else ()))
     done = amc_hw(*asked, *own)
-    assert done.code == 2 and "--data is missing: digits, the default, goes with " in done.mistake
+    assert (
+        done.code == 2
+        and "--data is missing (or --evaluate and --calibrate): digits, the default, goes with " in done.mistake
+    )
     assert amc_hw("init", *own).code == 0 and "data" not in Path("amc-hw.toml").read_text()
     assert "--data is missing" in amc_hw(*asked).mistake
     assert "w.pt" in amc_hw(*asked, "--data", "digits").mistake
     Path("amc-hw.toml").unlink()
     assert amc_hw("init").code == 0
     assert "--data is missing" in amc_hw(*asked, *own).mistake
+    assert "there is no file 'typo.py'" in amc_hw(*asked, "--model", "typo.py:make").mistake
 
 
 def test_an_accuracy_that_is_not_the_expected_one(here: Path, amc_hw: Run) -> None:
@@ -662,7 +666,10 @@ def test_the_network_that_a_search_begins_with_is_exported_too(here: Path, amc_h
     torch.save({name: value / 2 for name, value in module.state_dict().items()}, "half.pt")
     halved = amc_hw(*flags, "--checkpoint", "half.pt", "--batch", "2", "--out", "half.onnx")
     assert halved.code == 0 and Path("half.onnx").read_bytes() != Path("whole.onnx").read_bytes()
-    assert "--data is missing" in amc_hw("export", "--unpruned", *TINY[2:], *flags[-2:], "--out", "a.onnx").mistake
+    without = ("export", "--unpruned", *TINY[2:], *flags[-2:])
+    done = amc_hw(*without, "--out", "drawn.onnx", "--json")
+    assert json.loads(done.out)["max_abs_diff"] < 1e-4 and len(json.loads(done.out)["mean"]) == 3
+    assert "--data is missing" in amc_hw(*without, "--int8", "--out", "a.onnx").mistake
     random = amc_hw("export", "--unpruned", "--model", "resnet20", *DATA, *flags[-2:], "--out", "a.onnx")
     assert random.code == 2 and "--checkpoint is missing: the weights of resnet20 would be random" in random.mistake
     for neither in ((), ("--policy", "run/policy.json", "--unpruned")):

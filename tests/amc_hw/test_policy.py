@@ -78,7 +78,9 @@ def test_file_says_its_schema_version(tmp_path: Path) -> None:
 
 def test_missing_and_unreadable_files(tmp_path: Path) -> None:
     assert "cannot read policy" in one_line(tmp_path / "none.json")
-    assert "Is a directory" in one_line(tmp_path)
+    assert f"{tmp_path / 'policy.json'}: No such file" in one_line(tmp_path)
+    POLICY.save(tmp_path / "policy.json")
+    assert load_policy(tmp_path) == POLICY
     (tmp_path / "file").touch()
     assert "Not a directory" in one_line(tmp_path / "file" / "policy.json")
 

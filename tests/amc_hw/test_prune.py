@@ -392,9 +392,9 @@ def test_frozen_parameters_and_training_mode_survive_slicing() -> None:
     ("kept", "message"),
     [
         ({"7": [0]}, "no group '7'"),
-        ({"0": [4]}, "group 0 has channels 0..3"),
-        ({"0": [-1, 0]}, "group 0 has channels 0..3"),
-        ({"3": []}, "group 3 has channels 0..2"),
+        ({"0": [4]}, "group 0 has channels 0..3, cannot keep channel 4"),
+        ({"0": [-1, 0]}, "group 0 has channels 0..3, cannot keep channel -1"),
+        ({"3": []}, "group 3 has channels 0..2, cannot keep none"),
     ],
 )
 def test_channels_that_the_graph_does_not_have(kept: dict[str, list[int]], message: str) -> None:
