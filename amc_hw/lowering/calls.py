@@ -57,6 +57,7 @@ SQUARES: tuple[Any, ...] = (operator.pow, torch.pow, "pow", torch.square, "squar
 CLIPS: tuple[Any, ...] = (torch.clamp, "clamp", "clamp_", torch.clip, "clip", F.hardtanh)
 NEGATIONS: tuple[Any, ...] = (operator.neg, torch.neg, "neg")
 MEANS: tuple[Any, ...] = (torch.mean, "mean")
+LARGEST: tuple[Any, ...] = (torch.amax, "amax")
 #: With the sizes of the result among their arguments, and without.
 RESHAPES: tuple[Any, ...] = ("view", "reshape", torch.reshape)
 REGROUPS: tuple[Any, ...] = (

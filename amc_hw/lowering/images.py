@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from amc_hw.errors import UnsupportedOperatorError
-from amc_hw.lowering.axes import BATCH, CHANNELS, POSITIONS, of_dim, vector_axes, whole
+from amc_hw.lowering.axes import BATCH, CHANNELS, POSITIONS, image_axes, of_dim, vector_axes, whole
 from amc_hw.lowering.calls import IDENTITY_MODULES, MEANS, NO_PADS, POOL_FUNCTIONS, activation_of, pair_of, shape_of
 from amc_hw.lowering.shapes import Shapes
 from amc_hw.padding import around, padding_of
@@ -173,16 +173,30 @@ class Images(Shapes):
         else:
             self._emit(node, "clip", numbers=(float(low), float(high)))
 
-    def _mean(self, node: fx.Node) -> None:
-        """Over all positions, of an image in one call or in two."""
-        source, out = node.all_input_nodes[0], shape_of(node)
-        rank = len(shape_of(source) or ())
+    def _reduced(self, node: fx.Node) -> set[int]:
+        """The dimensions of its input that a call reduces."""
+        rank = len(shape_of(node.all_input_nodes[0]) or ())
         named = node.kwargs.get("dim", node.kwargs.get("axis"))
         given: Any = node.args[1] if len(node.args) > 1 else named
         listed = given if isinstance(given, (list, tuple)) else [given]
-        if rank == 0 or out is None or not all(isinstance(dim, int) for dim in listed):
+        if rank == 0 or not all(isinstance(dim, int) for dim in listed):
             raise self._unsupported(node)
-        dims = {dim % rank for dim in listed}
+        return {dim % rank for dim in listed}
+
+    def _largest(self, node: fx.Node) -> None:
+        """The largest of all positions of an image: a pooling whose window is all of it."""
+        source, out, dims = node.all_input_nodes[0], shape_of(node) or (), self._reduced(node)
+        if dims != {2, 3} or self._form(source) != "image":
+            raise self._unsupported(node)
+        channels, *window = self._image(source)
+        self._emit(node, "max_pool", axes=image_axes((channels, 1, 1)), kernel=pair_of(window), stride=pair_of(window))
+        if len(out) == 2:
+            self._emit(node, "flatten", sources=[node], out_channels=channels)
+
+    def _mean(self, node: fx.Node) -> None:
+        """Over all positions, of an image in one call or in two."""
+        source, out, dims = node.all_input_nodes[0], shape_of(node) or (), self._reduced(node)
+        rank = len(shape_of(source) or ())
         if source in self.halved:
             image, other = self.halved[source]
             if dims != {other}:
@@ -276,18 +290,19 @@ class Images(Shapes):
         window["padding"] = padding
         return image
 
-    def _adaptive_pool(self, node: fx.Node) -> None:
+    def _adaptive_pool(self, node: fx.Node, kind: str) -> None:
+        """kind: "avg_pool" or "max_pool"."""
         before, after = shape_of(node.all_input_nodes[0]), shape_of(node)
         assert before is not None and after is not None
         if self._form(node.all_input_nodes[0]) != "image":
             raise self._unsupported(node)
         if after == before:
             self._same(node)
-        elif after[2:] == (1, 1):
+        elif after[2:] == (1, 1) and kind == "avg_pool":
             self._emit(node, "global_avg_pool")
         elif before[2] % after[2] == 0 and before[3] % after[3] == 0:
             window = (before[2] // after[2], before[3] // after[3])
-            self._pool(node, "avg_pool", window, window, 0)
+            self._pool(node, kind, window, window, 0)
         else:
             raise self._unsupported(node)
 

@@ -20,6 +20,7 @@ from amc_hw.lowering.calls import (
     IDENTITY_FUNCTIONS,
     IDENTITY_MODULES,
     KIND_OF,
+    LARGEST,
     MEANS,
     NEGATIONS,
     PERMUTES,
@@ -237,7 +238,9 @@ class Lowering(Arithmetic, Images):
             options = {"ceil": module.ceil_mode, "exclude_pad": not include}
             self._pool(node, kind, module.kernel_size, module.stride, module.padding, **options)
         elif isinstance(module, nn.AdaptiveAvgPool2d):
-            self._adaptive_pool(node)
+            self._adaptive_pool(node, "avg_pool")
+        elif isinstance(module, nn.AdaptiveMaxPool2d) and not module.return_indices:
+            self._adaptive_pool(node, "max_pool")
         elif isinstance(module, nn.ZeroPad2d | nn.ConstantPad2d):
             self._pad(node, module.padding, "constant", module.value)
         elif isinstance(module, nn.Flatten | nn.Unflatten):
@@ -296,7 +299,11 @@ class Lowering(Arithmetic, Images):
         elif target is operator.getitem:
             self._getitem(node)
         elif target is F.adaptive_avg_pool2d:
-            self._adaptive_pool(node)
+            self._adaptive_pool(node, "avg_pool")
+        elif target is F.adaptive_max_pool2d and not node.kwargs.get("return_indices"):
+            self._adaptive_pool(node, "max_pool")
+        elif target in LARGEST:
+            self._largest(node)
         elif target in MEANS:
             self._mean(node)
         elif target in (*RESHAPES, *REGROUPS):

@@ -105,6 +105,64 @@ def test_a_learned_number_is_exported_as_it_was_trained(tmp_path: Path) -> None:
     export_network(net, graph, graph.op_graph(), image, file_format="onnx", out=tmp_path / "trained")
 
 
+LARGEST = {
+    "amax": lambda x: x.amax((2, 3)),
+    "dim": lambda x: torch.amax(x, dim=(-1, -2)),
+    "keepdim": lambda x: x.amax((2, 3), keepdim=True).flatten(1),
+    "function": lambda x: F.adaptive_max_pool2d(x, 1).flatten(1),
+    "module": nn.Sequential(nn.AdaptiveMaxPool2d((1, 1)), nn.Flatten()),
+    "parts": lambda x: F.adaptive_max_pool2d(x, (2, 1)).flatten(1),
+}
+
+
+@pytest.mark.parametrize("largest", LARGEST)
+def test_the_largest_of_all_positions_is_a_pooling(tmp_path: Path, largest: str) -> None:
+    ends = 2 if largest == "parts" else 1
+    net = Net(
+        lambda net, x: net.b(net.largest(F.relu(net.a(x)))),
+        a=nn.Conv2d(3, 8, 3),
+        b=nn.Linear(8 * ends, 4),
+        largest=Call(LARGEST[largest]),
+    )
+    graph = half_and_exported(net, torch.randn(4, 3, 8, 7), tmp_path)
+    assert kinds(graph) == ["conv", "max_pool", "flatten", "linear"]
+    assert [group.name for group in graph.groups] == ["a"]
+
+
+class Call(nn.Module):
+    def __init__(self, call) -> None:
+        super().__init__()
+        self.call = call
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(x)
+
+
+def test_a_gate_of_means_and_largest_values_is_pruned(tmp_path: Path) -> None:
+    """The channel attention of CBAM (Woo et al., ECCV 2018)."""
+
+    def forward(net, x):
+        x = F.relu(net.a(x))
+        gate = torch.sigmoid(
+            net.up(F.relu(net.down(x.mean((2, 3), True)))) + net.up(F.relu(net.down(x.amax((2, 3), True))))
+        )
+        return net.b(x * gate)
+
+    parts = dict(a=nn.Conv2d(3, 16, 3), down=nn.Conv2d(16, 4, 1, bias=False), up=nn.Conv2d(4, 16, 1, bias=False))
+    net = Net(forward, **parts, b=nn.Conv2d(16, 4, 1))
+    graph = half_and_exported(net, torch.randn(4, 3, 9, 9), tmp_path)
+    assert [group.name for group in graph.groups] == ["a", "down"]
+
+
+@pytest.mark.parametrize(
+    "reduced", [lambda x: x.amax(1, keepdim=True), lambda x: x.amax(2), lambda x: x.amax(), lambda x: x.amax((1, 2, 3))]
+)
+def test_the_largest_of_anything_else_is_refused(reduced) -> None:
+    net = Net(lambda net, x: net.b(reduced(net.a(x))), a=nn.Conv2d(3, 8, 3), b=nn.Conv2d(8, 4, 1))
+    with pytest.raises((UnsupportedOperatorError, UserError), match=r"amax \(|fails on an input"):
+        build_graph(net.eval(), (3, 9, 9))
+
+
 @pytest.mark.parametrize("shaped", ["view", "reshape", "unsqueeze"])
 def test_a_gain_per_channel_may_be_given_its_shape_on_the_way(tmp_path: Path, shaped: str) -> None:
     def forward(net, x):
