@@ -116,9 +116,8 @@ def export_int8(
     runtime, batch = load_runtime(RUNTIME_OF[file_format]), network.nodes[0].op.batch
     chunks = _whole_batches(inputs, batch)
     network, weights = _with_names(network, folded_weights(module, graph), module(*chunks[0]))
-    model = runtime.build(network, weights)
+    model = runtime.labelled(runtime.build(network, weights), LABEL, _told(about))
     data = runtime.quantized(model, [[part.numpy() for part in chunk] for chunk in chunks])
-    data = runtime.labelled(data, LABEL, _told(about))
     running = Running(runtime, data, batch, module(*chunks[0]))
     off, right = (
         [np.concatenate([part.ravel() for part in parts]) for parts in zip(*each, strict=True)]

@@ -31,7 +31,7 @@ class Runtime(Protocol):
         them, float32 inputs and outputs. DeviceError where the runtime's own tool is not installed."""
 
     def labelled(self, model: bytes, key: str, text: str) -> bytes:
-        """The model with a text in its metadata."""
+        """A model of `build` with a text in its metadata, which `quantized` keeps."""
 
     def lower(self, graph: OpGraph) -> OpGraph:
         """The network as this runtime executes it, fusions included."""

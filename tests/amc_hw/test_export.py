@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from amc_hw.errors import FailedError, UserError
-from amc_hw.export import FORMATS, export_network
+from amc_hw.export import FORMATS, export_int8, export_network
 from amc_hw.graph import LayerGraph, build_graph
 from amc_hw.models import ChannelMap, load_model
 from amc_hw.prune import keep_channels, slice_channels
@@ -137,9 +137,8 @@ def test_file_computes_what_the_pruned_network_does(pruned, tmp_path: Path, file
 def metadata(path: Path, file_format: str) -> dict[str, Any]:
     """What a file says under "amc-hw"."""
     if file_format == "onnx":
-        (entry,) = onnx.load(path).metadata_props
-        assert entry.key == "amc-hw"
-        return json.loads(entry.value)
+        (value,) = (entry.value for entry in onnx.load(path).metadata_props if entry.key == "amc-hw")
+        return json.loads(value)
     if file_format == "torch":
         files = {"amc-hw": ""}
         torch.export.load(io.BytesIO(path.read_bytes()), extra_files=files)
@@ -172,6 +171,25 @@ def test_a_file_says_what_it_reads_and_replaces_only_its_like(pruned, tmp_path: 
         assert (tmp_path / "mine.py").read_bytes() == text
     (tmp_path / "empty").touch()
     export(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("file_format", FORMAT_PARAMS[1:])
+def test_an_int8_file_says_what_it_reads_too(tmp_path: Path, file_format: str) -> None:
+    """Of a network with weights that LiteRT's quantizer puts behind the model's own bytes."""
+    net = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 512, 5), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    graph, out = build_graph(net.eval(), (3, 12, 12)), tmp_path / "net"
+    drawn = torch.randn(12, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    for about in ({"mean": [0.5]}, {"mean": [0.25]}):
+        found, running = export_int8(net, graph, graph.op_graph(), drawn, file_format=file_format, out=out, about=about)
+        assert metadata(out, file_format) == {"program": "amc-hw", **about}
+    with torch.no_grad():
+        off, right = running(drawn) - net(drawn), net(drawn)
+    assert found["max_abs_diff"] == pytest.approx(float(off.abs().max()), rel=1e-4)
+    assert found["largest"] == pytest.approx(float(right.abs().max()), rel=1e-4)
+    assert found["rms_diff"] == pytest.approx(
+        float(off.square().mean().sqrt() / right.square().mean().sqrt()), rel=1e-3
+    )
+    assert 0 < found["rms_diff"] < 0.1 and out.stat().st_size == found["bytes"] < 1_000_000
 
 
 @every_format
