@@ -116,6 +116,8 @@ def export_int8(
     runtime, batch = load_runtime(RUNTIME_OF[file_format]), network.nodes[0].op.batch
     chunks = _whole_batches(inputs, batch)
     network, weights = _with_names(network, folded_weights(module, graph), module(*chunks[0]))
+    if not all(np.isfinite(part).all() for chunk in chunks for part in _outputs(module(*chunk))):
+        raise FailedError("the network's own outputs are not finite: it cannot be quantized")
     model = runtime.labelled(runtime.build(network, weights), LABEL, _told(about))
     data = runtime.quantized(model, [[part.numpy() for part in chunk] for chunk in chunks])
     running = Running(runtime, data, batch, module(*chunks[0]))

@@ -15,14 +15,15 @@ from amc_hw.errors import UserError
 from profilers.files import check_replaceable, write_whole
 
 CREATOR = "amc-hw"  #: of a picture, in its metadata
+MARKS = {".svg": f"<dc:title>{CREATOR}</dc:title>", ".png": f"Software\0{CREATOR}"}  #: how that looks there
 TITLE = 88  #: letters of a line
 
 
 def check_picture(path: Path) -> None:
     """UserError where a picture cannot be written there."""
-    if path.suffix not in (".svg", ".png"):
-        raise UserError(f"{path}: a picture's name ends in .svg or .png")
-    check_replaceable(path, CREATOR.encode())
+    if path.suffix not in MARKS:
+        raise UserError(f"{path}: a picture's name ends in {' or '.join(MARKS)}")
+    check_replaceable(path, MARKS[path.suffix].encode())
 
 
 def _axes(*, size: tuple[float, float] = (6.4, 4.4)) -> tuple[Any, Any]:

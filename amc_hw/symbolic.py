@@ -230,7 +230,13 @@ def trace_fx(module: nn.Module, examples: Sequence[torch.Tensor]) -> tuple[fx.Gr
 def own_line(frames: Iterable[tuple[str, int | str | None]]) -> str:
     """Of (file, line), outermost first, the innermost that is the network's own code, as `at FILE:LINE`."""
     libraries = Path(torch.__file__).parent, Path(__file__).parent
-    own = [(Path(file), line) for file, line in frames if not any(map(Path(file).is_relative_to, libraries))]
+    python = Path(traceback.__file__).parent  # where packages of others may lie, too
+    own = [
+        (Path(file), line)
+        for file, line in frames
+        if not any(map(Path(file).is_relative_to, libraries))
+        and (not Path(file).is_relative_to(python) or "site-packages" in file)
+    ]
     return f"at {own[-1][0].name}:{own[-1][1]}" if own else ""
 
 

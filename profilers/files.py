@@ -29,11 +29,9 @@ def write_whole(path: Path, data: bytes) -> None:
 
 def check_replaceable(path: Path, mark: bytes) -> None:
     """UserError where there is a file that does not hold `mark`, so was not written by us."""
-    try:
+    with suppress(OSError):  # what cannot be looked at cannot be written, either
         if path.is_file() and path.stat().st_size and mark not in path.read_bytes():
             raise UserError(f"{path} is there already, and not of amc-hw: name another --out, or move it away")
-    except OSError as error:
-        raise UserError(f"cannot read {path}, which is there already: {error.strerror}") from None
 
 
 def append_synced(file: FileIO, data: bytes) -> None:

@@ -229,6 +229,7 @@ class _Rounds:
             if number:
                 self.progress(0, method.planned(number), f"{why}: {method.planned(number)} more episodes")
             limit = self._round(method, number)
+            self.met |= self.uniform & self.found.keys()  # timed already
             spare = self._judge(self._candidates(limit))
             why = "measured policies leave much of the budget" if self.met else "no measured policy met the budget"
             if not self.met or (spare and number == 0):
@@ -258,7 +259,8 @@ class _Rounds:
         inside = [one for one in ranked if one.widths not in known and keeps(one.cost, limit)]
         wary = [one for one in inside if keeps(one.cost, limit * (1 - self.problem.slack))]
         best = inside[:CANDIDATES]
-        if wary and len(inside) > CANDIDATES and wary[0] not in best:
+        timed = self.problem.used is not None
+        if timed and wary and len(inside) > CANDIDATES and wary[0] not in best:
             best[-1] = wary[0]
         return [one.widths for one in best]
 
@@ -378,12 +380,14 @@ class _Rounds:
         return winner
 
     def _outcome(self, widths: tuple[int, ...]) -> Outcome:
-        """over: of policies that the method found, those that ranked higher, or all where none met the budget."""
+        """over: of policies that the method found, those that ranked higher: in the end, or else in the search than all
+        that met the budget."""
         by = self._found_by(widths)
+        met = max((self.found[each].worth for each in self.met if each in self.found), default=-math.inf)
         better = [
             share
             for each, share in self.missed.items()
-            if each in self.found and (each in self.confirmed or not self.met)
+            if each in self.found and (each in self.confirmed or self.found[each].worth > met)
         ]
         over = min(better, default=None) if by == "uniform" else None
         return Outcome(widths, self.confirmed.get(widths), self.episodes, by, over)

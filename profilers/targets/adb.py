@@ -75,6 +75,11 @@ class AdbTarget:
         if config.delegate not in ("", *DELEGATES) and not config.delegate.startswith("/"):
             known = f"{', '.join(DELEGATES)}, or the path of a library on the device"
             raise UserError(f"device {config.name}: unknown delegate {config.delegate!r}; known: {known}")
+        if config.delegate.startswith("/") and config.dtype == "float16":
+            raise UserError(
+                f"device {config.name}: how exactly {config.delegate} computes is said in delegate_options: leave "
+                "dtype out"
+            )
         if RUNTIME.get(config.runner, config.runtime) != config.runtime:
             raise UserError(
                 f"device {config.name}: {config.runner} runs {RUNTIME[config.runner]}, not {config.runtime}"
@@ -202,7 +207,7 @@ class AdbTarget:
             hot = status is not None and status >= SEVERE
             text = "not told" if status is None else f"status {status}" + (": let it cool" if hot else "")
             probes.append(Probe("temperature", not hot, text))
-            if self.config.whole_only:
+            if self.config.whole_only and not hot:
                 probes.append(self._tried())
         return probes
 

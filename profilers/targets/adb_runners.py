@@ -30,8 +30,9 @@ VISIT = "amc-hw-visit"  #: begins the output of each of a program's runs
 LEAST_RUNS = 10  #: of a program that is started for every sample
 START_S = 2.0  #: of it
 TIMED_OUT, NO_FOLDER = 124, 90  #: exit codes: of `timeout`, and ours
-#: Of a delegate: what it may take to compile a network, and how long it runs one until its clocks have risen.
+#: Of a delegate: what it may take to compile a network, once, and how long it runs one until its clocks have risen.
 COMPILE_S, WARM_S = 60.0, 0.3
+COMPILE_ANEW_S = 20.0  #: one that compiles for every run
 COMPILED = "compiled"  #: in the work folder, while a job runs: what delegates compiled
 #: `delegate` in a configuration -> its name in a log, and the flags for it, for half precision, for `delegate_options`.
 DELEGATES = {
@@ -278,7 +279,9 @@ class BenchmarkModel(ProgramRunner):
         return f"{version}, delegate {delegate}" + (f" ({options})" if options else "")
 
     def seconds(self, plan: TimingPlan, models: int) -> float:
-        more = models * (COMPILE_S + WARM_S * plan.rounds) if self.config.delegate else 0.0
+        kept = self.config.delegate in DELEGATES
+        compile_s = COMPILE_S if kept else COMPILE_ANEW_S * plan.rounds
+        more = models * (compile_s + WARM_S * plan.rounds) if self.config.delegate else 0.0
         return super().seconds(plan, models) + more
 
     def flags(self, model: str, plan: TimingPlan) -> str:
@@ -310,6 +313,12 @@ class BenchmarkModel(ProgramRunner):
             raise UserError(
                 f"{self.device.name}: {self.name} did not apply the {name} delegate, and ran the network on the CPU: "
                 f"see what it says there, {self.config.workdir}/run.txt"
+            )
+        if "--delegate_serialize_dir" in ignored:
+            warnings.warn(
+                f"{self.device.name}: this build of {self.name} keeps nothing that a delegate compiled: every run "
+                "compiles anew",
+                stacklevel=2,
             )
         if name and run.partial:
             parts = "a part" if run.delegate_kernels in (None, 1) else f"{run.delegate_kernels} parts"

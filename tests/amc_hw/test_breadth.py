@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import numpy as np
@@ -511,6 +512,11 @@ class LeavesPyTorch(NeedsKeyword):
         return torch.from_numpy(np.asarray(self.a(x)))
 
 
+class LeavesPyTorchInALibrary(NeedsKeyword):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return self.a(x) * len(json.dumps(x))
+
+
 class Drops(NeedsKeyword):
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         return F.dropout(F.dropout(self.a(x), 0.0), training=self.training) + F.dropout(self.a(x), 0.2)
@@ -527,6 +533,7 @@ class Fails(NeedsKeyword):
         (NeedsKeyword, "forward.. of NeedsKeyword needs the keyword argument 'scale': give a factory that wraps it"),
         (OfItsOwnClass, "cannot be traced by torch.fx .*Output.*: give a factory that returns a module"),
         (Branches, "cannot be traced by torch.fx .*control flow, at test_breadth.py:.*does not branch on their values"),
+        (LeavesPyTorchInALibrary, "cannot be traced by torch.fx .*serializable, at test_breadth.py:"),
         (LeavesPyTorch, "cannot be traced by torch.fx .*, at test_breadth.py:.*stays in PyTorch"),
         (
             Fails,

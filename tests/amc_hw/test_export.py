@@ -192,6 +192,15 @@ def test_an_int8_file_says_what_it_reads_too(tmp_path: Path, file_format: str) -
     assert 0 < found["rms_diff"] < 0.1 and out.stat().st_size == found["bytes"] < 1_000_000
 
 
+@pytest.mark.parametrize("file_format", FORMAT_PARAMS[1:])
+def test_a_network_of_infinite_outputs_is_not_quantized(tmp_path: Path, file_format: str) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
+    nn.init.constant_(net[2].weight, float("inf"))
+    graph = build_graph(net, (3, 4, 4))
+    with pytest.raises(FailedError, match="the network's own outputs are not finite: it cannot be quantized"):
+        export_int8(net, graph, graph.op_graph(), images(2)[..., :4, :4], file_format=file_format, out=tmp_path / "net")
+
+
 @every_format
 def test_fewer_images_than_a_batch_are_repeated(pruned, tmp_path: Path, file_format: str) -> None:
     net, graph, widths = pruned

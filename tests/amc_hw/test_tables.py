@@ -370,12 +370,12 @@ def test_a_csv_that_cannot_be_written_whole_leaves_what_was_there(
     ("command", "name"), [(("export-csv", "pixel1"), "mine.py"), (("plot", "pixel1", "--op", "conv 14x14"), "mine.svg")]
 )
 def test_a_file_of_something_else_is_not_replaced(amc_hw: Run, command: tuple[str, ...], name: str) -> None:
-    Path(name).write_text("<svg>mine</svg>")
+    Path(name).write_text("<svg>mine, of amc-hw</svg>")
     code, out, err = amc_hw("table", *command, "--out", name)
     assert (code, out) == (2, "") and err == (
         f"amc-hw: {name} is there already, and not of amc-hw: name another --out, or move it away\n"
     )
-    assert Path(name).read_text() == "<svg>mine</svg>"
+    assert Path(name).read_text() == "<svg>mine, of amc-hw</svg>"
     Path(name).unlink()
     for _ in range(2):  # our own of before is
         assert amc_hw("table", *command, "--out", name)[0] == 0

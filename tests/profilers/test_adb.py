@@ -417,8 +417,20 @@ def test_a_delegate_that_runs_a_part_is_told(config: DeviceConfig, tmp_path: Pat
 @needs_litert
 def test_a_build_that_keeps_nothing_compiled_will_do(config: DeviceConfig, tmp_path: Path) -> None:
     lines = f"WARN: Unconsumed cmdline flags: --delegate_serialize_dir=x\n{FULLY.format('GPU')}"
-    target = accelerated(config, tmp_path, lines, delegate="gpu")
+    with pytest.warns(UserWarning, match="keeps nothing that a delegate compiled: every run compiles anew"):
+        target = accelerated(config, tmp_path, lines, delegate="gpu")
     assert len(target.time_networks(NETWORKS, PLAN, seed=0)) == 2
+
+
+def test_a_library_that_compiles_for_every_run_is_given_the_time(config: DeviceConfig) -> None:
+    seconds = [
+        AdbTarget(replace(config, runner="benchmark_model", delegate=delegate), device(Folder()))._runner.seconds(
+            PLAN, 2
+        )
+        for delegate in ("", "gpu", "/lib/x.so")
+    ]
+    assert seconds[1] - seconds[0] == pytest.approx(2 * (60 + 0.3 * PLAN.rounds))
+    assert seconds[2] - seconds[0] == pytest.approx(2 * (20 + 0.3) * PLAN.rounds)
 
 
 @needs_litert
@@ -813,6 +825,8 @@ def test_a_hot_phone_is_waited_for_and_given_up(
     phone.program("dumpsys", 'echo "Thermal Status: 4"')
     target = AdbTarget(config, device(phone))
     assert not target.probes()[-1].ok
+    hot = AdbTarget(replace(config, dtype="int8"), device(phone)).probes()
+    assert hot[-1].name == "temperature" and not waits  # what is hot is not tried
     assert target.time_networks(NETWORKS, PLAN, seed=0) and waits == [10, 30]
     phone.program("dumpsys", 'echo "Thermal Status: 3"')
     with pytest.raises(DeviceError, match="too hot .thermal status 3.: let it cool, and run this again"):
@@ -1010,6 +1024,8 @@ def test_unknown_runners_and_dtypes_are_named() -> None:
         open_target(DeviceConfig("x", "adb", "litert", runner="benchmark_model", dtype="tf32"))
     with pytest.raises(UserError, match="benchmark_model alone has delegates, not python"):
         open_target(DeviceConfig("x", "adb", "litert", delegate="gpu"))
+    with pytest.raises(UserError, match="how exactly /lib/x.so computes is said in delegate_options: leave dtype out"):
+        open_target(DeviceConfig("x", "adb", "litert", runner="benchmark_model", delegate="/lib/x.so", dtype="float16"))
     with pytest.raises(UserError, match="unknown delegate 'dsp'; known: gpu, nnapi, or the path of a library"):
         open_target(DeviceConfig("x", "adb", "litert", runner="benchmark_model", delegate="dsp"))
     with pytest.raises(UserError, match="onnxruntime_perf_test runs onnxruntime, not litert"):

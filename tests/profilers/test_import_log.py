@@ -329,6 +329,26 @@ def test_what_another_delegate_ran_is_refused(desk: Desk) -> None:
     desk.add(without_operators())  # which does not say
 
 
+@pytest.mark.parametrize(
+    ("asked", "line", "words"),
+    [
+        ("gpu (cl)", None, "a.txt was run by no delegate, the table is of gpu"),
+        ("gpu", CPU, "a.txt was run by XNNPACK, the table is of gpu"),
+        ("libX.so 0123456789ab", GPU, "a.txt was run by GPU, the table is of libX.so"),
+        ("gpu", GPU, None),
+    ],
+)
+def test_a_table_of_a_delegate_takes_its_logs_alone(
+    tmp_path: Path, asked: str, line: str | None, words: str | None
+) -> None:
+    desk = Desk(tmp_path, Identity("a phone", "litert", f"benchmark_model 0123456789ab, delegate {asked}"))
+    log = new_log(XNNPACK if line else OPS, more=f"INFO: {line}\n" if line else "")
+    if words is None:
+        assert desk.add(log)
+    else:
+        assert desk.refusal(log) == words
+
+
 def test_logs_of_one_delegate_go_together_and_no_other_does(desk: Desk) -> None:
     desk.add(new_log(XNNPACK, more=f"INFO: {CPU}\n"))
     desk.add(new_log(XNNPACK, more=f"INFO: {CPU}\nINFO: once more\n"))

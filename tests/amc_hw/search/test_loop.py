@@ -316,6 +316,36 @@ def test_a_uniform_policy_does_not_win_because_better_ones_are_a_little_over(tmp
     assert len(target.confirmed) == len(set(target.confirmed)) and len(target.finished) == len(set(target.finished))
 
 
+def test_better_ones_that_are_over_the_budget_in_the_search_count_too(tmp_path: Path) -> None:
+    """Of the first round's candidates the last alone keeps the budget, and loses to a uniform policy."""
+    target, said = Target(table()), list[str]()
+
+    def share(widths: Widths) -> float:
+        first = target.batches[1] if len(target.batches) > 1 else []
+        if widths not in first[:-1]:
+            return 1.0
+        return 1.05 * RATIO * target.costs.full_cost / target.costs.cost(widths)
+
+    def finish(widths: Sequence[int]) -> float:
+        target.finished.append(tuple(widths))
+        return 0.0 if tuple(widths) == target.batches[1][-1] else accuracy(widths)
+
+    target.share = target.confirmed_share = share
+    outcome = search(replace(target.problem(), finish=finish), tmp_path, said=said)
+    assert said.count("what is better is a little over the budget: 10 more episodes") > 0
+    assert outcome.found_by == "method" and outcome.widths not in target.batches[1]
+
+
+@pytest.mark.parametrize("name", ["uniform", "deep"])
+def test_a_rule_is_asked_once_where_what_it_says_keeps_the_budget(tmp_path: Path, name: str) -> None:
+    target, said = Target(table()), list[str]()
+    journal = Journal(tmp_path / "metrics.jsonl", {"schema_version": 1, "seed": 0})
+    outcome = run_search(
+        target.problem(), journal, method=name, episodes=1, seed=0, progress=lambda done, total, text: said.append(text)
+    )
+    assert target.used_by(outcome) <= 1.02 and not [text for text in said if "more episodes" in text]
+
+
 def test_a_uniform_policy_that_wins_for_want_of_others_is_told(tmp_path: Path) -> None:
     target = Target(table(), confirmed_share=lambda widths: 1.0 if widths in UNIFORM else 4.0)
     outcome = search(target.problem(), tmp_path)
