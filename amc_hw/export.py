@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,7 @@ def export_int8(
     """As `export_network`, quantized to int8 and calibrated on `inputs`; the written model comes back as a module, too.
 
     `max_abs_diff` from PyTorch's float outputs is reported, and `rms_diff`, the root of the mean square difference over
-    that of these outputs; no file is refused for it.
+    that of these outputs, of several outputs the largest; no file is refused for it.
     """
     if file_format not in RUNTIME_OF:
         raise UserError(f"int8 is for {' and '.join(RUNTIME_OF)}, not for {file_format}")
@@ -116,32 +116,29 @@ def export_int8(
     runtime, batch = load_runtime(RUNTIME_OF[file_format]), network.nodes[0].op.batch
     chunks = _whole_batches(inputs, batch)
     network, weights = _with_names(network, folded_weights(module, graph), module(*chunks[0]))
-    if not all(np.isfinite(part).all() for chunk in chunks for part in _outputs(module(*chunk))):
+    expected = [[part.astype(np.float64) for part in _outputs(module(*chunk))] for chunk in chunks]
+    right = _joined(expected)
+    if not all(np.isfinite(part).all() for part in right):
         raise FailedError("the network's own outputs are not finite: it cannot be quantized")
     model = runtime.labelled(runtime.build(network, weights), LABEL, _told(about))
     data = runtime.quantized(model, [[part.numpy() for part in chunk] for chunk in chunks])
     running = Running(runtime, data, batch, module(*chunks[0]))
-    off, right = (
-        [np.concatenate([part.ravel() for part in parts]) for parts in zip(*each, strict=True)]
-        for each in zip(*(_compared(running, module, chunk) for chunk in chunks), strict=True)
+    off = _joined(
+        [got.reshape(want.shape) - want for got, want in zip(_outputs(running(*chunk)), wanted, strict=True)]
+        for chunk, wanted in zip(chunks, expected, strict=True)
     )
     if not all(np.isfinite(part).all() for part in off):
         raise FailedError(f"the int8 {file_format} file's outputs are not finite")
     difference, largest = (max(float(np.abs(part).max()) for part in parts) for parts in (off, right))
     named = {"outputs": list(network.outputs), "images": batch * len(chunks)}
-    # of several outputs the worst
-    rms = max(
-        float(np.sqrt(np.mean(np.square(a)) / max(np.mean(np.square(b)), np.finfo(np.float32).tiny)))
-        for a, b in zip(off, right, strict=True)
-    )
+    sizes = [max(np.mean(np.square(part)), np.finfo(np.float32).tiny) for part in right]
+    rms = max(float(np.sqrt(np.mean(np.square(part)) / size)) for part, size in zip(off, sizes, strict=True))
     return _written(out, data, difference, largest) | {"rms_diff": rms} | named, running
 
 
-def _compared(running: nn.Module, module: nn.Module, chunk: _Chunk) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """How far off every output is, and the outputs as they should be, float64."""
-    right = [part.astype(np.float64) for part in _outputs(module(*chunk))]
-    found = _outputs(running(*chunk))
-    return [got.reshape(want.shape) - want for got, want in zip(found, right, strict=True)], right
+def _joined(chunks: Iterable[Sequence[np.ndarray]]) -> list[np.ndarray]:
+    """Every output of all chunks, flat."""
+    return [np.concatenate([part.ravel() for part in parts]) for parts in zip(*chunks, strict=True)]
 
 
 def _told(about: Mapping[str, Any] | None) -> str:

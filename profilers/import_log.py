@@ -109,6 +109,7 @@ def _same_set_up(log: Log, graph: OpGraph, table: LatencyTable, known: Sequence[
         raise UserError(f"{log.path} ran on an input of {_times(run.input_shape)}, the network takes {_times(wanted)}")
     if run.threads not in (None, table.identity.threads):
         raise UserError(f"{log.path} ran with {run.threads} threads, the table is of {table.identity.threads}")
+    # as `BenchmarkModel.version` writes it
     asked = table.identity.runtime_version.partition(", delegate ")[2].partition(" ")[0]
     name = DELEGATES[asked][0] if asked in DELEGATES else "EXTERNAL"
     if asked and name not in (run.delegate or "").split("+"):
