@@ -14,6 +14,7 @@ import difflib
 import functools
 import hashlib
 import importlib
+import importlib.machinery
 import importlib.util
 import inspect
 import math
@@ -23,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 from amc_hw.errors import UserError
@@ -221,16 +222,23 @@ def _resolve(spec: Spec, *, kind: str, known: Iterable[str]) -> Callable[..., An
     return factory
 
 
+class _Source(importlib.machinery.SourceFileLoader):
+    """Without what Python compiled before, which it takes for any file of the same second and size."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
 def _import_file(path: Path) -> ModuleType:
     """The module in a file, run once for each version of the file; its folder is importable while it runs."""
     file = path.expanduser().resolve()
     if not file.is_file():
         raise UserError(f"there is no file {str(path)!r}")
-    key = hashlib.sha256(f"{file}\n{file.stat().st_mtime_ns}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{file}\n".encode() + file.read_bytes()).hexdigest()[:16]
     name = f"_amc_hw_{file.stem}_{key}"
     if name in sys.modules:
         return sys.modules[name]
-    module_spec = importlib.util.spec_from_file_location(name, file)
+    module_spec = importlib.util.spec_from_file_location(name, file, loader=_Source(name, str(file)))
     assert module_spec is not None and module_spec.loader is not None  # a .py file always has a loader
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[name] = module  # dataclasses and pickle look their module up here

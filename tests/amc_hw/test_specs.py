@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -179,6 +180,19 @@ def test_a_factory_in_a_file(factory_file: Path) -> None:
     assert (made.depth, made.size) == (3, 7)  # type: ignore[attr-defined]
     assert type(call(f"{factory_file}:make")) is type(made)  # the file ran once
     assert sys.path == path_before
+
+
+def test_a_file_is_read_as_it_is_however_soon_it_was_changed(tmp_path: Path) -> None:
+    """Not as Python compiled it before: of the same size, and in its clock of the same second, it would."""
+    path = tmp_path / "net.py"
+
+    def made(text: str) -> object:
+        path.write_text(f"def make():\n    return {text}\n")
+        os.utime(path, (1e9, 1e9))
+        return call_factory(parse_spec(f"{path}:make"), kind="model", known=())
+
+    assert [made(text) for text in ("'a'", "'b'", "'a'")] == ["a", "b", "a"]
+    assert not list(tmp_path.glob("__pycache__/*"))
 
 
 def test_a_factory_in_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
