@@ -34,6 +34,7 @@ from amc_hw.plots import check_picture, save_predictions
 from amc_hw.policy import Policy, load_policy, policy_file
 from amc_hw.pretrain import DEFAULT_DATA, DEFAULT_MODEL, checkpoint_for
 from amc_hw.report import write_report
+from amc_hw.runs import none_better
 from amc_hw.search.loop import METHODS
 from amc_hw.subject import (
     Subject,
@@ -97,6 +98,7 @@ __all__ = [
     "load_pruned",
     "measure",
     "merge_tables",
+    "none_better",
     "open_policy",
     "open_subject",
     "plan_compare",

@@ -655,8 +655,7 @@ def _budget_lines(r: dict[str, Any], config: api.SearchConfig) -> Iterator[str]:
             "uniform": "the best uniform policy",
             "demonstration": "one near uniform widths that the agent was shown",
         }
-        over = f"the method's better ones were over the budget, by {r['over'] - 1:.1%} or more" if r.get("over") else ""
-        yield f"winner      {who[r['found_by']]}: {over or 'the method found none better'}"
+        yield f"winner      {who[r['found_by']]}: {api.none_better(r)}"
 
 
 @cli.command()

@@ -20,7 +20,7 @@ from amc_hw import plots
 from amc_hw.errors import DeviceError, TableError, UserError
 from amc_hw.policy import load_policy
 from amc_hw.resources import CostModel, keeps, latency_model, macs_model, params_model
-from amc_hw.runs import JOURNAL
+from amc_hw.runs import JOURNAL, none_better
 from amc_hw.subject import Pruned, Subject, open_pruned, open_subject, read_predictor, read_table
 from amc_hw.task import shown_gain
 from profilers.files import check_replaceable, write_whole
@@ -205,10 +205,8 @@ def _headline(result: dict[str, Any], own: bool, before: str) -> str:
     facts.append(
         (f"{share:.0%}", f"of the MACs: {result['macs'] / 1e6:.1f} of {result['baseline_macs'] / 1e6:.1f} million")
     )
-    over, none = result.get("over"), "the method found none better"
-    none = f"the method's better ones were over the budget, by {over - 1:.1%} or more" if over else none
     who = {
-        "uniform": f"The winner is the best uniform policy, which always takes part: {none}.",
+        "uniform": f"The winner is the best uniform policy, which always takes part: {none_better(result)}.",
         "demonstration": "The winner is a policy near uniform widths that the agent was shown: it found none better.",
     }.get(result.get("found_by", ""))
     return _lead(*facts) + (f"<p>{who}</p>" if who else "")
