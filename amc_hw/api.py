@@ -47,7 +47,7 @@ from amc_hw.subject import (
 )
 from amc_hw.tables import export_csv, list_tables, merge_tables, plot_table, show_table
 from amc_hw.task import Task, load_task
-from amc_hw.weights import drawn_like, folded_weights
+from amc_hw.weights import drawn, folded_weights
 from profilers import import_log as import_logs
 from profilers.device import DTYPES, device_names, load_device
 from profilers.farm import run_steps
@@ -500,7 +500,8 @@ def export(
     on the task's inputs by the runtime's own tool; its held-out accuracy is reported beside the float network's.
     """
     _check_named(out, file_format)
-    pruned = open_pruned(Path(policy))
+    policy = policy_file(Path(policy))
+    pruned = open_pruned(policy)
     found = pruned.policy
     if file_format in RUNTIME_OF and (found.dtype == "int8") != int8:
         warnings.warn(
@@ -509,7 +510,7 @@ def export(
             stacklevel=2,
         )
     evaluate, calibrate, images = (
-        text and found_near(text, Path(policy), found) for text in (found.evaluate, found.calibrate, found.data)
+        text and found_near(text, policy, found) for text in (found.evaluate, found.calibrate, found.data)
     )
     calibrate = calibrate if data is None else None
     task = load_task(pruned.model, data=data or images, evaluate=evaluate, calibrate=calibrate)
@@ -539,10 +540,6 @@ def export_unpruned(
     task = load_task(loaded, data=data, evaluate=evaluate, calibrate=calibrate) if named else None
     network = graph.op_graph(batch=batch)
     about = _about(loaded, calibrate, file_format)
-    if task is None:
-        drawn = drawn_like(loaded.example_inputs, CHECK_IMAGES)
-        found = export_network(loaded.module, graph, network, drawn, file_format=file_format, out=out, about=about)
-        return found | _told_too(about)
     return _export(loaded.module, graph, network, task, about, file_format=file_format, out=out, int8=int8)
 
 
@@ -561,25 +558,21 @@ def _about(loaded: LoadedModel, calibrate: str | None, file_format: str) -> dict
     return {"model": loaded.spec, "layout": layout, **images}
 
 
-def _told_too(about: dict[str, Any]) -> dict[str, Any]:
-    """Of an exported file's metadata, for the result."""
-    return {name: value for name, value in about.items() if name != "model"}
-
-
 def _export(
     module: nn.Module,
     graph: LayerGraph,
     network: OpGraph,
-    task: Task,
+    task: Task | None,
     about: dict[str, Any],
     *,
     file_format: str,
     out: Path,
     int8: bool,
 ) -> dict[str, Any]:
-    told = _told_too(about)
-    if not int8:
-        inputs = task.inputs(CHECK_IMAGES)
+    """Without a task a float file is checked on random inputs."""
+    told = {name: value for name, value in about.items() if name != "model"}
+    if task is None or not int8:
+        inputs = drawn(network.inputs.values(), CHECK_IMAGES) if task is None else task.inputs(CHECK_IMAGES)
         return export_network(module, graph, network, inputs, file_format=file_format, out=out, about=about) | told
     inputs = task.inputs(INT8_IMAGES)
     found, running = export_int8(module, graph, network, inputs, file_format=file_format, out=out, about=about)

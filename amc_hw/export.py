@@ -60,11 +60,9 @@ def export_network(
         named: dict[str, Any] = {}
         data, run = _as_program(module, chunks[0], about)
     else:
-        network, weights = _with_names(network, folded_weights(module, graph), module(*chunks[0]))
-        named = {"outputs": list(network.outputs)}
         runtime = load_runtime(RUNTIME_OF[file_format])
-        data = runtime.labelled(runtime.build(network, weights), LABEL, _told(about))
-        run = _numbers(runtime.session(data))
+        data, outputs = _as_model(module, graph, network, chunks[0], runtime, about)
+        named, run = {"outputs": outputs}, _numbers(runtime.session(data))
     expected = [_outputs(module(*chunk)) for chunk in chunks]
     largest, difference = float(np.finfo(np.float32).tiny), np.float64(0.0)
     for chunk, wanted in zip(chunks, expected, strict=True):
@@ -115,12 +113,11 @@ def export_int8(
     module.eval()
     runtime, batch = load_runtime(RUNTIME_OF[file_format]), network.nodes[0].op.batch
     chunks = _whole_batches(inputs, batch)
-    network, weights = _with_names(network, folded_weights(module, graph), module(*chunks[0]))
     expected = [[part.astype(np.float64) for part in _outputs(module(*chunk))] for chunk in chunks]
     right = _joined(expected)
     if not all(np.isfinite(part).all() for part in right):
         raise FailedError("the network's own outputs are not finite: it cannot be quantized")
-    model = runtime.labelled(runtime.build(network, weights), LABEL, _told(about))
+    model, outputs = _as_model(module, graph, network, chunks[0], runtime, about)
     data = runtime.quantized(model, [[part.numpy() for part in chunk] for chunk in chunks])
     running = Running(runtime, data, batch, module(*chunks[0]))
     off = _joined(
@@ -130,7 +127,7 @@ def export_int8(
     if not all(np.isfinite(part).all() for part in off):
         raise FailedError(f"the int8 {file_format} file's outputs are not finite")
     difference, largest = (max(float(np.abs(part).max()) for part in parts) for parts in (off, right))
-    named = {"outputs": list(network.outputs), "images": batch * len(chunks)}
+    named = {"outputs": outputs, "images": batch * len(chunks)}
     sizes = [max(np.mean(np.square(part)), np.finfo(np.float32).tiny) for part in right]
     rms = max(float(np.sqrt(np.mean(np.square(part)) / size)) for part, size in zip(off, sizes, strict=True))
     return _written(out, data, difference, largest) | {"rms_diff": rms} | named, running
@@ -195,6 +192,19 @@ def _keys(outputs: Any, path: tuple[str, ...] = (), *, named: bool = False) -> I
     else:
         for index, part in enumerate(outputs):
             yield from _keys(part, (*path, str(index)), named=named)
+
+
+def _as_model(
+    module: nn.Module,
+    graph: LayerGraph,
+    network: OpGraph,
+    example: _Chunk,
+    runtime: Runtime,
+    about: Mapping[str, Any] | None,
+) -> tuple[bytes, list[str]]:
+    """The runtime's model with `about` in its metadata, and the names of its outputs."""
+    network, weights = _with_names(network, folded_weights(module, graph), module(*example))
+    return runtime.labelled(runtime.build(network, weights), LABEL, _told(about)), list(network.outputs)
 
 
 def _numbers(run: Callable[..., list[np.ndarray]]) -> _Run:

@@ -111,7 +111,10 @@ def _result(folder: Path, name: str) -> dict[str, Any]:
 
 def write_report(folder: Path, out: Path | None = None) -> dict[str, Any]:
     """The page of a run's folder, in it by default; UserError where the folder holds no finished run."""
-    out = out or folder / "report.html"
+    if out is None:
+        out = folder / "report.html"
+    else:
+        check_replaceable(out, GENERATOR.encode())
     if (folder / "compare.json").exists():
         page = _comparison(folder)
     elif (folder / "result.json").exists():
@@ -120,7 +123,6 @@ def write_report(folder: Path, out: Path | None = None) -> dict[str, Any]:
         raise UserError(f"{folder}: there is no such folder" if not folder.exists() else f"{folder} is no folder")
     else:
         raise UserError(f"{folder} holds no finished search or comparison: no result.json, no compare.json")
-    check_replaceable(out, GENERATOR.encode())
     write_whole(out, page)
     return {"file": str(out)}
 

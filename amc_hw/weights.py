@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -116,10 +116,10 @@ def _float32(tensor: Tensor) -> np.ndarray:
     return values.masked_fill(values.abs() < torch.finfo(torch.float32).tiny, 0.0).numpy()
 
 
-def drawn_like(examples: Sequence[Tensor], count: int) -> list[Tensor]:
-    """Random inputs, as many of each as `count`; examples: as of `build_graph`."""
+def drawn(shapes: Iterable[Sequence[int]], count: int) -> list[Tensor]:
+    """Random inputs, `count` of each; shapes: of one."""
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(count, *example.shape[1:], generator=generator) for example in examples]
+    return [torch.randn(count, *shape, generator=generator) for shape in shapes]
 
 
 @torch.no_grad()
@@ -129,7 +129,7 @@ def check_reading(module: nn.Module, graph: LayerGraph, examples: Sequence[Tenso
 
     examples: as of `build_graph`. What one forward pass takes, twice.
     """
-    inputs = drawn_like(examples, 2)
+    inputs = drawn((example.shape[1:] for example in examples), 2)
     try:
         with eval_mode(module):
             wanted = [each for each in tree_leaves(module(*inputs)) if isinstance(each, Tensor)]

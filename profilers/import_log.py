@@ -17,7 +17,7 @@ from profilers.errors import TableError, UserError
 from profilers.ops import OpGraph, OpNode, OpSpec, digest
 from profilers.predictor import Predictor
 from profilers.table import LatencyTable, Measurement
-from profilers.targets.adb_runners import DELEGATES
+from profilers.targets.adb_runners import delegate_of
 
 #: What TFLite calls an operator, and the kinds that it may be here: a dense layer is often a convolution of one pixel.
 KINDS: Mapping[str, tuple[str, ...]] = {
@@ -109,11 +109,9 @@ def _same_set_up(log: Log, graph: OpGraph, table: LatencyTable, known: Sequence[
         raise UserError(f"{log.path} ran on an input of {_times(run.input_shape)}, the network takes {_times(wanted)}")
     if run.threads not in (None, table.identity.threads):
         raise UserError(f"{log.path} ran with {run.threads} threads, the table is of {table.identity.threads}")
-    # as `BenchmarkModel.version` writes it
-    asked = table.identity.runtime_version.partition(", delegate ")[2].partition(" ")[0]
-    name = DELEGATES[asked][0] if asked in DELEGATES else "EXTERNAL"
-    if asked and name not in (run.delegate or "").split("+"):
-        raise UserError(f"{log.path} was run by {run.delegate or 'no delegate'}, the table is of {asked}")
+    asked = delegate_of(table.identity.runtime_version)
+    if asked is not None and asked[1] not in (run.delegate or "").split("+"):
+        raise UserError(f"{log.path} was run by {run.delegate or 'no delegate'}, the table is of {asked[0]}")
     others = _delegates(known)
     if not run.partial and (run.delegate or _attributable(run)) and others and run.delegate not in others:
         before = ", ".join(f"{name} by {delegate or 'no delegate'}" for delegate, name in others.items())

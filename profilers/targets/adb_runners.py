@@ -34,12 +34,22 @@ TIMED_OUT, NO_FOLDER = 124, 90  #: exit codes: of `timeout`, and ours
 COMPILE_S, WARM_S = 60.0, 0.3
 COMPILE_ANEW_S = 20.0  #: one that compiles for every run
 COMPILED = "compiled"  #: in the work folder, while a job runs: what delegates compiled
+EXTERNAL = "EXTERNAL"  #: name in a log of a delegate that is a library
 #: `delegate` in a configuration -> its name in a log, and the flags for it, for half precision, for `delegate_options`.
 DELEGATES = {
     "gpu": ("GPU", "--use_gpu=true", "--gpu_precision_loss_allowed", "--gpu_backend"),
     # what NNAPI has no driver for would run on its reference implementation, unseen
     "nnapi": ("NNAPI", "--use_nnapi=true --disable_nnapi_cpu=true", "--nnapi_allow_fp16", "--nnapi_accelerator_name"),
 }
+
+
+DELEGATE = ", delegate "  #: in the version of a runtime, before a delegate and what it takes
+
+
+def delegate_of(version: str) -> tuple[str, str] | None:
+    """The delegate in the version of a runtime, as `BenchmarkModel.version` writes it, and its name in a log."""
+    delegate = version.partition(DELEGATE)[2].partition(" ")[0]
+    return (delegate, DELEGATES[delegate][0] if delegate in DELEGATES else EXTERNAL) if delegate else None
 
 
 class Runner(ABC):
@@ -258,7 +268,7 @@ class BenchmarkModel(ProgramRunner):
             return name, flags + ([f"{option}={options}"] if options else [])
         if delegate:
             more = [f"--external_delegate_options={options}"] if options else []
-            return "EXTERNAL", [f"--external_delegate_path={delegate}", *more]
+            return EXTERNAL, [f"--external_delegate_path={delegate}", *more]
         if self.config.dtype == "float16":
             return "XNNPACK", ["--use_xnnpack=true", "--xnnpack_force_fp16=true"]
         return "", []
@@ -276,7 +286,7 @@ class BenchmarkModel(ProgramRunner):
             if code != 0:
                 raise DeviceError(f"{self.device.name}: there is no {delegate}: put the delegate's library there")
             delegate = f"{Path(delegate).name} {text.split()[0][:12]}"
-        return f"{version}, delegate {delegate}" + (f" ({options})" if options else "")
+        return f"{version}{DELEGATE}{delegate}" + (f" ({options})" if options else "")
 
     def seconds(self, plan: TimingPlan, models: int) -> float:
         kept = self.config.delegate in DELEGATES

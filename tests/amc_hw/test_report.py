@@ -163,6 +163,8 @@ def test_a_page_replaces_no_file_of_something_else(here: Path, amc_hw: Callable)
     assert Path("net.py").read_text() == "def make(): ...\n"
     for _ in range(2):
         assert amc_hw("report", "run", "--out", "page.html").code == 0
+    Path("run/report.html").write_text("<html>by an earlier version</html>")  # the run's own
+    assert amc_hw("report", "run").code == 0 and "amc-hw" in Path("run/report.html").read_text()
 
 
 def test_a_folder_that_is_no_run_is_a_line(tmp_path: Path, amc_hw: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
