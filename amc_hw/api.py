@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from amc_hw.compare import CompareConfig, compare, plan_compare
 from amc_hw.errors import DeviceError, TableError, UserError
@@ -515,8 +515,9 @@ def export(
     calibrate = calibrate if data is None else None
     task = load_task(pruned.model, data=data or images, evaluate=evaluate, calibrate=calibrate)
     network = pruned.graph.op_graph(pruned.widths, batch=batch)
-    about = _about(pruned.model, calibrate, file_format)
-    return _export(pruned.module, pruned.graph, network, task, about, file_format=file_format, out=out, int8=int8)
+    about = _about(pruned.model, network, calibrate, file_format)
+    inputs = None if int8 else task.inputs(CHECK_IMAGES)
+    return _export(pruned.module, pruned.graph, network, task, inputs, about, file_format=file_format, out=out)
 
 
 def export_unpruned(
@@ -539,8 +540,10 @@ def export_unpruned(
     named = int8 or any((data, evaluate, calibrate))
     task = load_task(loaded, data=data, evaluate=evaluate, calibrate=calibrate) if named else None
     network = graph.op_graph(batch=batch)
-    about = _about(loaded, calibrate, file_format)
-    return _export(loaded.module, graph, network, task, about, file_format=file_format, out=out, int8=int8)
+    about = _about(loaded, network, calibrate, file_format)
+    random = drawn((example.shape[1:] for example in loaded.example_inputs), CHECK_IMAGES)
+    inputs = None if int8 else random if task is None else task.inputs(CHECK_IMAGES)
+    return _export(loaded.module, graph, network, task, inputs, about, file_format=file_format, out=out)
 
 
 def _check_named(out: Path, file_format: str) -> None:
@@ -551,11 +554,20 @@ def _check_named(out: Path, file_format: str) -> None:
     check_replaceable(out, MARK)
 
 
-def _about(loaded: LoadedModel, calibrate: str | None, file_format: str) -> dict[str, Any]:
+def _about(loaded: LoadedModel, network: OpGraph, calibrate: str | None, file_format: str) -> dict[str, Any]:
     """What someone who runs an exported file has to know: for its metadata, and for the result."""
-    layout = "channels_last" if file_format == "tflite" else "channels_first"
-    images = {} if calibrate else {"mean": list(loaded.mean), "std": list(loaded.std)}
-    return {"model": loaded.spec, "layout": layout, **images}
+    layout, batch = "channels_last" if file_format == "tflite" else "channels_first", network.nodes[0].op.batch
+    shapes = {name: list(shape) for name, shape in network.inputs.items()}
+    if file_format == "torch":
+        shapes = dict(zip(shapes, (list(example.shape[1:]) for example in loaded.example_inputs), strict=True))
+    elif layout == "channels_last":  # of images; tokens have them there, and vectors nowhere else
+        shapes = {name: [*shape[1:], shape[0]] if len(shape) == 3 else shape for name, shape in shapes.items()}
+    inputs = {name: [batch, *shape] for name, shape in shapes.items()}
+    about: dict[str, Any] = {"model": loaded.spec, "layout": layout, "inputs": inputs}
+    if calibrate:
+        return about
+    about |= {"range": [0, 1]} if len(loaded.input_shape) == 3 else {}
+    return about | {"mean": list(loaded.mean), "std": list(loaded.std)}
 
 
 def _export(
@@ -563,17 +575,17 @@ def _export(
     graph: LayerGraph,
     network: OpGraph,
     task: Task | None,
+    inputs: Sequence[Tensor] | None,
     about: dict[str, Any],
     *,
     file_format: str,
     out: Path,
-    int8: bool,
 ) -> dict[str, Any]:
-    """Without a task a float file is checked on random inputs."""
+    """inputs: that a float file is checked on; None for an int8 file, which is calibrated on those of its task."""
     told = {name: value for name, value in about.items() if name != "model"}
-    if task is None or not int8:
-        inputs = drawn(network.inputs.values(), CHECK_IMAGES) if task is None else task.inputs(CHECK_IMAGES)
+    if inputs is not None:
         return export_network(module, graph, network, inputs, file_format=file_format, out=out, about=about) | told
+    assert task is not None
     inputs = task.inputs(INT8_IMAGES)
     found, running = export_int8(module, graph, network, inputs, file_format=file_format, out=out, about=about)
     if found["rms_diff"] > ROUGH:

@@ -799,7 +799,9 @@ def _export_lines(r: dict[str, Any]) -> list[str]:
         return [line]
     mean, std = (" ".join(f"{value:.4g}" for value in r[name]) for name in ("mean", "std"))
     layout = r["layout"].replace("_", " ")
-    return [line, f"it reads (x - mean) / std of images x in [0, 1], {layout}: mean {mean}, std {std}"]
+    (shape,) = r["inputs"].values()
+    what = "images x in [0, 1]" if "range" in r else f"inputs x, as {'x'.join(map(str, shape))}"
+    return [line, f"it reads (x - mean) / std of {what}, {layout}: mean {mean}, std {std}"]
 
 
 @cli.command()

@@ -1,4 +1,4 @@
-"""Data sets by name: train, validation and test splits of images in [0, 1] with integer labels.
+"""Data sets by name: train, validation and test splits of images in [0, 1], or of other inputs, with integer labels.
 
 Every tenth training image (0, 10, 20, ... in sorted order) is the validation split where a data set brings none.
 """
@@ -28,7 +28,8 @@ _HOLD_OUT = 10
 
 @dataclass(frozen=True, eq=False)
 class Splits:
-    """Three disjoint map-style data sets of (image, label): float32 (C, H, W) in [0, 1], not normalised, and an int.
+    """Three disjoint map-style data sets of (image, label): float32 (C, H, W) in [0, 1], not normalised, or what else
+    the network reads, of any range; and an int.
 
     `classes` names the labels 0, 1, ...; it is empty where a factory does not say them.
     """
@@ -41,7 +42,7 @@ class Splits:
 
 
 def load_data(spec: str | Spec, *, input_shape: Sequence[int]) -> Splits:
-    """Open the data set that `spec` names, for a model whose input is `input_shape` = (C, H, W).
+    """Open the data set that `spec` names, for a model whose input is `input_shape`, such as (C, H, W).
 
     `digits`, `imagefolder:PATH?size=224&resize=256`, `cifar10:PATH`, `npz:PATH`, or a factory that returns
     `Splits` or (train, val, test). Image files are decoded when they are asked for, not here.
@@ -51,9 +52,11 @@ def load_data(spec: str | Spec, *, input_shape: Sequence[int]) -> Splits:
             classes differ, images that are not of the model's input shape, labels out of range.
     """
     spec = parse_spec(spec)
-    channels, height, width = input_shape
-    shape = (channels, height, width)
+    shape = tuple(input_shape)
     source = DATASETS.get(spec.name)
+    if source in (_digits, _imagefolder, _cifar10) and len(shape) != 3:
+        own = "npz:PATH, or a data set of your own"
+        raise UserError(f"{spec.name} gives images, the model takes {_by(shape)}: give {own}")
     try:
         splits = _from_factory(spec) if source is None else source(spec, shape)
     except OSError as exc:
@@ -191,23 +194,27 @@ def _npz(spec: Spec, shape: Shape) -> Splits:
 
 
 def _pixels(spec: Spec, images: Any, labels: Any, shape: Shape, part: str) -> TensorImages:
-    """Arrays as a data set, checked: (N, H, W, C) or (N, C, H, W), uint8 or float in [0, 1], and labels (N,)."""
+    """Arrays as a data set, checked: (N, H, W, C) or (N, C, H, W), uint8 or float in [0, 1], and labels (N,); of a
+    network that reads no images, inputs as it takes them, float of any range."""
     images, labels = np.asarray(images), np.asarray(labels)
-    where = f"{str(spec)!r}, {part}"
-    if images.ndim == 4 and images.shape[1:] == (*shape[1:], shape[0]):
+    where, of_images = f"{str(spec)!r}, {part}", len(shape) == 3
+    if of_images and images.ndim == 4 and images.shape[1:] == (*shape[1:], shape[0]):
         images = images.transpose(0, 3, 1, 2)
-    if images.ndim != 4 or images.shape[1:] != shape:
-        raise UserError(
-            f"{where}: images are {_by(images.shape[1:])}, the model takes {_by(shape)}, channels first or last"
-        )
+    if images.shape[1:] != shape:
+        found, order = _by(images.shape[1:]), ", channels first or last" if of_images else ""
+        raise UserError(f"{where}: {_what(shape)} are {found}, the model takes {_by(shape)}{order}")
     if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
         raise UserError(f"{where}: labels must be {len(images)} integers, not {_by(labels.shape)} of {labels.dtype}")
     if len(labels) and labels.min() < 0:
         raise UserError(f"{where}: labels start at 0, there is {labels.min()}")
     if images.dtype.kind == "f":
         images = images.astype(np.float32)
-        if len(images) and not (images.min() >= 0 and images.max() <= 1):
+        if of_images and len(images) and not (images.min() >= 0 and images.max() <= 1):
             raise UserError(f"{where}: float images must lie in [0, 1], these in [{images.min()}, {images.max()}]")
+        if not np.isfinite(images).all():
+            raise UserError(f"{where}: there are inputs that are not finite")
+    elif not of_images:
+        raise UserError(f"{where}: inputs must be floats, not {images.dtype}")
     elif images.dtype != np.uint8:
         raise UserError(f"{where}: images must be uint8, or float in [0, 1], not {images.dtype}")
     return TensorImages(torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(labels.astype(np.int64)))
@@ -245,10 +252,11 @@ def _check_sample(spec: Spec, name: str, split: Dataset, shape: Shape, *, classe
     except Exception as exc:
         raise UserError(f"{where}: the first item is not (image, integer label): {one_line(exc)}") from exc
     if not isinstance(image, Tensor) or image.dtype != torch.float32:
-        raise UserError(f"{where}: images must be float32 tensors in [0, 1], not {_kind(image)}")
+        of = " in [0, 1]" if len(shape) == 3 else ""
+        raise UserError(f"{where}: {_what(shape)} must be float32 tensors{of}, not {_kind(image)}")
     if tuple(image.shape) != shape:
-        raise UserError(f"{where}: images are {_by(image.shape)}, the model takes {_by(shape)}: give --input")
-    if not (image.min() >= 0 and image.max() <= 1):
+        raise UserError(f"{where}: {_what(shape)} are {_by(image.shape)}, the model takes {_by(shape)}: give --input")
+    if len(shape) == 3 and not (image.min() >= 0 and image.max() <= 1):
         raise UserError(f"{where}: images must lie in [0, 1], not normalised; the first does not")
     if label < 0 or (classes and label >= classes):
         raise UserError(f"{where}: labels lie in 0..{classes - 1 if classes else 'classes - 1'}, the first is {label}")
@@ -256,6 +264,10 @@ def _check_sample(spec: Spec, name: str, split: Dataset, shape: Shape, *, classe
 
 def _kind(value: Any) -> str:
     return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+
+
+def _what(shape: Shape) -> str:
+    return "images" if len(shape) == 3 else "inputs"
 
 
 def _path(spec: Spec) -> Path:

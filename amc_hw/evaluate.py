@@ -18,7 +18,7 @@ from amc_hw.graph import LayerGraph
 from amc_hw.models import LoadedModel
 from amc_hw.prune import Kept, channel_magnitudes, keep_channels, slice_channels
 from amc_hw.refit import Grams, count_of, gather_grams, reestimate_batch_norm, refit_faithful, refit_fast
-from amc_hw.symbolic import BATCH_NORMS
+from amc_hw.symbolic import BATCH_NORMS, CONVS
 from amc_hw.task import SEARCH_IMAGES, Classification, Judged, Task, distortion
 
 REFIT_BYTES = 4_000_000_000
@@ -44,10 +44,11 @@ def fold_batch_norms(module: nn.Module, graph: LayerGraph) -> None:
         if layer.module is None or layer.batch_norm is None:
             continue
         conv, norm = module.get_submodule(layer.module), module.get_submodule(layer.batch_norm)
-        if type(conv) is not nn.Conv2d or type(norm) is not nn.BatchNorm2d:  # a derived class may do more
+        if type(conv) not in CONVS or type(norm) not in BATCH_NORMS:  # a derived class may do more
             continue
         if "weight" not in conv._parameters:  # made anew at every call
             continue
+        assert isinstance(conv, CONVS) and isinstance(norm, BATCH_NORMS)
         assert norm.running_mean is not None and norm.running_var is not None
         conv.weight, conv.bias = fuse_conv_bn_weights(
             conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from amc_hw.errors import FailedError, UserError
 from amc_hw.graph import LayerGraph
 from amc_hw.refit import Inputs, batches, count_of
-from amc_hw.weights import folded_weights
+from amc_hw.weights import as_read, folded_weights
 from profilers.files import check_replaceable, write_whole
 from profilers.ops import OpGraph
 from profilers.runtimes import Runtime, load_runtime
@@ -46,7 +46,7 @@ def export_network(
     """Write `module` to `out` and return `file`, `bytes`, `max_abs_diff` from PyTorch's outputs on `images`, and the
     `largest` of these.
 
-    network: the operators of `graph` at the module's widths and the batch wanted. inputs: (N, C, H, W) or (N, C) each.
+    network: the operators of `graph` at the module's widths and the batch wanted. inputs: as the module takes them.
     about: for the file's metadata, under LABEL. `torch` is a program of torch.export, which loads without this package.
     Nothing is left at `out` where the outputs differ by more than TOLERANCE (FailedError) or the runtime is missing
     (DeviceError); what lies there already is replaced where it is a file of ours (else UserError).
@@ -62,7 +62,7 @@ def export_network(
     else:
         runtime = load_runtime(RUNTIME_OF[file_format])
         data, outputs = _as_model(module, graph, network, chunks[0], runtime, about)
-        named, run = {"outputs": outputs}, _numbers(runtime.session(data))
+        named, run = {"outputs": outputs}, _numbers(runtime.session(data), network)
     expected = [_outputs(module(*chunk)) for chunk in chunks]
     largest, difference = float(np.finfo(np.float32).tiny), np.float64(0.0)
     for chunk, wanted in zip(chunks, expected, strict=True):
@@ -75,21 +75,25 @@ def export_network(
 
 
 class Running(nn.Module):
-    """A deployed model as a module: what it computes is what its runtime makes of the inputs, `batch` at a time."""
+    """A deployed model as a module: what it computes is what its runtime makes of the inputs, a batch at a time."""
 
-    def __init__(self, runtime: Runtime, model: bytes, batch: int, like: Any) -> None:
+    def __init__(self, runtime: Runtime, model: bytes, network: OpGraph, like: Any) -> None:
         super().__init__()
-        self.run, self.batch = runtime.session(model), batch
+        self.run, self.network = runtime.session(model), network
+        self.batch = network.nodes[0].op.batch
         self.place = nn.Parameter(torch.zeros(1), requires_grad=False)  # a user's function may ask where it is
-        _, self.structure = tree_flatten(like)
+        leaves, self.structure = tree_flatten(like)
+        self.shapes = [leaf.shape[1:] for leaf in leaves]
 
     def forward(self, *inputs: Tensor) -> Any:
         count = len(inputs[0])
         missing = -count % self.batch
         padded = [torch.cat([part, part[:1].expand(missing, *part.shape[1:])]) for part in inputs]
-        found = [self.run(*(part.numpy() for part in chunk)) for chunk in batches(padded, self.batch)]
+        read = as_read(self.network, padded)
+        found = [self.run(*(part.numpy() for part in chunk)) for chunk in batches(read, self.batch)]
         outputs = [torch.from_numpy(np.concatenate(parts)[:count]) for parts in zip(*found, strict=True)]
-        return tree_unflatten(outputs, self.structure)
+        shaped = [part.reshape(count, *shape) for part, shape in zip(outputs, self.shapes, strict=True)]
+        return tree_unflatten(shaped, self.structure)
 
 
 @torch.no_grad()
@@ -118,8 +122,8 @@ def export_int8(
     if not all(np.isfinite(part).all() for part in right):
         raise FailedError("the network's own outputs are not finite: it cannot be quantized")
     model, outputs = _as_model(module, graph, network, chunks[0], runtime, about)
-    data = runtime.quantized(model, [[part.numpy() for part in chunk] for chunk in chunks])
-    running = Running(runtime, data, batch, module(*chunks[0]))
+    data = runtime.quantized(model, [[part.numpy() for part in as_read(network, chunk)] for chunk in chunks])
+    running = Running(runtime, data, network, module(*chunks[0]))
     off = _joined(
         [got.reshape(want.shape) - want for got, want in zip(_outputs(running(*chunk)), wanted, strict=True)]
         for chunk, wanted in zip(chunks, expected, strict=True)
@@ -207,8 +211,8 @@ def _as_model(
     return runtime.labelled(runtime.build(network, weights), LABEL, _told(about)), list(network.outputs)
 
 
-def _numbers(run: Callable[..., list[np.ndarray]]) -> _Run:
-    return lambda chunk: run(*(value.numpy() for value in chunk))
+def _numbers(run: Callable[..., list[np.ndarray]], network: OpGraph) -> _Run:
+    return lambda chunk: run(*(value.numpy() for value in as_read(network, chunk)))
 
 
 def _as_program(module: nn.Module, example: _Chunk, about: Mapping[str, Any] | None) -> tuple[bytes, _Run]:

@@ -231,6 +231,8 @@ class _Run:
         self.order = _Order(len(train), config.seed)  # type: ignore[arg-type]
         loader: DataLoader = DataLoader(train, config.batch, sampler=self.order, drop_last=True)
         module = copy.deepcopy(pruned.module).requires_grad_(True)
+        if config.flip and len(pruned.policy.input_shape) != 3:
+            raise UserError(f"--flip mirrors images, {pruned.policy.model} reads none")
         self.layout = _layout(module, pruned.policy.input_shape)
         decayed = [p for p in module.parameters() if p.dim() > 1]
         groups = [
@@ -367,8 +369,11 @@ class _Run:
         return each * self.steps + (time.monotonic() - start) * self.config.epochs
 
     def _varied(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Shifted and, where asked for, mirrored at random, image by image; then normalised. (N, C, H, W)"""
-        images, (height, width) = self.loaded.normalised(images.cpu()), images.shape[2:]
+        """Normalised; images (N, C, H, W) shifted before and, where asked for, mirrored at random, one by one."""
+        images = self.loaded.normalised(images.cpu())
+        if images.dim() != 4:
+            return images.to(self.accelerator.device)
+        height, width = images.shape[2:]
         reach = [int(self.config.crop * size) for size in (height, width)]
         padded = F.pad(images, (reach[1], reach[1], reach[0], reach[0]))
         corners = [torch.randint(2 * r + 1, (len(images),), generator=generator) for r in reach]
@@ -395,8 +400,10 @@ class _Run:
 
 
 @torch.no_grad()
-def _layout(module: nn.Module, shape: tuple[int, int, int]) -> torch.memory_format:
-    """Channels last, which convolutions are faster on, unless the network reshapes by `view`."""
+def _layout(module: nn.Module, shape: tuple[int, ...]) -> torch.memory_format:
+    """Channels last, which convolutions of images are faster on, unless the network reshapes by `view`."""
+    if len(shape) != 3:
+        return torch.contiguous_format
     try:
         module(torch.zeros(2, *shape).contiguous(memory_format=torch.channels_last))
     except RuntimeError:
@@ -404,7 +411,7 @@ def _layout(module: nn.Module, shape: tuple[int, int, int]) -> torch.memory_form
     return torch.channels_last
 
 
-def _in_memory(dataset: Dataset, shape: tuple[int, int, int]) -> Dataset:
+def _in_memory(dataset: Dataset, shape: tuple[int, ...]) -> Dataset:
     """Image files decoded once, where few enough to be kept; a data set of a user's own may vary its images."""
     count = len(dataset)  # type: ignore[arg-type]
     if not isinstance(dataset, ImageFiles) or 4 * count * math.prod(shape) > IN_MEMORY:

@@ -118,7 +118,7 @@ class LayerGraph:
     layers: tuple[Layer, ...]
     groups: tuple[ChannelGroup, ...]
     frozen: tuple[FrozenGroup, ...]
-    input_shape: tuple[int, int, int]
+    input_shape: tuple[int, ...]
     outputs: tuple[str, ...]
     more_inputs: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
@@ -210,12 +210,12 @@ def width_grid(full: int, *, multiple: int = 8, floor: float = 0.2, block: int =
 
 def build_graph(
     module: nn.Module,
-    input_shape: tuple[int, int, int],
+    input_shape: tuple[int, ...],
     *,
     examples: Sequence[Tensor] | None = None,
     keep: Sequence[str] = (),
 ) -> LayerGraph:
-    """Trace `module` on one image of `input_shape` (C, H, W) and find its channel groups.
+    """Trace `module` on one input of `input_shape`, such as (C, H, W), and find its channel groups.
 
     examples: a tensor with a batch of 1 for every input, where there are several.
     keep: shell patterns of module names whose groups stay at full width.
@@ -239,8 +239,8 @@ def build_graph(
         )
         for op in traced.ops
     )
-    more = tuple((name, shape) for name, shape in traced.input_shapes.items() if name != OpGraph.INPUT)
-    return LayerGraph(layers, groups, frozen, input_shape, traced.outputs, more)
+    (_, first), *more = traced.input_shapes.items()
+    return LayerGraph(layers, groups, frozen, first, traced.outputs, tuple(more))
 
 
 def _whole(module: nn.Module, traced: TracedOps) -> dict[str, str]:
@@ -306,7 +306,7 @@ class _Couplings:
         self._readers: dict[tuple[str, str], np.ndarray] = {}  # (module, "through" or "consumer") -> labels
         self._group_of: dict[int, int] = {}  # root -> index of its group, once `groups` has found them
         for name, shape in traced.input_shapes.items():
-            self.labels[name] = self._new(shape[0])
+            self.labels[name] = self._new(shape[1 if len(shape) == 2 else 0])  # tokens have their channels last
             self._fix(self.labels[name], "network input")
         for op in traced.ops:
             self.labels[op.name] = self._visit(op)

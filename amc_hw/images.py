@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from amc_hw.errors import UserError
 from amc_hw.specs import one_line
 
-Shape = tuple[int, int, int]  # (C, H, W)
+Shape = tuple[int, ...]  #: of one image (C, H, W), or of what else a network reads
 _DECODE_CHUNK = 64  # images decoded by one task of the thread pool
 
 

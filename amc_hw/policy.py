@@ -26,7 +26,7 @@ class Policy:
     """
 
     model: str
-    input_shape: tuple[int, int, int]
+    input_shape: tuple[int, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     data: str | None

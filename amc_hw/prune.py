@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from amc_hw.errors import UserError
 from amc_hw.graph import LayerGraph
 from amc_hw.models.channel_map import ChannelMap
-from amc_hw.symbolic import HAS_GROUPS, own_tensors, shared_tensors
+from amc_hw.symbolic import CONVS, HAS_GROUPS, TRANSPOSED, own_tensors, shared_tensors
 
 Kept = Mapping[str, np.ndarray]  # group name -> channels that stay; a group that is not named keeps all of them
 
@@ -135,7 +135,7 @@ def slice_channels(module: nn.Module, graph: LayerGraph, kept: Kept) -> nn.Modul
             if id(tensor) in shared:
                 raise UserError(f"{name}.{key} is shared with another layer: such a network cannot be pruned")
             sliced = tensor.detach()
-            turned = key == "weight" and isinstance(part, nn.ConvTranspose2d)
+            turned = key == "weight" and isinstance(part, TRANSPOSED)
             if axes.into is not None and key == "weight":
                 sliced = sliced.index_select(0 if turned else 1, _index(axes.into, tensor))
             if axes.out is not None:
@@ -173,9 +173,9 @@ def _sliced_attributes(part: nn.Module, name: str, axes: KeptAxes) -> dict[str, 
         sizes = {"num_parameters": out}
     elif isinstance(part, nn.Linear):
         sizes = {"in_features": into, "out_features": out}
-    elif isinstance(part, nn.Conv2d | nn.ConvTranspose2d) and part.groups == 1:
+    elif isinstance(part, (*CONVS, *TRANSPOSED)) and part.groups == 1:
         sizes = {"in_channels": into, "out_channels": out}
-    elif isinstance(part, nn.Conv2d) and out is not None and part.out_channels % part.in_channels == 0:
+    elif isinstance(part, CONVS) and out is not None and part.out_channels % part.in_channels == 0:
         groups = out * part.groups // part.out_channels
         sizes = {"in_channels": groups * (part.in_channels // part.groups), "out_channels": out, "groups": groups}
     else:
@@ -208,7 +208,7 @@ def plain_weight(part: nn.Module, name: str) -> Tensor:
 def oriented_weight(part: nn.Module, name: str) -> Tensor:
     """As `plain_weight`, outputs first: a transposed convolution's is turned round."""
     weight = plain_weight(part, name)
-    return weight.transpose(0, 1) if isinstance(part, nn.ConvTranspose2d) else weight
+    return weight.transpose(0, 1) if isinstance(part, TRANSPOSED) else weight
 
 
 def _index(positions: np.ndarray | None, like: Tensor) -> Tensor:

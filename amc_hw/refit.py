@@ -18,10 +18,12 @@ from torch import Tensor, fx, nn
 from amc_hw.errors import UserError
 from amc_hw.graph import LayerGraph
 from amc_hw.models.channel_map import ChannelMap
-from amc_hw.padding import padded, padding_of
+from amc_hw.padding import as_plane, in_plane, padded, padding_of, reach_of
 from amc_hw.prune import Kept, KeptAxes, kept_axes, plain_weight
 from amc_hw.symbolic import (
     BATCH_NORMS,
+    CONVS,
+    TRANSPOSED,
     batch_norm_affine,
     eval_mode,
     has_computed_weight,
@@ -370,7 +372,7 @@ def _absorb(norm: nn.Module, inputs: Tensor) -> None:
 
 
 def _refittable(layer: nn.Module) -> bool:
-    known = isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d | nn.ConvTranspose2d) and layer.groups == 1)
+    known = isinstance(layer, nn.Linear) or (isinstance(layer, (*CONVS, *TRANSPOSED)) and layer.groups == 1)
     return known and not has_computed_weight(layer)
 
 
@@ -378,7 +380,12 @@ def _weight(module: nn.Module, name: str) -> Tensor:
     """Outputs first: a transposed convolution's as those of the plain convolution of `_laid_out`."""
     layer = module.get_submodule(name)
     weight = plain_weight(layer, name)
-    return weight.transpose(0, 1).flip(2, 3) if isinstance(layer, nn.ConvTranspose2d) else weight
+    return _turned(weight).transpose(0, 1) if isinstance(layer, TRANSPOSED) else weight
+
+
+def _turned(weight: Tensor) -> Tensor:
+    """A kernel from its end to its beginning."""
+    return weight.flip(*range(2, weight.dim()))
 
 
 def _factor(gram: Tensor, penalty: float) -> Tensor:
@@ -396,7 +403,7 @@ def _write(sliced: nn.Module, name: str, batch_norm: str | None, change: Tensor,
     layer = sliced.get_submodule(name)
     weight = plain_weight(layer, name)
     added = change.T.reshape(_weight(sliced, name).shape).to(weight.dtype)
-    weight += added.flip(2, 3).transpose(0, 1) if isinstance(layer, nn.ConvTranspose2d) else added
+    weight += _turned(added).transpose(0, 1) if isinstance(layer, TRANSPOSED) else added
     if isinstance(layer.bias, Tensor):
         layer.bias += shift.to(layer.bias.dtype)
     elif batch_norm is not None:
@@ -408,23 +415,19 @@ def _write(sliced: nn.Module, name: str, batch_norm: str | None, change: Tensor,
 def _laid_out(layer: Any, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
     """(what a plain convolution with the same outputs slides over, its stride): padded; for a transposed convolution
     with zeros between the pixels, too (Dumoulin and Visin, 2016, chapter 4)."""
-    if isinstance(layer, nn.Conv2d):
-        height, width = x.shape[2:]
-        sh, sw = layer.stride
+    x = as_plane(x)
+    (height, width), (sh, sw) = x.shape[2:], in_plane(layer.stride, 1)
+    if isinstance(layer, CONVS):
         return padded(x, padding_of(layer, (height, width))), (sh, sw)
-    (height, width), (sh, sw) = x.shape[2:], layer.stride
     spread = x.new_zeros(*x.shape[:2], (height - 1) * sh + 1, (width - 1) * sw + 1)
     spread[:, :, ::sh, ::sw] = x
-    before = [
-        dilation * (kernel - 1) - padding
-        for dilation, kernel, padding in zip(layer.dilation, layer.kernel_size, layer.padding, strict=True)
-    ]
-    (top, left), (more_high, more_wide) = before, layer.output_padding
+    padding, (more_high, more_wide) = in_plane(layer.padding, 0), in_plane(layer.output_padding, 0)
+    top, left = (reach - 1 - zeros for reach, zeros in zip(reach_of(layer), padding, strict=True))
     return F.pad(spread, (left, left + more_wide, top, top + more_high)), (1, 1)
 
 
 def _out_size(layer: Any, padded: Tensor, stride: tuple[int, int]) -> tuple[int, int]:
-    reach = [dilation * (kernel - 1) + 1 for dilation, kernel in zip(layer.dilation, layer.kernel_size, strict=True)]
+    reach = reach_of(layer)
     height, width = ((padded.shape[2 + axis] - reach[axis]) // stride[axis] + 1 for axis in (0, 1))
     return height, width
 
@@ -446,7 +449,7 @@ def _patches(layer: Any, x: Tensor, positions: Tensor | None) -> Tensor:
         return x
     if isinstance(layer, nn.Linear):
         return _at(x.flatten(1, -2), positions)
-    (kh, kw), (dh, dw) = layer.kernel_size, layer.dilation
+    (kh, kw), (dh, dw) = in_plane(layer.kernel_size, 1), in_plane(layer.dilation, 1)
     x, (sh, sw) = _laid_out(layer, x)
     _, width = _out_size(layer, x, (sh, sw))
     n, c, padded_h, padded_w = x.shape
@@ -463,7 +466,7 @@ def _rows(value: Tensor, positions: Tensor | None, channels: Tensor | None, *, l
         value = value.index_select(-1 if last else 1, channels)
     if positions is None:
         return value
-    return _at((value if last else value.permute(0, 2, 3, 1)).flatten(1, -2), positions)
+    return _at((value if last else value.movedim(1, -1)).flatten(1, -2), positions)
 
 
 def _at(value: Tensor, positions: Tensor) -> Tensor:

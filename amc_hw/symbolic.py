@@ -25,6 +25,9 @@ PERMUTE = ("torchvision.ops.misc", "Permute")
 #: Attribute of a convolution that had several groups before it was pruned, perhaps to one.
 HAS_GROUPS = "_amc_hw_has_groups"
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d)
+CONVS = (nn.Conv1d, nn.Conv2d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)
 Asked = set[tuple[str, tuple[int, ...]]]  #: names of nodes, and dimensions of their tensors
 #: What may be asked of a tensor without a look at its values.
 SIZE_METHODS = ("size", "dim", "ndimension", "numel", "is_floating_point")
@@ -155,7 +158,7 @@ class _Tracer(fx.Tracer):
         # classes derived of them, too
         if isinstance(module, nn.TransformerEncoder | nn.TransformerEncoderLayer):
             return False
-        leaves = ChannelMap | nn.Conv2d | nn.BatchNorm1d | nn.BatchNorm2d | nn.LayerNorm | nn.GroupNorm | nn.Linear
+        leaves = ChannelMap, *CONVS, *BATCH_NORMS, nn.LayerNorm, nn.GroupNorm, nn.Linear
         if isinstance(module, leaves) or origin(type(module)) == PERMUTE:
             return True
         return super().is_leaf_module(module, qualified_name)

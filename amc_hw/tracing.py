@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
@@ -31,6 +32,7 @@ from amc_hw.symbolic import PERMUTE, asks_for_size, origin, own_line, readers, t
 def trace_ops(module: nn.Module, *examples: torch.Tensor) -> TracedOps:
     """The operators of `module` for example inputs, (N, C, H, W) or (N, C) each, in execution order."""
     graph_module, asked = trace_fx(module, examples)
+    _spell_out_gates(graph_module)
     try:
         with torch.no_grad():
             _Shapes(graph_module).propagate(*examples)
@@ -42,6 +44,24 @@ def trace_ops(module: nn.Module, *examples: torch.Tensor) -> TracedOps:
         raise UserError(f"{name} fails on an input of shape {shapes}: {told}") from error
     _read_what_is_written(graph_module, type(module).__name__)
     return Lowering(graph_module, len(examples), asked).run()
+
+
+def _spell_out_gates(graph_module: fx.GraphModule) -> None:
+    """A gated linear unit (Dauphin et al., ICML 2017) as the halves, the sigmoid and the product that it is."""
+    graph = graph_module.graph
+    for node in list(graph.nodes):
+        part = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if not isinstance(part, nn.GLU) and node.target not in (F.glu, "glu"):
+            continue
+        given: Any = (*node.args, *node.kwargs.values())
+        source, dim = (*given, part.dim if isinstance(part, nn.GLU) else -1)[:2]
+        with graph.inserting_before(node):
+            halves = graph.call_function(torch.chunk, (source, 2, dim))
+            first, second = (graph.call_function(operator.getitem, (halves, half)) for half in (0, 1))
+            gate = graph.call_function(torch.sigmoid, (second,))
+        for made in (halves, first, second, gate):
+            made.meta = dict(node.meta)
+        node.op, node.target, node.args, node.kwargs = "call_function", operator.mul, (first, gate), {}
 
 
 class _Shapes(ShapeProp):

@@ -15,10 +15,10 @@ from amc_hw.errors import UnsupportedOperatorError
 from amc_hw.graph import Layer, LayerGraph
 from amc_hw.models.channel_map import ChannelMap
 from amc_hw.specs import one_line
-from amc_hw.symbolic import BATCH_NORMS, batch_norm_affine, eval_mode
+from amc_hw.symbolic import BATCH_NORMS, CONVS, INSTANCE_NORMS, TRANSPOSED, batch_norm_affine, eval_mode
 from profilers.builders.torch import build
 from profilers.builders.weights import weight_shapes
-from profilers.ops import SCALAR_KINDS, OpNode
+from profilers.ops import SCALAR_KINDS, OpGraph, OpNode
 
 OFF = 1e-2  #: of the largest output: more than rounding
 
@@ -70,18 +70,18 @@ def folded_weights(module: nn.Module, graph: LayerGraph) -> dict[str, dict[str, 
         elif isinstance(part, BATCH_NORMS):
             scale, shift = batch_norm_affine(part, dtype=torch.float64)
             weights[layer.name] = {"weight": _float32(scale), "bias": _float32(shift)}
-        elif isinstance(part, nn.LayerNorm | nn.GroupNorm | nn.InstanceNorm2d):
-            count = part.num_features if isinstance(part, nn.InstanceNorm2d) else layer.op.out_channels
+        elif isinstance(part, (nn.LayerNorm, nn.GroupNorm, *INSTANCE_NORMS)):
+            count = part.num_features if isinstance(part, INSTANCE_NORMS) else layer.op.out_channels
             scale = torch.ones(count) if part.weight is None else part.weight.detach()
             shift = torch.zeros(count) if part.bias is None else part.bias.detach()
             eps = np.array(part.eps, np.float32)
             weights[layer.name] = {"weight": _float32(scale), "bias": _float32(shift), "eps": eps}
-        elif isinstance(part, nn.Conv2d | nn.ConvTranspose2d | nn.Linear) or layer.op.kind in ("linear", "conv"):
+        elif isinstance(part, (*CONVS, *TRANSPOSED, nn.Linear)) or layer.op.kind in ("linear", "conv"):
             given, rest = _weight_and_bias(module, layer, part)
             weight = given.double()
-            if weight.dim() == 2 and layer.op.kind == "conv":  # on a channels-last image
-                weight = weight[:, :, None, None]
-            count = weight.shape[1 if isinstance(part, nn.ConvTranspose2d) else 0]
+            if layer.op.kind != "linear":  # of signals, or of a linear layer on a channels-last image
+                weight = weight.reshape(*weight.shape[:2], *layer.op.kernel)
+            count = weight.shape[1 if isinstance(part, TRANSPOSED) else 0]
             bias = torch.zeros(count, dtype=torch.float64) if rest is None else rest.double()
             if layer.batch_norm is not None:
                 scale, offset = batch_norm_affine(module.get_submodule(layer.batch_norm), dtype=torch.float64)
@@ -116,6 +116,11 @@ def _float32(tensor: Tensor) -> np.ndarray:
     return values.masked_fill(values.abs() < torch.finfo(torch.float32).tiny, 0.0).numpy()
 
 
+def as_read(network: OpGraph, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Inputs of the network's own shapes in those that its operators read: a signal is an image of one row."""
+    return [part.reshape(len(part), *shape) for part, shape in zip(inputs, network.inputs.values(), strict=True)]
+
+
 def drawn(shapes: Iterable[Sequence[int]], count: int) -> list[Tensor]:
     """Random inputs, `count` of each; shapes: of one."""
     generator = torch.Generator().manual_seed(0)
@@ -135,7 +140,8 @@ def check_reading(module: nn.Module, graph: LayerGraph, examples: Sequence[Tenso
             wanted = [each for each in tree_leaves(module(*inputs)) if isinstance(each, Tensor)]
     except Exception as error:  # the user's code
         raise UnsupportedOperatorError(f"{type(module).__name__} fails on two images: {one_line(error)}") from error
-    found = build(graph.op_graph(), folded_weights(module, graph))(*inputs)
+    network = graph.op_graph()
+    found = build(network, folded_weights(module, graph))(*as_read(network, inputs))
     for name, right, made in zip(graph.outputs, wanted, found, strict=True):
         largest = float(right.abs().max())
         off = float((made.reshape(right.shape) - right).abs().max()) if made.numel() == right.numel() else float("inf")

@@ -103,8 +103,8 @@ def rows_from(logs: Sequence[Log], graph: OpGraph, table: LatencyTable, predicto
 
 def _same_set_up(log: Log, graph: OpGraph, table: LatencyTable, known: Sequence[Measurement]) -> None:
     run, batch = log.run, table.identity.batch
-    channels, height, width = graph.input_shape
-    wanted = (batch, height, width, channels)
+    first, *rest = graph.input_shape
+    wanted = (batch, *rest, first) if len(rest) == 2 else (batch, first, *rest)
     if run.input_shape is not None and run.input_shape != wanted:
         raise UserError(f"{log.path} ran on an input of {_times(run.input_shape)}, the network takes {_times(wanted)}")
     if run.threads not in (None, table.identity.threads):

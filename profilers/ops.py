@@ -337,13 +337,13 @@ class OpNode:
 class OpGraph:
     """A network as operators in execution order.
 
-    nodes: topologically ordered. input_shape: (C, H, W) of one image. outputs: names of the nodes that
-    leave the network. more_inputs: names and shapes, (C, H, W), (C,) or of tokens (H * W, C), of the inputs after the
-    first.
+    nodes: topologically ordered. input_shape: of the first input, (C, H, W) of an image, (C,) of a vector or (H * W, C)
+    of tokens. outputs: names of the nodes that leave the network. more_inputs: names and shapes of the inputs after
+    the first.
     """
 
     nodes: tuple[OpNode, ...]
-    input_shape: tuple[int, int, int]
+    input_shape: tuple[int, ...]
     outputs: tuple[str, ...]
     more_inputs: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
@@ -374,9 +374,8 @@ class OpGraph:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> OpGraph:
         nodes = tuple(OpNode(n["name"], OpSpec.from_json(n["op"]), tuple(n["inputs"])) for n in data["nodes"])
-        channels, height, width = data["input_shape"]
         more = tuple((name, tuple(shape)) for name, shape in data.get("more_inputs", ()))
-        return cls(nodes, (channels, height, width), tuple(data["outputs"]), more)
+        return cls(nodes, tuple(data["input_shape"]), tuple(data["outputs"]), more)
 
 
 def fuse_adds(graph: OpGraph) -> OpGraph:

@@ -10,9 +10,9 @@ from typing import Any
 from torch import fx, nn
 
 from amc_hw.lowering.attention import Attention
-from amc_hw.lowering.calls import shape_of
+from amc_hw.lowering.calls import PLAIN, shape_of
 from amc_hw.lowering.constants import WRITTEN, is_constant
-from amc_hw.symbolic import BATCH_NORMS
+from amc_hw.symbolic import BATCH_NORMS, CONVS, TRANSPOSED
 from profilers.ops import CONV_KINDS
 
 
@@ -89,7 +89,8 @@ class Arithmetic(Attention):
         tensors.sort(key=lambda source: -math.prod(shape_of(source) or ()))  # the image, then its gate
         image, gate = tensors
         channels = self._seen(image).channels
-        if kind != "mul" or self._form(image) != "image" or (shape_of(gate) or ())[1:] != (channels, 1, 1):
+        positions = (1,) * (len(self.axes[image]) - 2)
+        if kind != "mul" or self._form(image) not in PLAIN or (shape_of(gate) or ())[1:] != (channels, *positions):
             raise self._unsupported(node)
         self._emit(node, "scale", sources=tensors)
 
@@ -107,7 +108,7 @@ class Arithmetic(Attention):
                 self._and_number(node, kind, source, written, number_first=False)
                 return
             name = ""
-        layers = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, *BATCH_NORMS)
+        layers = (*CONVS, *TRANSPOSED, nn.Linear, *BATCH_NORMS)
         if isinstance(self.modules.get(name.rpartition(".")[0]), layers):
             raise self._unsupported(node)
         place = self._channel_axis(source)

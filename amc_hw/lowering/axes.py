@@ -59,10 +59,23 @@ def vector_axes(channels: int) -> Axes:
     return BATCH, whole(CHANNELS, channels)
 
 
+def signal_axes(shape: tuple[int, int, int]) -> Axes:
+    """Of a signal (N, C, L): an image of one row, without the axis that its rows are."""
+    channels, height, width = shape
+    return BATCH, whole(CHANNELS, channels), whole(POSITIONS, height * width)
+
+
 def image_axes(shape: tuple[int, int, int]) -> Axes:
     channels, height, width = shape
     rows = (Part(POSITIONS, width, height),) if height > 1 else ()
     return BATCH, whole(CHANNELS, channels), rows, whole(POSITIONS, width)
+
+
+def plain_axes(shape: tuple[int, int, int], rank: int) -> Axes:
+    """Of a value (C, H, W) as a vector, a signal or an image, whose tensors have so many axes."""
+    if rank == 2:
+        return vector_axes(shape[0])
+    return signal_axes(shape) if rank == 3 else image_axes(shape)
 
 
 def last_axes(shape: tuple[int, int, int]) -> Axes:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from amc_hw.padding import Pads
+from amc_hw.padding import Pads, in_plane
 from amc_hw.symbolic import own_line
 
 ACTIVATION_MODULES: dict[type[nn.Module], str] = {
@@ -40,8 +40,8 @@ ACTIVATION_FUNCTIONS: dict[Any, str] = {
     "sigmoid": "sigmoid",
     "tanh": "tanh",
 }
-IDENTITY_MODULES = (nn.Identity, nn.Dropout, nn.Dropout2d)
-DROPOUTS = (F.dropout, F.dropout2d)
+IDENTITY_MODULES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d)
+DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d)
 IDENTITY_FUNCTIONS: tuple[Any, ...] = ("contiguous", "clone", "detach")
 #: Of torchvision, by name: to import it takes as long as PyTorch does, and many networks do without.
 STOCHASTIC_DEPTH = ("torchvision.ops.stochastic_depth", "stochastic_depth")
@@ -58,6 +58,8 @@ CLIPS: tuple[Any, ...] = (torch.clamp, "clamp", "clamp_", torch.clip, "clip", F.
 NEGATIONS: tuple[Any, ...] = (operator.neg, torch.neg, "neg")
 MEANS: tuple[Any, ...] = (torch.mean, "mean")
 LARGEST: tuple[Any, ...] = (torch.amax, "amax")
+#: With a dimension: of a tuple, whose second part tells where they are.
+MAXIMA: tuple[Any, ...] = (torch.max, "max")
 #: With the sizes of the result among their arguments, and without.
 RESHAPES: tuple[Any, ...] = ("view", "reshape", torch.reshape)
 REGROUPS: tuple[Any, ...] = (
@@ -82,7 +84,29 @@ SOFTMAXES: dict[Any, str] = {
     torch.log_softmax: "log_softmax",
     "log_softmax": "log_softmax",
 }
-POOL_FUNCTIONS: dict[Any, str] = {F.max_pool2d: "max_pool", F.avg_pool2d: "avg_pool"}
+POOL_MODULES: dict[type[nn.Module], str] = {
+    nn.MaxPool1d: "max_pool",
+    nn.MaxPool2d: "max_pool",
+    nn.AvgPool1d: "avg_pool",
+    nn.AvgPool2d: "avg_pool",
+}
+POOL_FUNCTIONS: dict[Any, str] = {
+    F.max_pool1d: "max_pool",
+    F.max_pool2d: "max_pool",
+    F.avg_pool1d: "avg_pool",
+    F.avg_pool2d: "avg_pool",
+}
+#: Without the indices of what is largest.
+ADAPTIVE_POOLS: dict[Any, str] = {
+    nn.AdaptiveAvgPool1d: "avg_pool",
+    nn.AdaptiveAvgPool2d: "avg_pool",
+    nn.AdaptiveMaxPool1d: "max_pool",
+    nn.AdaptiveMaxPool2d: "max_pool",
+    F.adaptive_avg_pool1d: "avg_pool",
+    F.adaptive_avg_pool2d: "avg_pool",
+    F.adaptive_max_pool1d: "max_pool",
+    F.adaptive_max_pool2d: "max_pool",
+}
 TOLD = 3  #: of the operators that are not supported, by name
 NO_PADS: Pads = ((0, 0), (0, 0))
 #: Operators that do the same to every element, or to every channel, wherever it lies.
@@ -91,6 +115,10 @@ AS_IT_LIES = ("add", "sub", "mul", "add_scalar", "mul_scalar", "activation", "af
 OVER_TOKENS = ("prepend", "take_token", "crop", "add_map")
 #: Operators over the channels of images, of tokens and of vectors.
 OVER_CHANNELS = ("linear", "layer_norm", "softmax", "log_softmax", "concat", "slice", "chunk")
+
+
+#: Forms of tensors whose channels come first and whose positions follow.
+PLAIN = ("image", "signal")
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...] | None:
@@ -103,7 +131,10 @@ def rank_of(node: fx.Node) -> int | None:
     return None if shape is None else len(shape)
 
 
-def pair_of(value: Any) -> tuple[int, int]:
+def pair_of(value: Any, across: int | None = None) -> tuple[int, int]:
+    """An option as (vertical, horizontal). across: of signals, whose options say nothing of it, the vertical one."""
+    if across is not None:
+        return in_plane((value,) if isinstance(value, int) else value, across)
     first, second = (value, value) if isinstance(value, int) else value
     return int(first), int(second)
 

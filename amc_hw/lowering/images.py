@@ -11,11 +11,20 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from amc_hw.errors import UnsupportedOperatorError
-from amc_hw.lowering.axes import BATCH, CHANNELS, POSITIONS, image_axes, of_dim, vector_axes, whole
-from amc_hw.lowering.calls import IDENTITY_MODULES, MEANS, NO_PADS, POOL_FUNCTIONS, activation_of, pair_of, shape_of
+from amc_hw.lowering.axes import BATCH, CHANNELS, POSITIONS, of_dim, plain_axes, vector_axes, whole
+from amc_hw.lowering.calls import (
+    IDENTITY_MODULES,
+    MEANS,
+    NO_PADS,
+    PLAIN,
+    POOL_FUNCTIONS,
+    activation_of,
+    pair_of,
+    shape_of,
+)
 from amc_hw.lowering.shapes import Shapes
-from amc_hw.padding import around, padding_of
-from amc_hw.symbolic import BATCH_NORMS, HAS_GROUPS, gives, readers
+from amc_hw.padding import around, in_plane, padding_of
+from amc_hw.symbolic import BATCH_NORMS, HAS_GROUPS, TRANSPOSED, gives, readers
 from profilers.ops import CONV_KINDS, SCALAR_KINDS, OpSpec
 
 
@@ -44,13 +53,17 @@ def _is_layer_norm(layer: nn.LayerNorm, *, channels_first: bool) -> bool:
 class Images(Shapes):
     """What layers of images, of tokens and of vectors are as operators."""
 
-    def _convolution(self, node: fx.Node, module: nn.Conv2d | nn.ConvTranspose2d, name: str) -> None:
+    def _convolution(self, node: fx.Node, module: Any, name: str) -> None:
+        """module: of images or signals, plain or transposed."""
         kind, groups = "conv", module.groups
         source, pads = self.padded.get(node.all_input_nodes[0], (node.all_input_nodes[0], NO_PADS))
-        if isinstance(module, nn.ConvTranspose2d):
+        wanted = "image" if len(module.kernel_size) == 2 else "signal"
+        if self._form(source) not in (wanted, "vector" if wanted == "image" else wanted):
+            raise UnsupportedOperatorError(f"{name}: a {type(module).__name__} of what is no {wanted}")
+        if isinstance(module, TRANSPOSED):
             source = node.all_input_nodes[0]
             kind = "conv_transpose"
-            before, more = pair_of(module.padding), pair_of(module.output_padding)
+            before, more = in_plane(module.padding, 0), in_plane(module.output_padding, 0)  # type: ignore[arg-type]
             after = before[0] - more[0], before[1] - more[1]
             if groups > 1 or min(after) < 0:
                 odd = "groups" if groups > 1 else "more output padding than padding"
@@ -68,11 +81,11 @@ class Images(Shapes):
             kind,
             sources=[source],
             out_channels=module.out_channels,
-            kernel=pair_of(module.kernel_size),
-            stride=pair_of(module.stride),
+            kernel=in_plane(module.kernel_size, 1),
+            stride=in_plane(module.stride, 1),
             padding=before,
             padding_end=() if after == before else after,
-            dilation=pair_of(module.dilation),
+            dilation=in_plane(module.dilation, 1),
             groups=groups,
             module=name,
         )
@@ -128,10 +141,11 @@ class Images(Shapes):
             raise UnsupportedOperatorError(f"{name}: a {type(module).__name__} that is no plain layer-norm")
         self._emit(node, "layer_norm", module=name)
 
-    def _norm(self, node: fx.Node, module: nn.GroupNorm | nn.InstanceNorm2d, name: str) -> None:
+    def _norm(self, node: fx.Node, module: Any, name: str) -> None:
+        """module: a group-norm, or an instance-norm of images or signals."""
         channels = self._seen(node.all_input_nodes[0]).channels
-        if self._form(node.all_input_nodes[0]) != "image":
-            raise UnsupportedOperatorError(f"{name}: only images with channels first are normalised")
+        if self._form(node.all_input_nodes[0]) not in PLAIN:
+            raise UnsupportedOperatorError(f"{name}: only images and signals with channels first are normalised")
         if isinstance(module, nn.GroupNorm):
             self._emit(node, "group_norm", groups=module.num_groups, module=name)
             if not _is_group_norm(module):
@@ -183,13 +197,17 @@ class Images(Shapes):
             raise self._unsupported(node)
         return {dim % rank for dim in listed}
 
-    def _largest(self, node: fx.Node) -> None:
-        """The largest of all positions of an image: a pooling whose window is all of it."""
-        source, out, dims = node.all_input_nodes[0], shape_of(node) or (), self._reduced(node)
-        if dims != {2, 3} or self._form(source) != "image":
+    def _largest(self, node: fx.Node, call: fx.Node | None = None) -> None:
+        """The largest of all positions: a pooling whose window is all of them. call: what gives a tuple of these, and
+        where they are, of which the node takes the former."""
+        call = node if call is None else call
+        source, out, dims = call.all_input_nodes[0], shape_of(node) or (), self._reduced(call)
+        rank = len(shape_of(source) or ())
+        if self._form(source) not in PLAIN or dims != set(range(2, rank)):
             raise self._unsupported(node)
         channels, *window = self._image(source)
-        self._emit(node, "max_pool", axes=image_axes((channels, 1, 1)), kernel=pair_of(window), stride=pair_of(window))
+        axes = plain_axes((channels, 1, 1), rank)
+        self._emit(node, "max_pool", sources=[source], axes=axes, kernel=pair_of(window), stride=pair_of(window))
         if len(out) == 2:
             self._emit(node, "flatten", sources=[node], out_channels=channels)
 
@@ -227,14 +245,15 @@ class Images(Shapes):
         """Zeros around an image have an operator of their own for readers that are no convolutions: those take them
         over."""
         source = node.all_input_nodes[0]
-        sides = [self._number(side, node) for side in sides]
-        sides = (*sides, *[0] * (4 - len(sides)))
-        if not any(sides):
+        sides = [self._number(side, node) for side in ((sides,) * 2 if isinstance(sides, int) else sides)]
+        while sides and not any(sides[-2:]):
+            sides = sides[:-2]
+        if not sides:
             self._same(node, source)
-        elif len(sides) > 4 or mode != "constant" or self._form(source) != "image":
+        elif len(sides) > {"image": 4, "signal": 2}.get(self._form(source), 0) or mode != "constant":
             raise self._unsupported(node)
         elif max(sides) <= 0:
-            self._crop(node, source, around(tuple(-side for side in sides)))
+            self._crop(node, source, around([-side for side in sides]))
         elif min(sides) < 0 or value != 0:
             raise self._unsupported(node)
         else:
@@ -266,7 +285,10 @@ class Images(Shapes):
         ceil: bool = False,
         exclude_pad: bool = False,
     ) -> None:
-        window: dict[str, Any] = {"kernel": pair_of(kernel), "stride": pair_of(stride), "padding": pair_of(padding)}
+        given, signal = (kernel, stride, padding), self._form(node.all_input_nodes[0]) == "signal"
+        across = (1, 1, 0) if signal else (None, None, None)  # of a row
+        pairs = map(pair_of, given, across)
+        window: dict[str, Any] = dict(zip(("kernel", "stride", "padding"), pairs, strict=True))
         channels, height, width = self._image(node.all_input_nodes[0])
         plain = OpSpec(kind, (channels,), height, width, channels, **window)
         ceil = ceil and (plain.out_height, plain.out_width) != self._out_image(node)[1:]
@@ -294,14 +316,14 @@ class Images(Shapes):
         """kind: "avg_pool" or "max_pool"."""
         before, after = shape_of(node.all_input_nodes[0]), shape_of(node)
         assert before is not None and after is not None
-        if self._form(node.all_input_nodes[0]) != "image":
+        if self._form(node.all_input_nodes[0]) not in PLAIN:
             raise self._unsupported(node)
         if after == before:
             self._same(node)
-        elif after[2:] == (1, 1) and kind == "avg_pool":
+        elif set(after[2:]) == {1} and kind == "avg_pool":
             self._emit(node, "global_avg_pool")
-        elif before[2] % after[2] == 0 and before[3] % after[3] == 0:
-            window = (before[2] // after[2], before[3] // after[3])
+        elif not any(size % to for size, to in zip(before[2:], after[2:], strict=True)):
+            window = tuple(size // to for size, to in zip(before[2:], after[2:], strict=True))
             self._pool(node, kind, window, window, 0)
         else:
             raise self._unsupported(node)
@@ -317,10 +339,12 @@ class Images(Shapes):
     def _upsample(self, node: fx.Node, mode: Any, align_corners: Any, scale: Any) -> None:
         """scale: factors that the call is given in place of a size."""
         scale = (scale, scale) if isinstance(scale, int | float) else scale
+        scale = (1, *scale)[-2:] if scale is not None else None
         _, height, width = self._image(node.all_input_nodes[0])
         _, out_height, out_width = self._out_image(node)
+        mode = "bilinear" if mode == "linear" else mode  # along the only row
         if mode not in ("nearest", "bilinear"):
-            raise UnsupportedOperatorError(f"{node.name}: only nearest and bilinear resizing, not {mode}")
+            raise UnsupportedOperatorError(f"{node.name}: only nearest, linear and bilinear resizing, not {mode}")
         to: dict[str, Any] = {"align_corners": bool(align_corners)}
         if out_height % height or out_width % width:
             if scale is not None and (out_height, out_width) != tuple(

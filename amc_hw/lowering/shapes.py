@@ -16,8 +16,8 @@ from amc_hw.lowering.axes import (
     POSITIONS,
     Axes,
     has,
-    image_axes,
     of_dim,
+    plain_axes,
     reshaped,
     size_of,
     taken,
@@ -25,10 +25,10 @@ from amc_hw.lowering.axes import (
     vector_axes,
     whole,
 )
-from amc_hw.lowering.calls import RESHAPES, pair_of, rank_of, shape_of
+from amc_hw.lowering.calls import PLAIN, RESHAPES, pair_of, rank_of, shape_of
 from amc_hw.lowering.constants import is_constant
 from amc_hw.lowering.values import Values
-from amc_hw.padding import Pads
+from amc_hw.padding import Pads, in_plane
 from amc_hw.symbolic import sizes_asked
 
 
@@ -102,7 +102,7 @@ class Shapes(Values):
         if any(each != slice(None) for each, axis in zip(named, self.axes[source], strict=True) if has(axis, IMAGES)):
             raise self._unsupported(node)
         form = self._form(source)
-        if form not in ("image", "vector") or any(not isinstance(each, slice) for each in keys):
+        if form not in ("vector", *PLAIN) or any(not isinstance(each, slice) for each in keys):
             self._indexed(node, source, keys, before)
             return
         starts = [self._run(node, each, size)[0] for each, size in zip(keys, before, strict=True)]
@@ -113,7 +113,8 @@ class Shapes(Values):
             self._emit(node, "slice", sources=[source], out_channels=out[1], start=starts[1])
         if out[2:] != before[2:]:
             ends = [size - start - left for size, start, left in zip(before[2:], starts[2:], out[2:], strict=True)]
-            self._crop(node, source if out[1] == before[1] else node, (pair_of(starts[2:]), pair_of(ends)))
+            cut = in_plane(starts[2:], 0), in_plane(ends, 0)
+            self._crop(node, source if out[1] == before[1] else node, cut)
 
     def _indexed(self, node: fx.Node, source: fx.Node, keys: list[Any], before: tuple[int, ...]) -> None:
         """One axis cut or taken apart, and axes of one element put in."""
@@ -156,6 +157,10 @@ class Shapes(Values):
                 axes, after = token_axes(seen.channels, count), seen.positions - start - count
                 ends = {} if after == start else {"padding_end": (after, 0)}
                 self._emit(node, "crop", sources=[source], axes=axes, padding=(start, 0), **ends)
+        elif of_dim(axis, POSITIONS) and self._form(source) == "signal":
+            self._crop(node, source, ((0, start), (0, seen.positions - start - count)))
+            if dropped:
+                self._emit(node, "flatten", sources=[node], axes=vector_axes(seen.channels), out_channels=seen.channels)
         elif has(axis, IMAGES) or (found := taken(seen, dim, start, count)) is None:
             raise self._unsupported(node)
         else:
@@ -245,7 +250,7 @@ class Shapes(Values):
         if node.target in ("view_as", "reshape_as"):
             self._counted_alike(node, seen.name, node.args[1])  # type: ignore[arg-type]
         flat = BATCH, whole(CHANNELS, seen.channels) + whole(POSITIONS, seen.positions)
-        if form != "image" or axes != flat:
+        if form not in PLAIN or axes != flat:
             self._shuffled(node)
         elif not (seen.name in self.ops and self.ops[seen.name].op.kind == "global_avg_pool"):
             self._emit(node, "flatten", sources=[source], out_channels=out[1])
@@ -280,10 +285,10 @@ class Shapes(Values):
     def _shuffled(self, node: fx.Node) -> None:
         """An operator for channels of an image that code has put into another order."""
         seen = self._seen(node)
-        if len(seen.axes) != 4 or len(seen.axes[1]) != 2 or not of_dim(seen.axes[1], CHANNELS):
+        if len(seen.axes) not in (3, 4) or len(seen.axes[1]) != 2 or not of_dim(seen.axes[1], CHANNELS):
             return
         (_, step, each), (_, one, groups) = seen.axes[1]
-        plain = image_axes(self._sides(seen))
+        plain = plain_axes(self._sides(seen), len(seen.axes))
         if (step, one) == (1, each) and each * groups == seen.channels and seen.axes[2:] == plain[2:]:
             self.axes[node] = plain
             self._emit(node, "shuffle", sources=[node], groups=groups)

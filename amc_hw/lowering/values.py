@@ -11,8 +11,20 @@ from typing import Any
 from torch import fx
 
 from amc_hw.errors import UnsupportedOperatorError
-from amc_hw.lowering.axes import CHANNELS, Axes, Seen, image_axes, last_axes, size_of, token_axes, vector_axes, whole
-from amc_hw.lowering.calls import AS_IT_LIES, OVER_CHANNELS, OVER_TOKENS, line_of, rank_of, shape_of
+from amc_hw.lowering.axes import (
+    CHANNELS,
+    Axes,
+    Seen,
+    image_axes,
+    last_axes,
+    plain_axes,
+    signal_axes,
+    size_of,
+    token_axes,
+    vector_axes,
+    whole,
+)
+from amc_hw.lowering.calls import AS_IT_LIES, OVER_CHANNELS, OVER_TOKENS, PLAIN, line_of, rank_of, shape_of
 from amc_hw.lowering.constants import Constant
 from amc_hw.lowering.scores import Scores
 from amc_hw.padding import Pads
@@ -47,7 +59,7 @@ class TracedOp:
 
 @dataclass(frozen=True)
 class TracedOps:
-    """input_shapes: (C, H, W) or (C,) by name, `OpGraph.INPUT` first. fixed: operators whose output channels the
+    """input_shapes: as of `OpGraph.inputs`, by name, `OpGraph.INPUT` first. fixed: operators whose output channels the
     network's code counts on, with the reason. counted: (operator, another, node): the code gives the first's output as
     many channels as the other's has. read: modules whose weights the code reads, or that it calls on parameters."""
 
@@ -149,7 +161,7 @@ class Values:
             return before
         if form == "tokens" and op.kind in OVER_CHANNELS:
             return (*before[:-1], whole(CHANNELS, op.out_channels))
-        return vector_axes(op.out_channels) if len(shape_of(node) or ()) == 2 else image_axes(out)
+        return plain_axes(out, len(shape_of(node) or ()))
 
     def _as_they_lie(self, sources: Sequence[fx.Node]) -> list[str]:
         """The values that an operator reads, all as images or all as tokens."""
@@ -161,7 +173,7 @@ class Values:
         """The values that an operator reads, as images, or as tokens where it takes these."""
         if form == "tokens" and kind in (*OVER_CHANNELS, *OVER_TOKENS):
             return [self._as_tokens(source) for source in sources]
-        taken = ("last", "vector", "image") if kind in OVER_CHANNELS else ("vector", "image")
+        taken = ("vector", *PLAIN, *(["last"] if kind in OVER_CHANNELS else []))
         for source in sources:
             if self._form(source) not in taken:
                 raise UnsupportedOperatorError(
@@ -172,7 +184,8 @@ class Values:
     def _size(self, name: str) -> tuple[int, int, int]:
         """(C, H, W) of a value; H = W = 1 for a vector."""
         if name in self.input_shapes:
-            channels, height, width = (*self.input_shapes[name], 1, 1)[:3]
+            shape = self.input_shapes[name]
+            channels, height, width = (shape[1], shape[0], 1) if len(shape) == 2 else (*shape, 1, 1)[:3]
             return channels, height, width
         op = self.ops[name].op
         return op.out_channels, op.out_height, op.out_width
@@ -181,11 +194,13 @@ class Values:
         return Seen(self.value[node], self._size(self.value[node]), self.axes[node])
 
     def _form(self, node: fx.Node) -> str:
-        """What a node's tensor is: an "image" (N, C, H, W), one with its channels "last", a "vector" (N, C), or
-        "tokens", channels last and whole, whatever is before them; "" for anything else."""
+        """What a node's tensor is: an "image" (N, C, H, W), one with its channels "last", a "signal" (N, C, L), a
+        "vector" (N, C), or "tokens", channels last and whole, whatever is before them; "" for anything else."""
         seen = self._seen(node)
         if seen.axes == image_axes(self._sides(seen)):
             return "image"
+        if seen.axes == signal_axes(seen.shape) and self._sides(seen)[1] == 1:
+            return "signal"
         if seen.axes == vector_axes(seen.channels) and seen.positions == 1:
             return "vector"
         if seen.name not in self.tokens and seen.axes == last_axes(seen.shape):
@@ -199,8 +214,8 @@ class Values:
 
     def _sides(self, seen: Seen) -> tuple[int, int, int]:
         """(C, H, W) of a value; of tokens as the tensor has them."""
-        if seen.name in self.tokens and len(seen.axes) == 4:
-            height, width = size_of(seen.axes[2]), size_of(seen.axes[3])
+        if seen.name in self.tokens and len(seen.axes) in (3, 4):
+            height, width = map(size_of, ((), *seen.axes[2:])[-2:])
             return (seen.channels, height, width) if height * width == seen.positions else seen.shape
         return seen.shape
 
@@ -231,18 +246,19 @@ class Values:
 
     def _image(self, node: fx.Node) -> tuple[int, int, int]:
         """(C, H, W) of a node's tensor; H = W = 1 for a vector."""
-        if self._form(node) not in ("image", "last", "vector"):
+        if self._form(node) not in (*PLAIN, "last", "vector"):
             raise UnsupportedOperatorError(f"{node.name} is not an image or a vector of channels, but {shape_of(node)}")
         return self._sides(self._seen(node))
 
     def _out_image(self, node: fx.Node) -> tuple[int, int, int]:
-        """(C, H, W) of a node that gives an image, whether or not it has a value by now."""
-        _, channels, height, width = shape_of(node) or ()
+        """(C, H, W) of a node that gives an image or a signal, whether or not it has a value by now."""
+        _, channels, *sides = shape_of(node) or ()
+        height, width = (1, *sides)[-2:]
         return channels, height, width
 
     def _channel_axis(self, node: fx.Node) -> int | None:
         """Where the channels of a tensor are, all of them."""
-        channels = {"image": 1, "vector": 1, "last": 3, "tokens": len(self.axes[node]) - 1}
+        channels = {"image": 1, "signal": 1, "vector": 1, "last": 3, "tokens": len(self.axes[node]) - 1}
         return channels.get(self._form(node))
 
     def _same(self, node: fx.Node, source: fx.Node | None = None) -> None:

@@ -11,20 +11,24 @@ from torch import fx, nn
 
 from amc_hw.errors import UnsupportedOperatorError, UserError
 from amc_hw.lowering.arithmetic import Arithmetic
-from amc_hw.lowering.axes import CHANNELS, has, image_axes, token_axes, vector_axes
+from amc_hw.lowering.axes import CHANNELS, Axes, has, image_axes, plain_axes, token_axes, vector_axes
 from amc_hw.lowering.calls import (
     ACTIVATION_FUNCTIONS,
     ACTIVATION_MODULES,
+    ADAPTIVE_POOLS,
     CLIPS,
     DROPOUTS,
     IDENTITY_FUNCTIONS,
     IDENTITY_MODULES,
     KIND_OF,
     LARGEST,
+    MAXIMA,
     MEANS,
     NEGATIONS,
     PERMUTES,
+    PLAIN,
     POOL_FUNCTIONS,
+    POOL_MODULES,
     PRODUCTS,
     REGROUPS,
     RESHAPES,
@@ -43,7 +47,17 @@ from amc_hw.lowering.constants import is_constant
 from amc_hw.lowering.images import Images
 from amc_hw.lowering.values import TracedOps
 from amc_hw.models.channel_map import ChannelMap
-from amc_hw.symbolic import BATCH_NORMS, PERMUTE, asks_for_size, gives, origin
+from amc_hw.symbolic import (
+    BATCH_NORMS,
+    CONVS,
+    INSTANCE_NORMS,
+    PERMUTE,
+    TRANSPOSED,
+    asks_for_size,
+    gives,
+    origin,
+    readers,
+)
 from profilers.ops import OpGraph
 
 
@@ -157,20 +171,51 @@ class Lowering(Arithmetic, Images):
             self.rigid.add(node)
 
     def _takes_padding(self, node: fx.Node) -> bool:
-        return node.op == "call_module" and isinstance(self.modules[str(node.target)], nn.Conv2d)
+        return node.op == "call_module" and isinstance(self.modules[str(node.target)], CONVS)
 
     def _input(self, node: fx.Node) -> None:
         shape = shape_of(node)
         if shape is None and len(self.input_shapes) >= self.examples:
             return  # an argument that keeps its default
-        first = not self.input_shapes
-        if shape is None or len(shape) not in ((4,) if first else (2, 4)):
-            kind = "one (N, C, H, W) tensor" if first else "an (N, C, H, W) or (N, C) tensor"
-            raise UserError(f"the network's input {node.name!r} is not {kind}")
-        name = OpGraph.INPUT if first else node.name
-        self.input_shapes[name] = shape[1:]
+        if shape is None or len(shape) not in (2, 3, 4):
+            known = "(N, C, H, W), (N, C, L), (N, L, C) or (N, C)"
+            raise UserError(f"the network's input {node.name!r} is no {known} tensor")
+        name = node.name if self.input_shapes else OpGraph.INPUT
         self.value[node] = name
-        self.axes[node] = image_axes(self._size(name)) if len(shape) == 4 else vector_axes(shape[1])
+        self.input_shapes[name], self.axes[node] = self._read_as(node, shape[1:])
+        if len(self.input_shapes[name]) == 2:
+            self.tokens.add(name)
+
+    def _read_as(self, node: fx.Node, shape: tuple[int, ...]) -> tuple[tuple[int, ...], Axes]:
+        """An input's shape for `OpGraph`, and its axes.
+
+        By what reads it (N, C, L) is a signal, a sequence (N, L, C), which is of tokens, or an image (N, H, W) of one
+        channel, and (N, C) a vector, or a signal (N, L) of one channel.
+        """
+        calls, first, *more = readers(node), *shape
+        if len(shape) < 3 and calls and all(map(self._puts_channel_in, calls)):
+            height, width = (1, *shape)[-2:]
+            batch, _, *sides = plain_axes((1, height, width), len(shape) + 2)
+            return (1, height, width), (batch, *sides)
+        if len(shape) == 2 and calls and all(map(self._reads_sequence, calls)):
+            return shape, token_axes(shape[1], first)
+        height, width = (1, 1, *more)[-2:]
+        return ((first, height, width) if more else shape), plain_axes((first, height, width), len(shape) + 1)
+
+    def _puts_channel_in(self, node: fx.Node) -> bool:
+        """Whether a call gives its input an axis of one element after that of the batch."""
+        before, after = shape_of(node.all_input_nodes[0]), shape_of(node)
+        known = (*REGROUPS, *RESHAPES, operator.getitem)
+        return before is not None and node.target in known and after == (before[0], 1, *before[1:])
+
+    def _reads_sequence(self, node: fx.Node) -> bool:
+        """Whether a call takes the channels of (N, L, C) for its last axis."""
+        before, after = shape_of(node.all_input_nodes[0]), shape_of(node)
+        assert before is not None
+        if node.op == "call_module":
+            part = self.modules[str(node.target)]
+            return isinstance(part, nn.Linear | nn.LayerNorm | nn.MultiheadAttention)
+        return node.target in (*TRANSPOSES, *PERMUTES) and after == (before[0], before[2], before[1])
 
     def _outputs(self, value: Any) -> None:
         if isinstance(value, tuple | list):
@@ -180,16 +225,19 @@ class Lowering(Arithmetic, Images):
             self._outputs(list(value.values()))
         elif not isinstance(value, fx.Node):
             raise UnsupportedOperatorError(f"the network returns {value!r}: only tensors, also in tuples or dicts")
-        elif value not in self.value or self._form(value) not in ("image", "vector"):
-            raise UnsupportedOperatorError(f"the network's output {value.name} is not an image or a vector of channels")
-        elif self.value[value] in (*self.outputs, *self.input_shapes):
-            raise UnsupportedOperatorError(f"the network returns {self.value[value]} twice, or an input of its own")
+        elif value not in self.value or not (self._form(value) in ("vector", *PLAIN) or self._are_tokens(value)):
+            raise UnsupportedOperatorError(
+                f"the network's output {value.name} is not an image, a signal, a sequence or a vector of channels"
+            )
         else:
-            self.outputs.append(self._as_image(value))
+            name = self._as_tokens(value) if self._are_tokens(value) else self._as_image(value)
+            if name in (*self.outputs, *self.input_shapes):
+                raise UnsupportedOperatorError(f"the network returns {name} twice, or an input of its own")
+            self.outputs.append(name)
 
     def _module(self, node: fx.Node, module: nn.Module) -> None:
         name = str(node.target)
-        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+        if isinstance(module, (*CONVS, *TRANSPOSED)):
             self._convolution(node, module, name)
         elif isinstance(module, nn.Linear):
             source = node.all_input_nodes[0]
@@ -224,24 +272,23 @@ class Lowering(Arithmetic, Images):
             self._softmax(node, SOFTMAXES[type(module)], module.dim)
         elif isinstance(module, nn.MultiheadAttention):
             self._multihead(node, module, name)
-        elif isinstance(module, nn.GroupNorm | nn.InstanceNorm2d):
+        elif isinstance(module, (nn.GroupNorm, *INSTANCE_NORMS)):
             self._norm(node, module, name)
         elif isinstance(module, nn.PixelShuffle):
             self._pixel_shuffle(node, module.upscale_factor)
         elif isinstance(module, IDENTITY_MODULES):
             self._same(node)
-        elif isinstance(module, nn.MaxPool2d | nn.AvgPool2d):
-            kind = "max_pool" if isinstance(module, nn.MaxPool2d) else "avg_pool"
-            if getattr(module, "dilation", 1) not in (1, (1, 1)) or getattr(module, "divisor_override", None):
+        elif type(module) in POOL_MODULES:
+            layer: Any = module
+            odd = getattr(layer, "divisor_override", None) or getattr(layer, "return_indices", False)
+            if getattr(layer, "dilation", 1) not in (1, (1,), (1, 1)) or odd:
                 raise self._unsupported(node)
-            include = getattr(module, "count_include_pad", True)
-            options = {"ceil": module.ceil_mode, "exclude_pad": not include}
-            self._pool(node, kind, module.kernel_size, module.stride, module.padding, **options)
-        elif isinstance(module, nn.AdaptiveAvgPool2d):
-            self._adaptive_pool(node, "avg_pool")
-        elif isinstance(module, nn.AdaptiveMaxPool2d) and not module.return_indices:
-            self._adaptive_pool(node, "max_pool")
-        elif isinstance(module, nn.ZeroPad2d | nn.ConstantPad2d):
+            include = getattr(layer, "count_include_pad", True)
+            options = {"ceil": layer.ceil_mode, "exclude_pad": not include}
+            self._pool(node, POOL_MODULES[type(layer)], layer.kernel_size, layer.stride, layer.padding, **options)
+        elif type(module) in ADAPTIVE_POOLS and not getattr(module, "return_indices", False):
+            self._adaptive_pool(node, ADAPTIVE_POOLS[type(module)])
+        elif isinstance(module, nn.ZeroPad1d | nn.ZeroPad2d | nn.ConstantPad1d | nn.ConstantPad2d):
             self._pad(node, module.padding, "constant", module.value)
         elif isinstance(module, nn.Flatten | nn.Unflatten):
             self._reshape(node)
@@ -296,14 +343,18 @@ class Lowering(Arithmetic, Images):
             self._concat(node)
         elif target in SPLITS:
             self._split(node)
+        elif target in (operator.getitem, getattr) and node.all_input_nodes[0].target in MAXIMA:
+            if node.args[1] not in (0, "values"):
+                raise self._unsupported(node)
+            self._largest(node, node.all_input_nodes[0])
         elif target is operator.getitem:
             self._getitem(node)
-        elif target is F.adaptive_avg_pool2d:
-            self._adaptive_pool(node, "avg_pool")
-        elif target is F.adaptive_max_pool2d and not node.kwargs.get("return_indices"):
-            self._adaptive_pool(node, "max_pool")
+        elif target in ADAPTIVE_POOLS and not node.kwargs.get("return_indices"):
+            self._adaptive_pool(node, ADAPTIVE_POOLS[target])
         elif target in LARGEST:
             self._largest(node)
+        elif target in MAXIMA and isinstance(node.meta["tensor_meta"], tuple):
+            return  # a tuple: what is taken of it is read
         elif target in MEANS:
             self._mean(node)
         elif target in (*RESHAPES, *REGROUPS):

@@ -56,14 +56,15 @@ MODELS: dict[str, ModelEntry] = {
 class LoadedModel:
     """A module in eval mode on the CPU, with what is needed to run it.
 
-    `input_shape` is (C, H, W); `mean` and `std` have C values each, for images in [0, 1]; `example_inputs` are
-    tensors with a batch of 1; `checkpoint_sha256` is null for a module with random weights; `file` is the spec with
-    the path at which its file was found, where that is another.
+    `input_shape` is that of one input, (C, H, W) of an image, (C, L) of a signal, (L, C) of a sequence, (C,) of a
+    vector; `mean` and `std` have a value each for its first axis, of images in [0, 1]; `example_inputs` are tensors
+    with a batch of 1; `checkpoint_sha256` is null for a module with random weights; `file` is the spec with the path
+    at which its file was found, where that is another.
     """
 
     spec: str
     module: nn.Module
-    input_shape: tuple[int, int, int]
+    input_shape: tuple[int, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     example_inputs: tuple[Tensor, ...]
@@ -86,8 +87,9 @@ class LoadedModel:
         return digest.hexdigest()
 
     def normalised(self, images: Tensor) -> Tensor:
-        """Images (N, C, H, W) in [0, 1] as the module wants them."""
-        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
+        """Images (N, C, H, W) in [0, 1], or what else it reads, as the module wants them."""
+        sides = [1] * (len(self.input_shape) - 1)
+        mean, std = (torch.tensor(values).view(-1, *sides) for values in (self.mean, self.std))
         return (images - mean) / std
 
 
@@ -115,7 +117,7 @@ def load_model(
 
     Args:
         spec: for instance `mobilenet_v1?width=0.5`, `torchvision:resnet18?num_classes=10`, `nets.py:factory`.
-        input_shape: (C, H, W) or (1, C, H, W), in place of the model's own.
+        input_shape: such as (C, H, W) or (1, C, H, W), in place of the model's own.
         checkpoint: a file of weights, loaded strictly; without it the weights are random, the same for one `seed`.
         seed: for the random weights; the global random state is left alone.
         mean, std: per channel for images in [0, 1], or one value for all; in place of the model's own. A model
@@ -132,8 +134,7 @@ def load_model(
         module = built.module.cpu().eval()
         digest = None if checkpoint is None else load_checkpoint(module, checkpoint)
         shape, inputs = _inputs(spec, built, input_shape)
-        _check_forward(spec, module, inputs)
-    fallback = (IMAGENET_MEAN, IMAGENET_STD) if shape[0] == 3 else ((0.0,), (1.0,))
+    fallback = (IMAGENET_MEAN, IMAGENET_STD) if len(shape) == shape[0] == 3 else ((0.0,), (1.0,))
     loaded_mean = _per_channel("mean", mean, built.mean, fallback[0], channels=shape[0])
     loaded_std = _per_channel("std", std, built.std, fallback[1], channels=shape[0])
     if not all(value > 0 for value in loaded_std):
@@ -212,30 +213,42 @@ def _from_factory(spec: Spec) -> _Built:
     return _Built(module, shape, mean, std, inputs)
 
 
-def _inputs(
-    spec: Spec, built: _Built, input_shape: Sequence[int] | None
-) -> tuple[tuple[int, int, int], tuple[Tensor, ...]]:
-    if built.example_inputs is not None:
-        own = _shape(spec, built.example_inputs[0].shape)
-        if input_shape is None or _shape(spec, input_shape) == own:
-            return own, built.example_inputs
+def _inputs(spec: Spec, built: _Built, input_shape: Sequence[int] | None) -> tuple[tuple[int, ...], tuple[Tensor, ...]]:
+    """The shape of one input, and inputs that the module takes."""
     wanted = input_shape if input_shape is not None else built.input_shape
+    shapes = [] if wanted is None else _shapes(spec, wanted)
+    if built.example_inputs is not None:
+        own = tuple(built.example_inputs[0].shape[1:])
+        if not 1 <= len(own) <= 3:
+            raise UserError(f"the example input of {str(spec)!r} has {len(own) + 1} axes: two to four are supported")
+        if input_shape is None or own in shapes:
+            _check_forward(spec, built.module, built.example_inputs)
+            return own, built.example_inputs
     if wanted is None:
         raise UserError(f"the input shape of {str(spec)!r} is not known: give --input 1x3x224x224")
-    shape = _shape(spec, wanted)
-    return shape, (torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)),)
+    first: UserError | None = None
+    for shape in shapes:
+        inputs = (torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)),)
+        try:
+            _check_forward(spec, built.module, inputs)
+            return shape, inputs
+        except UserError as error:
+            first = first or error
+    assert first is not None
+    raise first
 
 
-def _shape(spec: Spec, wanted: Sequence[int]) -> tuple[int, int, int]:
+def _shapes(spec: Spec, wanted: Sequence[int]) -> list[tuple[int, ...]]:
+    """Of one input, what `wanted` may mean: the first of its sizes is perhaps a batch of 1."""
     try:
-        sizes = [int(size) for size in wanted]
+        sizes = tuple(int(size) for size in wanted)
     except (TypeError, ValueError):
-        sizes = []
-    if len(sizes) == 4 and sizes[0] == 1:
-        sizes = sizes[1:]
-    if len(sizes) != 3 or min(sizes) < 1:
+        sizes = ()
+    with_batch = [sizes[1:]] if len(sizes) > 1 and sizes[0] == 1 else []
+    shapes = ([sizes] if len(sizes) <= 3 else []) + with_batch
+    if not sizes or min(sizes) < 1 or not shapes or len(shapes[-1]) > 3:
         raise UserError(f"input of {str(spec)!r} must be like 1x3x224x224, not {wanted!r}")
-    return sizes[0], sizes[1], sizes[2]
+    return shapes
 
 
 def _check_forward(spec: Spec, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:

@@ -453,7 +453,8 @@ def test_factories(nets: str) -> None:
 def test_inputs_and_normalisation_that_do_not_fit() -> None:
     message = fails("resnet20", input_shape=(1, 32, 32))
     assert "does not take input 1x1x32x32" in message
-    for shape in ((3, 32), (2, 3, 32, 32), (3, 0, 32), "3x32x32"):
+    assert "does not take input 1x3x32:" in fails("resnet20", input_shape=(3, 32))
+    for shape in ((2, 3, 32, 32), (3, 0, 32), "3x32x32"):
         assert "must be like 1x3x224x224" in fails("resnet20", input_shape=shape)
     loaded = load_model("resnet20", mean=(0.5,), std=(0.1, 0.2, 0.3))
     assert loaded.mean == (0.5, 0.5, 0.5) and loaded.std == (0.1, 0.2, 0.3)
