@@ -78,7 +78,7 @@ def check_eval_device(device: str) -> None:
     try:
         kind = torch.device(device).type
         if kind != "cpu":
-            torch.empty(1, device=device)
+            float(torch.ones(1, device=device) + 1)  # a GPU may be there, and this PyTorch have no kernels for it
     except Exception as error:  # what PyTorch lacks for a device, it says in many ways
         known = isinstance(error, RuntimeError) and "device type" in str(error)
         raise (UserError if known else DeviceError)(f"--eval-device {device}: {one_line(error)}") from None
@@ -86,15 +86,21 @@ def check_eval_device(device: str) -> None:
 
 @contextmanager
 def on(module: nn.Module, device: torch.device | str) -> Iterator[nn.Module]:
-    """The module, which is on the CPU, on another device, and back. There, too, it computes in float32."""
+    """The module, which is on the CPU, on another device, and back. There, too, it computes in float32.
+
+    DeviceError where memory does not suffice there; what was taken is given back, for networks that are timed.
+    """
     if torch.device(device).type == "cpu":
         yield module
         return
     try:
         with tf32(False):
             yield module.to(device)
+    except torch.OutOfMemoryError as error:
+        raise DeviceError(f"--eval-device {device}: {one_line(error)}: give --eval-device cpu") from None
     finally:
         module.to("cpu")
+        torch.cuda.empty_cache()
 
 
 @contextmanager

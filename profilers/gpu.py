@@ -279,21 +279,26 @@ def tf32(allowed: bool) -> Iterator[None]:
 
     matmul: Any = torch.backends.cuda.matmul
     cudnn: Any = torch.backends.cudnn
-    value: bool | str = allowed
-    switches = [(matmul, "allow_tf32"), (cudnn, "allow_tf32")]
     try:
-        before = [getattr(*switch) for switch in switches]
+        precision, before = torch.get_float32_matmul_precision(), cudnn.allow_tf32
     except RuntimeError:  # a program that has set one by its name since PyTorch 2.9 cannot read those of before
-        value = "tf32" if allowed else "ieee"
-        switches = [(each, "fp32_precision") for each in (matmul, cudnn.conv, cudnn.rnn)]
-        before = [getattr(*switch) for switch in switches]
-    for switch in switches:
-        setattr(*switch, value)
+        parts = [matmul, cudnn.conv, cudnn.rnn]
+        told = [part.fp32_precision for part in parts]
+        for part in parts:
+            part.fp32_precision = "tf32" if allowed else "ieee"
+        try:
+            yield
+        finally:
+            for part, value in zip(parts, told, strict=True):
+                part.fp32_precision = value
+        return
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    cudnn.allow_tf32 = allowed
     try:
         yield
     finally:
-        for switch, old in zip(switches, before, strict=True):
-            setattr(*switch, old)
+        torch.set_float32_matmul_precision(precision)
+        cudnn.allow_tf32 = before
 
 
 def lasting(busy_pct: Callable[[], int], *, sleep: Callable[[float], None] = time.sleep) -> int:

@@ -20,10 +20,13 @@ STAND_IN = """#!/bin/sh
 echo "$*" >>"$CALLS"; echo "$PYTHONPATH" >"$CALLS.path"
 case "$*" in
 *"$FAILS"*) echo sorry >&2; exit 1 ;;
-*"--device huge"* | *"--device tensorrt"* | *"measure --device some"*) exit 3 ;;
+*"--device huge"*) echo "the GPU's memory (1 MiB) is too small for batch 100000" >&2; exit 3 ;;
+*"--device tensorrt"*) echo "onnxruntime has no TensorrtExecutionProvider (it has none)" >&2; exit 3 ;;
+*"measure --device some"*) echo "$BUSY" >&2; exit 3 ;;
 *profile*) echo '{"error_pct": 2.0}' ;;
 *validate*) echo '{"median_abs_pct_error": '"$MEDIAN"'}' ;;
-*" search "*) echo '{"policy": "search/policy.json"}' ;;
+*" search "*) echo '{"policy": "search/policy.json", "measured_ms": 2.0}'; mkdir search; touch search/"$$" ;;
+*"measure --policy"*) echo '{"pruned_ms": '"$MEASURED"'}' ;;
 esac
 """
 
@@ -48,13 +51,14 @@ def python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def checked(
-    python: str, *, fails: str = "nothing", median: str = "0.5"
+    python: str, *, fails: str = "nothing", median: str = "0.5", busy: str = "the GPU is busy", measured: str = "2.05"
 ) -> tuple[subprocess.CompletedProcess[str], list[str]]:
     """What gpu_check says, and what it asked of the stand-in."""
     calls = Path("calls")
     calls.unlink(missing_ok=True)
     arguments = ("out", "--device", "some", "--python", python)
-    done = run("gpu_check", *arguments, CALLS=str(calls.absolute()), FAILS=fails, MEDIAN=median)
+    answers = {"FAILS": fails, "MEDIAN": median, "BUSY": busy, "MEASURED": measured}
+    done = run("gpu_check", *arguments, CALLS=str(calls.absolute()), **answers)
     return done, calls.read_text().splitlines() if calls.exists() else []
 
 
@@ -80,6 +84,17 @@ def test_gpu_check_measures_again_what_was_not_good_enough(python: str) -> None:
     done, calls = checked(python)
     assert done.returncode == 0, done.stdout
     assert [call.split()[2] for call in calls if "amc_hw.cli" in call] == ["profile", "validate"]
+
+
+@pytest.mark.slow
+def test_gpu_check_looks_at_what_was_said_and_measured(python: str) -> None:
+    done, _ = checked(python, busy="the GPU is on fire", measured="2.2")
+    assert done.returncode == 1 and "FAIL busy" in done.stdout and "FAIL measured-as-in-the-search" in done.stdout
+    (first,) = Path("out/search").iterdir()
+    done, calls = checked(python)
+    assert done.returncode == 0, done.stdout
+    assert [call.split()[2] for call in calls if "amc_hw.cli" in call] == ["search", "measure", "measure"]
+    assert first not in Path("out/search").iterdir()  # what was there of another table would be refused
 
 
 def test_gpu_check_finds_packages_of_a_relative_path(python: str) -> None:
@@ -113,12 +128,13 @@ def times(path: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_time_policies_times_each_once_beside_the_prediction(folder: Path) -> None:
-    Path("rows.csv").write_text("arm,widths\na,16 16 16\nb,16 16 24\nc,16 16 16\n")
+    policies = [f"16 {second} {third}" for second in (16, 20, 24, 28) for third in (16, 20, 24, 28)]  # in two loads
+    Path("rows.csv").write_text("arm,widths\n" + "".join(f"a,{widths}\n" for widths in [*policies, policies[0]]))
     done = times("rows.csv")
     assert done.returncode == 0, done.stderr
     with Path("times.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["widths"] for row in rows] == ["16 16 16", "16 16 24"]
+    assert [row["widths"] for row in rows] == policies
     for row in rows:
         assert float(row["share"]) == pytest.approx(float(row["ms"]) / float(row["baseline_ms"]))
         assert float(row["predicted_ms"]) == pytest.approx(float(row["ms"]), rel=0.05)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -32,6 +34,9 @@ def check(config: DeviceConfig, info: GpuInfo) -> None:
     """DeviceError where the GPU cannot do what is chosen."""
     if config.execution == "compile" and info.capability < TRITON:
         raise DeviceError(f"torch.compile has no kernels for a {info.name}: it takes compute capability 7.0 or more")
+    compilers = filter(None, (os.environ.get("CC"), "gcc", "clang", "cc"))
+    if config.execution == "compile" and not any(map(shutil.which, compilers)):
+        raise DeviceError("torch.compile needs a C compiler: install gcc, or name one in CC")
 
 
 @contextmanager

@@ -180,7 +180,8 @@ class CudaTarget:
         try:
             yield
         except Exception as error:  # out of memory comes as several classes, of two libraries
-            text = " ".join(str(error).split()).lower()
+            # while a graph is captured what follows from it comes last
+            text = " ".join(f"{error} {error.__context__}".split()).lower()
             if not any(words in text for words in FULL):
                 raise
             raise DeviceError(

@@ -102,6 +102,24 @@ def test_a_gpu_scores_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.backends.cudnn.allow_tf32
 
 
+def test_a_gpu_whose_memory_does_not_suffice_for_scoring_is_a_line() -> None:
+    told = "--eval-device meta: .*out of memory.*give --eval-device cpu"
+    with pytest.raises(DeviceError, match=told), on(nn.Identity(), "meta"):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+
+@pytest.mark.parametrize("level", ["highest", "high", "medium"])
+def test_the_precision_that_a_users_file_chose_is_given_back(level: str) -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(level)
+        with on(nn.Identity(), "meta"):
+            assert not torch.backends.cuda.matmul.allow_tf32
+        assert torch.get_float32_matmul_precision() == level
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 @pytest.mark.gpu
 def test_scores_on_a_gpu_are_those_of_the_cpu() -> None:
     torch.manual_seed(0)
