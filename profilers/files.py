@@ -11,7 +11,9 @@ from profilers.errors import FailedError, UserError
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """`data` at `path`; until it is there, what was there before. FailedError where it cannot be written."""
+    """`data` at `path`, or where a link there leads; until it is there, what was there before. FailedError where it
+    cannot be written."""
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path
     if path.is_dir():
         raise FailedError(f"cannot write {path}: it is a folder")
     part = path.with_name(path.name + ".part")

@@ -185,6 +185,17 @@ def _save_a_weight(path: Path) -> None:
 # Whole or not at all
 
 
+def test_a_link_stays_one_and_what_it_leads_to_is_written(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "a.json").symlink_to(tmp_path / "elsewhere" / "b.json")  # is not there yet
+    for value in (1, 2):
+        save_json(tmp_path / "a.json", {"a": value})
+        assert (tmp_path / "a.json").is_symlink() and json.loads((tmp_path / "elsewhere" / "b.json").read_text()) == {
+            "a": value
+        }
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["b.json"]
+
+
 def test_weights_and_json_come_back(tmp_path: Path) -> None:
     state = {"a.weight": torch.randn(3, 2), "count": torch.tensor(7)}
     save_weights(tmp_path / "w.pt", state)
