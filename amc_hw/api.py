@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,13 @@ import numpy as np
 from torch import Tensor, nn
 
 from amc_hw.compare import CompareConfig, compare, plan_compare
-from amc_hw.errors import DeviceError, TableError, UserError
+from amc_hw.data import DATASETS
+from amc_hw.errors import DeviceError, FailedError, TableError, UserError
 from amc_hw.evaluate import Evaluator, check_expected, warn_of_guessing
 from amc_hw.export import FORMATS, MARK, RUNTIME_OF, SUFFIXES, export_int8, export_network
 from amc_hw.find import (
     BUDGETS,
     LOAD_ROUNDS,
-    Progress,
     SearchConfig,
     check_workers,
     plan_search,
@@ -30,12 +30,14 @@ from amc_hw.find import (
 from amc_hw.finetune import LAYER_NORM_LR, PRECISIONS, USUAL_LR, FinetuneConfig, finetune, plan_finetune
 from amc_hw.graph import LayerGraph
 from amc_hw.models import LoadedModel
+from amc_hw.models.checkpoint import not_finite
 from amc_hw.plots import check_picture, save_predictions
 from amc_hw.policy import Policy, load_policy, policy_file
-from amc_hw.pretrain import DEFAULT_DATA, DEFAULT_MODEL, checkpoint_for
+from amc_hw.pretrain import DEFAULT_DATA, DEFAULT_MODEL, checkpoint_for, data_for
 from amc_hw.report import write_report
-from amc_hw.runs import none_better
+from amc_hw.runs import JOURNAL, Progress, none_better, save_weights, silent
 from amc_hw.search.loop import METHODS
+from amc_hw.specs import parse_spec
 from amc_hw.subject import (
     Subject,
     found_near,
@@ -46,7 +48,7 @@ from amc_hw.subject import (
     read_table,
 )
 from amc_hw.tables import export_csv, list_tables, merge_tables, plot_table, show_table
-from amc_hw.task import Task, load_task
+from amc_hw.task import OwnTask, Task, load_task
 from amc_hw.weights import drawn, folded_weights
 from profilers import import_log as import_logs
 from profilers.device import DTYPES, device_names, load_device
@@ -80,9 +82,11 @@ __all__ = [
     "Subject",
     "check_device",
     "check_network",
+    "check_there",
     "checkpoint_for",
     "clean_device",
     "compare",
+    "data_for",
     "describe_graph",
     "export",
     "export_csv",
@@ -111,6 +115,7 @@ __all__ = [
     "profile",
     "read_predictor",
     "read_table",
+    "save_pruned",
     "search",
     "setup_device",
     "show_table",
@@ -124,6 +129,17 @@ VALIDATION = 1000  #: begins the seeds of networks that no profile draws
 INT8_IMAGES = 200  #: that an int8 export is calibrated on
 ROUGH = 0.1  #: root mean square difference over outputs, above which an int8 export warns
 CHECK_IMAGES = 32  #: real inputs on which an export is compared with PyTorch
+
+
+def check_there(
+    *, model: str, checkpoint: Path | None, data: str | None, evaluate: str | None, calibrate: str | None
+) -> None:
+    """UserError where a file or folder that one of these names is not there."""
+    specs = [parse_spec(text) for text in (model, data, evaluate, calibrate) if text]
+    named = [spec.name if spec.is_file else spec.path for spec in specs if spec.is_file or spec.name in DATASETS]
+    for path in (checkpoint, *named):
+        if path is not None and not Path(path).expanduser().exists():
+            raise UserError(f"there is no {str(path)!r} here")
 
 
 def list_devices() -> dict[str, Any]:
@@ -242,29 +258,33 @@ def check_network(
     seed: int = 0,
 ) -> dict[str, Any]:
     """What to know before a long run: the unpruned accuracy, groups, what the table lacks, and how long profiling and
-    searching would take. One measurement of the table's and one episode are made; nothing is written."""
+    searching would take. One measurement of the table's and one episode are made; nothing is written. Without data
+    and functions there is no accuracy, and nothing of a search."""
     check_workers(workers)
     if not subject.target.can_time:
         read_predictor(subject).predict(subject.network_at(None))  # what it lacks, it will always lack
-    start = time.monotonic()
-    task = load_task(subject.model, data=data, evaluate=evaluate, calibrate=calibrate, seed=seed)
-    score = task.score(subject.model.module)
-    check_expected(score, expect_accuracy)
-    warn_of_guessing(task, score)
-    if task.split == "test" and score >= KNOWN_BY_HEART:
-        warnings.warn(
-            f"the accuracy on held-out images is {score:.4f}: if the network was trained on them, put others aside "
-            "(val/, or x_val and y_val), or a search cannot tell policies apart",
-            stacklevel=2,
-        )
-    evaluator = Evaluator(subject.model, subject.graph, task, seed=seed, refit=refit)
-    planned = search_time(evaluator, subject.grids, episodes, time.monotonic() - start, workers=workers)
+    found: dict[str, Any] = dict.fromkeys(("accuracy", "metric", "seconds_per_episode", "search_minutes"))
+    if any((data, evaluate, calibrate)):
+        start = time.monotonic()
+        task = load_task(subject.model, data=data, evaluate=evaluate, calibrate=calibrate, seed=seed)
+        evaluator = Evaluator(subject.model, subject.graph, task, seed=seed, refit=refit)
+        score = evaluator.unpruned_score
+        check_expected(score, expect_accuracy)
+        warn_of_guessing(task, score)
+        if task.split == "test" and score >= KNOWN_BY_HEART:
+            warnings.warn(
+                f"the accuracy on held-out images is {score:.4f}: if the network was trained on them, put others aside "
+                "(val/, or x_val and y_val), or a search cannot tell policies apart",
+                stacklevel=2,
+            )
+        planned = search_time(evaluator, subject.grids, episodes, time.monotonic() - start, workers=workers)
+        found |= {"accuracy": score, "metric": "score" if task.split == "evaluate" else "accuracy"}
+        found |= {"seconds_per_episode": planned["seconds_per_episode"], "search_minutes": planned["minutes"]}
     table = plan_profile(subject, seed=seed) if subject.target.can_time else None
     network = subject.graph.op_graph()
     return {
         "model": subject.model.spec,
-        "accuracy": score,
-        "metric": "score" if task.split == "evaluate" else "accuracy",
+        **found,
         "groups": len(subject.graph.groups),
         "frozen": [
             {"name": group.name, "width": group.width, "reason": group.reason} for group in subject.graph.frozen
@@ -277,8 +297,6 @@ def check_network(
         "profile_minutes": None if table is None else table["minutes"],
         "episodes": episodes,
         "workers": workers,
-        "seconds_per_episode": planned["seconds_per_episode"],
-        "search_minutes": planned["minutes"],
     }
 
 
@@ -316,7 +334,7 @@ def profile(
     tolerance: float = TOLERANCE_PCT,
     max_minutes: float = MAX_MINUTES,
     way: str = "auto",
-    progress: Progress,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Measure what the device's table lacks for this network, and append it.
 
@@ -414,7 +432,7 @@ def _check_samples(samples: int) -> None:
 
 
 def validate(
-    subject: Subject, *, samples: int, seed: int = 0, plot: Path | None = None, progress: Progress
+    subject: Subject, *, samples: int, seed: int = 0, plot: Path | None = None, progress: Progress = silent
 ) -> dict[str, Any]:
     """Predicted against measured latency on fresh random pruned networks, which no calibration has seen; every second
     one free of the channel multiple. plot: a picture to write."""
@@ -492,13 +510,20 @@ def measure(
 
 
 def export(
-    policy: str | Path, *, file_format: str, out: Path, batch: int = 1, data: str | None = None, int8: bool = False
+    policy: str | Path,
+    *,
+    file_format: str,
+    out: str | Path,
+    batch: int = 1,
+    data: str | None = None,
+    int8: bool = False,
 ) -> dict[str, Any]:
     """Write the pruned network of a policy for deployment, checked against PyTorch on inputs of its task.
 
     data: images to use in place of what the policy names. int8: quantized after training, calibrated
     on the task's inputs by the runtime's own tool; its held-out accuracy is reported beside the float network's.
     """
+    out = Path(out)
     _check_named(out, file_format)
     policy = policy_file(Path(policy))
     pruned = open_pruned(policy)
@@ -506,7 +531,8 @@ def export(
     if file_format in RUNTIME_OF and (found.dtype == "int8") != int8:
         warnings.warn(
             f"{policy} was searched for {found.dtype}: what was measured is not the latency of this "
-            f"{'int8' if int8 else 'float32'} file",
+            f"{'int8' if int8 else 'float32'} file, 'amc-hw measure --policy {policy} --dtype "
+            f"{'int8' if int8 else 'float32'}' tells that",
             stacklevel=2,
         )
     evaluate, calibrate, images = (
@@ -515,7 +541,7 @@ def export(
     calibrate = calibrate if data is None else None
     task = load_task(pruned.model, data=data or images, evaluate=evaluate, calibrate=calibrate)
     network = pruned.graph.op_graph(pruned.widths, batch=batch)
-    about = _about(pruned.model, network, calibrate, file_format)
+    about = _about(pruned.model, network, task, file_format)
     inputs = None if int8 else task.inputs(CHECK_IMAGES)
     return _export(pruned.module, pruned.graph, network, task, inputs, about, file_format=file_format, out=out)
 
@@ -523,9 +549,9 @@ def export(
 def export_unpruned(
     model: str,
     *,
-    checkpoint: Path | None,
+    checkpoint: str | Path | None,
     file_format: str,
-    out: Path,
+    out: str | Path,
     batch: int = 1,
     data: str | None,
     evaluate: str | None = None,
@@ -535,12 +561,17 @@ def export_unpruned(
 ) -> dict[str, Any]:
     """As `export`, of the network that a search begins with: what a pruned one is compared with elsewhere. A float file
     is checked on random images where no data are named."""
+    out = Path(out)
     _check_named(out, file_format)
-    loaded, graph = load_graph(model, input_shape=input_shape, checkpoint=checkpoint)
+    loaded, graph = load_graph(
+        model, input_shape=input_shape, checkpoint=None if checkpoint is None else Path(checkpoint)
+    )
+    if checkpoint is None:
+        warnings.warn(f"no checkpoint is named: the weights are those that {loaded.spec} brings itself", stacklevel=2)
     named = int8 or any((data, evaluate, calibrate))
     task = load_task(loaded, data=data, evaluate=evaluate, calibrate=calibrate) if named else None
     network = graph.op_graph(batch=batch)
-    about = _about(loaded, network, calibrate, file_format)
+    about = _about(loaded, network, task, file_format)
     random = drawn((example.shape[1:] for example in loaded.example_inputs), CHECK_IMAGES)
     inputs = None if int8 else random if task is None else task.inputs(CHECK_IMAGES)
     return _export(loaded.module, graph, network, task, inputs, about, file_format=file_format, out=out)
@@ -554,7 +585,7 @@ def _check_named(out: Path, file_format: str) -> None:
     check_replaceable(out, MARK)
 
 
-def _about(loaded: LoadedModel, network: OpGraph, calibrate: str | None, file_format: str) -> dict[str, Any]:
+def _about(loaded: LoadedModel, network: OpGraph, task: Task | None, file_format: str) -> dict[str, Any]:
     """What someone who runs an exported file has to know: for its metadata, and for the result."""
     layout, batch = "channels_last" if file_format == "tflite" else "channels_first", network.nodes[0].op.batch
     shapes = {name: list(shape) for name, shape in network.inputs.items()}
@@ -564,10 +595,11 @@ def _about(loaded: LoadedModel, network: OpGraph, calibrate: str | None, file_fo
         shapes = {name: [*shape[1:], shape[0]] if len(shape) == 3 else shape for name, shape in shapes.items()}
     inputs = {name: [batch, *shape] for name, shape in shapes.items()}
     about: dict[str, Any] = {"model": loaded.spec, "layout": layout, "inputs": inputs}
-    if calibrate:
+    if isinstance(task, OwnTask) and task.yields:
         return about
-    about |= {"range": [0, 1]} if len(loaded.input_shape) == 3 else {}
-    return about | {"mean": list(loaded.mean), "std": list(loaded.std)}
+    labelled = task.labelled if isinstance(task, OwnTask) else task
+    unit = len(loaded.input_shape) == 3 and getattr(labelled, "unit_range", True)
+    return about | ({"range": [0, 1]} if unit else {}) | {"mean": list(loaded.mean), "std": list(loaded.std)}
 
 
 def _export(
@@ -603,6 +635,36 @@ def load_pruned(policy: str | Path) -> nn.Module:
     return open_pruned(Path(policy)).module
 
 
+def save_pruned(module: nn.Module, policy: str | Path, out: str | Path) -> Path:
+    """Keep what a training loop made of the pruned network of `policy`: a policy of the same widths with the weights of
+    `module`, in the folder `out`. Its `policy.json`.
+
+    UserError where the weights are of another network or not finite, and where `out` holds something else.
+    """
+    found, out = open_pruned(Path(policy)), Path(out)
+    weights = {name: value.detach().cpu() for name, value in module.state_dict().items()}
+    wanted = found.module.state_dict()
+    differing = [name for name in {**wanted, **weights} if _shape(wanted, name) != _shape(weights, name)]
+    if differing:
+        raise UserError(f"the network is not that of {policy}: {differing[0]} is missing, new or of another shape")
+    if bad := not_finite(module, weights):
+        raise UserError(f"the network has weights that are no finite numbers: {bad[0]}")
+    target = out / "policy.json"
+    if (out / JOURNAL).exists() or (target.exists() and load_policy(target).widths != found.policy.widths):
+        raise UserError(f"{out} holds something else: name another folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FailedError(f"cannot write in {out}: {error.strerror}") from None
+    save_weights(out / found.policy.weights, weights)
+    found.policy.save(target)
+    return target
+
+
+def _shape(weights: Mapping[str, Tensor], name: str) -> tuple[int, ...] | None:
+    return tuple(weights[name].shape) if name in weights else None
+
+
 def open_policy(
     policy: Path, *, device: str | None = None, **options: Any
 ) -> tuple[Subject, tuple[int, ...], nn.Module]:
@@ -615,8 +677,5 @@ def open_policy(
         options["threads"] = found.threads
     subject = open_subject(device=device or found.device, model=found.model, unpruned=pruned, **options)
     if subject.device.dtype != found.dtype:
-        raise UserError(
-            f"{policy} was searched for {found.dtype}, not for {subject.device.dtype}: leave --dtype out, or search "
-            f"again with --dtype {subject.device.dtype}"
-        )
+        warnings.warn(f"{policy} was searched for {found.dtype}, this is of {subject.device.dtype}", stacklevel=2)
     return subject, pruned.widths, pruned.module

@@ -24,7 +24,7 @@ def _subject(arguments: dict[str, Any], **more: Any) -> api.Subject:
 
 
 def _flag(name: str) -> str:
-    return f"--{name.replace('_shape', '')}"
+    return f"--{name.removesuffix('_shape')}"
 
 
 def _metric(r: dict[str, Any]) -> str:
@@ -35,26 +35,25 @@ def _typed(context: click.Context, name: str) -> bool:
     return context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
 
 
-def _no_data_of_ours(context: click.Context, arguments: dict[str, Any], *, needed: bool = True) -> None:
-    """The default data set goes with the default network: it stands in for nothing that a user leaves out.
+def _with_data(arguments: dict[str, Any], *, needed: bool = True) -> None:
+    """The default network's data where none are named.
 
-    needed: UserError where neither data nor functions of the user's own are named.
+    needed: UserError where another network has neither data nor functions of the user's own.
     """
-    own, model = arguments["evaluate"] or arguments["calibrate"], arguments["model"]
-    untyped = context.get_parameter_source("data") is click.core.ParameterSource.DEFAULT
-    if untyped and (own or model != api.DEFAULT_MODEL):
-        arguments["data"] = None
-        if needed and not own:
-            api.load_graph(model, input_shape=arguments["input_shape"])  # where that is mistyped, too, that comes first
-            missing = "--data is missing (or --evaluate and --calibrate)"
-            raise UserError(f"{missing}: {api.DEFAULT_DATA}, the default, goes with {api.DEFAULT_MODEL} alone")
+    model, task = arguments["model"], [arguments[name] for name in TASK]
+    if model != api.DEFAULT_MODEL and not any(task):
+        if not needed:
+            return
+        api.load_graph(model, input_shape=arguments["input_shape"])  # where that is mistyped, too, that comes first
+    arguments["data"] = api.data_for(model, *task)
 
 
 def _leave_out(context: click.Context, policy: str, *names: str) -> None:
     """UserError where a flag says what a policy says."""
     for name in names:
         if _typed(context, name):
-            raise UserError(f"{policy} says what the network is: leave {_flag(name)} out")
+            kept = " (amc_hw.save_pruned keeps weights of your own training)" if name == "checkpoint" else ""
+            raise UserError(f"{policy} says what the network is: leave {_flag(name)} out{kept}")
 
 
 def _of_policy(context: click.Context, arguments: dict[str, Any], found: api.Policy) -> None:
@@ -97,12 +96,13 @@ def cli(context: click.Context, debug: bool) -> None:
     """
     if context.invoked_subcommand != "init" and not {"-h", "--help"} & set(sys.argv):
         found = read_settings()
-        seeds = {"seeds": str(found["seed"])} if "seed" in found else {}
-        context.default_map = dict.fromkeys(cli.commands, found | seeds)
+        found |= {"seeds": str(found["seed"])} if "seed" in found else {}
+        found |= {"input_shape": found.pop("input")} if "input" in found else {}
+        context.default_map = dict.fromkeys(cli.commands, found)
 
 
 @cli.command()
-@options("device", "model", "checkpoint", *TASK, "seed", "json")
+@options("device", "model", "input", "checkpoint", *TASK, "seed", "json")
 @click.pass_context
 def init(context: click.Context, as_json: bool, **values: Any) -> None:
     """Write amc-hw.toml: what the commands take when a flag is not given.
@@ -118,13 +118,21 @@ def init(context: click.Context, as_json: bool, **values: Any) -> None:
     if sys.stdin.isatty() and not as_json and not _typed(context, "device"):
         values["device"] = click.prompt("device", type=click.Choice(offered), default=values["device"])
     api.load_device(values["device"])
+    api.check_there(**{name: values[name] for name in ("model", "checkpoint", *TASK)})
     values["checkpoint"] = str(values["checkpoint"]) if values["checkpoint"] else None
     typed = {key: value for key, value in values.items() if _typed(context, key)}
+    values, typed = _with_input(values), _with_input(typed)
     if FILE.exists() and typed:  # as `profile` leaves it, perhaps
         extend_settings(typed)
     else:
         write_settings({key: value for key, value in values.items() if value is not None})
     show({"file": str(FILE)}, as_json, lambda r: [f"wrote {r['file']}; next: amc-hw profile"])
+
+
+def _with_input(values: dict[str, Any]) -> dict[str, Any]:
+    """As amc-hw.toml names it."""
+    shape = values.pop("input_shape", None)
+    return values if shape is None else values | {"input": "x".join(map(str, shape))}
 
 
 @cli.group(invoke_without_command=True)
@@ -242,10 +250,11 @@ def check(context: click.Context, as_json: bool, checkpoint: Path | None, **argu
     amc-hw check --model resnet56 --checkpoint w.pt --data imagefolder:PATH
     amc-hw check --model net.py:make --evaluate task.py:score --calibrate task.py:inputs
     """
-    _no_data_of_ours(context, arguments)
+    _with_data(arguments, needed=False)
     names = (*TASK, "episodes", "refit", "workers", "expect_accuracy", "seed")
     task = {name: arguments.pop(name) for name in names}
-    checkpoint = api.checkpoint_for(arguments["model"], task["data"], checkpoint, progress=Progress())
+    if any(task[name] for name in TASK):
+        checkpoint = api.checkpoint_for(arguments["model"], task["data"], checkpoint, progress=Progress())
     show(api.check_network(_subject(arguments, checkpoint=checkpoint), **task), as_json, _check_lines)
 
 
@@ -256,11 +265,17 @@ def _check_lines(r: dict[str, Any]) -> list[str]:
         table = f"{r['measurements_missing']} measurements to make, about {r['profile_minutes']:.0f} minutes of profile"
     else:
         table = f"{r['table']} has all that a search needs"
-    return [
-        f"{r['metric']:<11} {r['accuracy']:.4f} unpruned{'' if r['metric'] == 'score' else ', on held-out data'}",
+    lines = [
         f"groups      {r['groups']} to prune, {len(r['frozen'])} frozen (amc-hw graph says why)",
         f"MMACs       {r['macs'] / 1e6:.1f}; {r['smallest_macs'] / 1e6:.1f} with all groups at their smallest",
         f"table       {table}",
+    ]
+    if r["accuracy"] is None:
+        return [*lines, "accuracy    not known, nor what a search takes: no --data, nor --evaluate and --calibrate"]
+    where = "" if r["metric"] == "score" else ", on held-out data"
+    return [
+        f"{r['metric']:<11} {r['accuracy']:.4f} unpruned{where}",
+        *lines,
         f"search      {_search_time(r)}: {r['search_minutes']:.0f} minutes",
     ]
 
@@ -309,7 +324,7 @@ def profile(
     \b
     amc-hw profile --device host-litert --model mobilenet_v1
     """
-    chosen = {name: arguments[name] for name in ("device", "model")}
+    chosen = _with_input({name: arguments[name] for name in ("device", "model", "input_shape")})
     subject = _subject(arguments)
     if dry_run:
         show(
@@ -319,8 +334,10 @@ def profile(
         )
         return
     result = api.profile(subject, seed=seed, tolerance=tolerance, max_minutes=max_minutes, way=way, progress=Progress())
+    if read_settings().get("model", chosen["model"]) != chosen["model"]:
+        chosen.pop("input", None)  # of a model that the file does not name
     if recorded := record_settings(chosen):
-        again = [_flag(name) for name in ("input_shape", "keep", "threads", "dtype") if _typed(context, name)]
+        again = [_flag(name) for name in ("keep", "threads", "dtype") if _typed(context, name)]
         but = f" (repeat {', '.join(again)})" if again else ""
         names = f"{', '.join(recorded)} recorded in {FILE}"
         click.echo(f"{names}: the commands that follow need no flags for it{but}", err=True)
@@ -335,7 +352,11 @@ def _profile_lines(r: dict[str, Any]) -> list[str]:
     if r["time_up"]:
         lines.append("its time is up (--max-minutes): the same command goes on from here")
     if r["channel_multiple"] is not None:
-        lines.append(f"channel multiple that this device and runtime show: {r['channel_multiple']}")
+        multiple = r["channel_multiple"]
+        lines.append(
+            f"channel multiple that this device and runtime show: {multiple} (of groups below {8 * multiple} channels "
+            "an eighth of their width)"
+        )
     return lines
 
 
@@ -595,8 +616,9 @@ def search(
     amc-hw search --latency-ratio 0.5
     amc-hw search --device host-litert --model resnet56 --checkpoint w.pt --data imagefolder:PATH --latency-ratio 0.6
     """
-    _no_data_of_ours(context, arguments, needed=from_policy is None)
-    if from_policy is not None:
+    if from_policy is None:
+        _with_data(arguments)
+    else:
         _of_policy(context, arguments, api.load_policy(from_policy))
     model, names = arguments["model"], [field.name for field in fields(api.SearchConfig)]
     config = api.SearchConfig(out, **{name: arguments[name] for name in names if name in arguments})
@@ -649,7 +671,8 @@ def _budget_lines(r: dict[str, Any], config: api.SearchConfig) -> Iterator[str]:
         name, value = r["budget"]
         ended = 2 * r["episodes"] < config.episodes  # by itself, as it would again
         more = "; more --episodes may find a wider policy" if r["budget_used"] < MUCH_LEFT and not ended else ""
-        yield f"budget      {name.replace('_', ' ')} {value:g}, {r['budget_used']:.0%} used{more}"
+        over = f", within its slack of {config.slack:.0%}" if r["budget_used"] >= 1.005 else ""
+        yield f"budget      {name.replace('_', ' ')} {value:g}, {r['budget_used']:.0%} used{over}{more}"
     if r["found_by"] not in ("method", config.method):
         who = {
             "uniform": "the best uniform policy",
@@ -690,7 +713,7 @@ def compare(
     amc-hw compare --latency-ratio 0.5
     amc-hw compare --methods knapsack,ddpg --latency-ratio 0.5 --latency-ratio 0.7 --seeds 0,1,2 --matched
     """
-    _no_data_of_ours(context, arguments)
+    _with_data(arguments)
     budgets = tuple((name, value) for name in api.BUDGETS for value in arguments.pop(name))
     named = [part.strip() for part in methods.split(",") if part.strip()]
     chosen = tuple(api.METHODS if methods == "all" else named)
@@ -713,7 +736,7 @@ def compare(
     shared = api.SearchConfig(**{name: arguments.pop(name) for name in names})
     matched = arguments.pop("matched")
     config = api.CompareConfig(chosen, budgets, numbers, matched, shared, out)
-    checkpoint = api.checkpoint_for(arguments["model"], shared.data or "", checkpoint, progress=Progress())
+    checkpoint = api.checkpoint_for(arguments["model"], shared.data, checkpoint, progress=Progress())
     subject = _subject(arguments, checkpoint=checkpoint)
     if dry_run:
         show(api.plan_compare(subject, config), as_json, _compare_plan)
@@ -776,7 +799,7 @@ def export(context: click.Context, as_json: bool, policy: Path | None, unpruned:
     if (policy is None) != unpruned:
         raise UserError("give either --policy, for a pruned network, or --unpruned, with --model and --checkpoint")
     if policy is None:
-        _no_data_of_ours(context, arguments, needed=arguments["int8"])
+        _with_data(arguments, needed=arguments["int8"])
         named = (arguments[name] for name in ("model", "data", "checkpoint"))
         arguments["checkpoint"] = api.checkpoint_for(*named, progress=Progress())
         result = api.export_unpruned(**arguments)
@@ -790,8 +813,8 @@ def export(context: click.Context, as_json: bool, policy: Path | None, unpruned:
 
 def _export_lines(r: dict[str, Any]) -> list[str]:
     several = f" ({', '.join(r['outputs'])})" if len(r.get("outputs", ())) > 1 else ""
-    line = f"{r['file']}: {r['bytes']} bytes, outputs{several} within {r['max_abs_diff']:.2g} of PyTorch's"
-    line += f" (largest {r['largest']:.3g}) on {r['images']} inputs"
+    line = f"{r['file']}: {r['bytes']} bytes; on {r['images']} inputs outputs{several}, as large as {r['largest']:.3g},"
+    line += f" differ from PyTorch's by {r['max_abs_diff']:.2g} at most"
     line += f", {100 * r['rms_diff']:.2g}% in the root mean square" if "rms_diff" in r else ""
     if "accuracy" in r:
         line += f"; {_metric(r)} {r['float_accuracy']:.4f} -> {r['accuracy']:.4f} ({r['accuracy_split']})"

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from amc_hw.errors import BudgetError, UserError
-from amc_hw.find import BUDGETS, POLICY, RESULT, Progress, SearchConfig, check_budget, plan_search, search, timed_anew
+from amc_hw.find import BUDGETS, POLICY, RESULT, SearchConfig, check_budget, plan_search, search, timed_anew
 from amc_hw.plots import save_pareto
 from amc_hw.resources import check_ratio
-from amc_hw.runs import Scores, alone_in, save_json
+from amc_hw.runs import Progress, Scores, alone_in, save_json, silent
 from amc_hw.search.loop import METHODS
 from amc_hw.specs import unknown_name
 from amc_hw.subject import Subject, open_pruned, read_table
@@ -47,6 +47,7 @@ class CompareConfig:
     out: Path = Path("runs/compare")
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "out", Path(self.out))
         if not self.methods or not self.seeds:
             raise UserError("a comparison needs at least one method and one seed")
         if min(self.seeds) < 0:
@@ -67,7 +68,7 @@ def _of_latency(budget: str) -> bool:
     return budget.startswith("latency")
 
 
-def compare(subject: Subject, config: CompareConfig, *, progress: Progress) -> dict[str, Any]:
+def compare(subject: Subject, config: CompareConfig, *, progress: Progress = silent) -> dict[str, Any]:
     """Run every search that has not ended yet, each in a folder of its own in `config.out`; rows and a verdict.
 
     A search that finds nothing within its budget is a row without a policy, with the reason.

@@ -20,8 +20,10 @@ from amc_hw import api
 from amc_hw.errors import UserError
 
 
-def _shape(_context: Any, _parameter: Any, value: str | None) -> tuple[int, ...] | None:
-    if value is None:
+def _shape(context: click.Context, _parameter: Any, value: str | None) -> tuple[int, ...] | None:
+    """amc-hw.toml's is that of its own model, and of no other that is typed."""
+    untyped = context.get_parameter_source("input_shape") is not click.core.ParameterSource.COMMANDLINE
+    if value is None or (untyped and context.params.get("model", value) != context.lookup_default("model")):
         return None
     try:
         return tuple(int(part) for part in value.lower().split("x"))
@@ -73,7 +75,7 @@ _OPTIONS = {
     ),
     "checkpoint": click.option("--checkpoint", type=PATH, help="Trained weights (a state dict)."),
     "data": click.option(
-        "--data", default=api.DEFAULT_DATA, show_default=True, help="digits, imagefolder:PATH, cifar10:PATH, npz:PATH."
+        "--data", help=f"{api.DEFAULT_DATA} (of the default model), imagefolder:PATH, cifar10:PATH, npz:PATH."
     ),
     "evaluate": click.option("--evaluate", help="file.py:fn, model -> score (higher is better): your own task."),
     "calibrate": click.option("--calibrate", help="file.py:fn, yields inputs of the network, to refit with."),
@@ -205,15 +207,17 @@ class Progress:
     """A line on a terminal, with the time that is left; elsewhere what is said for the first time, and a line now and
     then."""
 
-    EVERY_S = 30.0
+    FIRST_S, EVERY_S = 5.0, 30.0
 
     def __init__(self) -> None:
         self.start, self.said = time.monotonic(), ""
+        self.wait = self.FIRST_S
         self.last, self.before, self.total = self.start, 0, 0
         self.terminal = sys.stderr.isatty()
 
     def __call__(self, done: int, total: int, text: str) -> None:
         now = time.monotonic()
+        self.wait = self.FIRST_S if total != self.total else self.wait
         if done == 0 or total != self.total:  # another part of the work
             self.start, self.before, self.total = now, done or -1, total
         elif self.before < 0:  # what was done before the clock was set: a part may go on in its middle
@@ -224,7 +228,8 @@ class Progress:
             if done == 0 and text != self.said:
                 self.said = text
                 click.echo(text, err=True)
-            elif done and now - self.last >= self.EVERY_S:
+            elif done and now - self.last >= (self.wait if left else self.EVERY_S):
+                self.wait = self.EVERY_S
                 click.echo(f"{done}/{total}{left and f', {left}'}: {text}", err=True)
             else:
                 return

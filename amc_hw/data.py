@@ -194,8 +194,8 @@ def _npz(spec: Spec, shape: Shape) -> Splits:
 
 
 def _pixels(spec: Spec, images: Any, labels: Any, shape: Shape, part: str) -> TensorImages:
-    """Arrays as a data set, checked: (N, H, W, C) or (N, C, H, W), uint8 or float in [0, 1], and labels (N,); of a
-    network that reads no images, inputs as it takes them, float of any range."""
+    """Arrays as a data set, checked: (N, H, W, C) or (N, C, H, W), uint8 or float, and labels (N,); of a network that
+    reads no images, inputs as it takes them, float."""
     images, labels = np.asarray(images), np.asarray(labels)
     where, of_images = f"{str(spec)!r}, {part}", len(shape) == 3
     if of_images and images.ndim == 4 and images.shape[1:] == (*shape[1:], shape[0]):
@@ -209,14 +209,11 @@ def _pixels(spec: Spec, images: Any, labels: Any, shape: Shape, part: str) -> Te
         raise UserError(f"{where}: labels start at 0, there is {labels.min()}")
     if images.dtype.kind == "f":
         images = images.astype(np.float32)
-        if of_images and len(images) and not (images.min() >= 0 and images.max() <= 1):
-            raise UserError(f"{where}: float images must lie in [0, 1], these in [{images.min()}, {images.max()}]")
-        if not np.isfinite(images).all():
-            raise UserError(f"{where}: there are inputs that are not finite")
+        _check_values(where, torch.from_numpy(images), shape)
     elif not of_images:
         raise UserError(f"{where}: inputs must be floats, not {images.dtype}")
     elif images.dtype != np.uint8:
-        raise UserError(f"{where}: images must be uint8, or float in [0, 1], not {images.dtype}")
+        raise UserError(f"{where}: images must be uint8 or float, not {images.dtype}")
     return TensorImages(torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(labels.astype(np.int64)))
 
 
@@ -232,6 +229,10 @@ def _hold_out(
 
 def _from_factory(spec: Spec) -> Splits:
     if spec.path is None and not spec.is_file:
+        file = Path(spec.name).expanduser()
+        if file.suffix == ".npz" or file.is_dir():
+            kind = "imagefolder" if file.is_dir() else "npz"
+            raise UserError(f"{spec.name!r} does not say what it is: write {kind}:{spec.name}")
         raise unknown_name("data set", spec.name, DATASETS)
     made = call_factory(spec, kind="data set", known=DATASETS)
     if isinstance(made, Splits):
@@ -252,18 +253,34 @@ def _check_sample(spec: Spec, name: str, split: Dataset, shape: Shape, *, classe
     except Exception as exc:
         raise UserError(f"{where}: the first item is not (image, integer label): {one_line(exc)}") from exc
     if not isinstance(image, Tensor) or image.dtype != torch.float32:
-        of = " in [0, 1]" if len(shape) == 3 else ""
-        raise UserError(f"{where}: {_what(shape)} must be float32 tensors{of}, not {_kind(image)}")
+        raise UserError(f"{where}: {_what(shape)} must be float32 tensors, not {_kind(image)}")
     if tuple(image.shape) != shape:
         raise UserError(f"{where}: {_what(shape)} are {_by(image.shape)}, the model takes {_by(shape)}: give --input")
-    if len(shape) == 3 and not (image.min() >= 0 and image.max() <= 1):
-        raise UserError(f"{where}: images must lie in [0, 1], not normalised; the first does not")
+    _check_values(where, image, shape)
     if label < 0 or (classes and label >= classes):
         raise UserError(f"{where}: labels lie in 0..{classes - 1 if classes else 'classes - 1'}, the first is {label}")
 
 
 def _kind(value: Any) -> str:
     return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+
+
+def _check_values(where: str, values: Tensor, shape: Shape) -> None:
+    """A warning where images leave [0, 1], as log-mel spectrograms do; UserError where they are 0 to 255, or not
+    finite."""
+    if not values.numel():
+        return
+    if not bool(torch.isfinite(values).all()):
+        raise UserError(f"{where}: there are {_what(shape)} that are not finite")
+    low, high = float(values.min()), float(values.max())
+    if len(shape) != 3 or (low >= 0 and high <= 1):
+        return
+    if low >= 0 and high <= 255 and bool((values == values.round()).all()):
+        raise UserError(f"{where}: float images of whole numbers up to {high:g}: give uint8, or divide by 255")
+    warnings.warn(
+        f"{where}: images lie in [{low:.3g}, {high:.3g}], not in [0, 1]: the network reads (x - mean) / std of them",
+        stacklevel=2,
+    )
 
 
 def _what(shape: Shape) -> str:

@@ -94,8 +94,17 @@ class Evaluator:
         return self.judge(widths).score
 
     @cached_property
-    def _unpruned(self) -> list[Tensor]:
-        return self.task.score_and_outputs(self.model.module)[1]
+    def _unpruned(self) -> tuple[float, list[Tensor]]:
+        """Its held-out score, and its outputs."""
+        score, outputs = self.task.score_and_outputs(self.model.module)
+        if not all(bool(torch.isfinite(each).all()) for each in outputs):
+            raise UserError(f"{self.model.spec} gives numbers that are not finite: look at its weights and its inputs")
+        return score, outputs
+
+    @property
+    def unpruned_score(self) -> float:
+        """Held-out score of the network as it is; UserError where its outputs are no numbers."""
+        return self._unpruned[0]
 
     def judge(self, widths: Sequence[int]) -> Judged:
         """Held-out score after the refit of a search, and how far the outputs are from the unpruned network's."""
@@ -108,7 +117,7 @@ class Evaluator:
         if isinstance(self.task, Classification):  # a user's function gets the network as it is
             fold_batch_norms(small, self.graph)
         score, outputs = self.task.score_and_outputs(small)
-        return Judged(score, distortion(outputs, self._unpruned))
+        return Judged(score, distortion(outputs, self._unpruned[1]))
 
     def seconds(self, widths: Sequence[int], *, workers: int = 1) -> tuple[float, float]:
         """About how long a search with `workers` takes for one policy, and in the end for one candidate: measured on

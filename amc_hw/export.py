@@ -64,10 +64,11 @@ def export_network(
         data, outputs = _as_model(module, graph, network, chunks[0], runtime, about)
         named, run = {"outputs": outputs}, _numbers(runtime.session(data), network)
     expected = [_outputs(module(*chunk)) for chunk in chunks]
+    _require_finite(part for parts in expected for part in parts)
     largest, difference = float(np.finfo(np.float32).tiny), np.float64(0.0)
     for chunk, wanted in zip(chunks, expected, strict=True):
         for found, right in zip(run(chunk), wanted, strict=True):
-            largest = max(largest, float(np.abs(right[np.isfinite(right)]).max(initial=0.0)))
+            largest = max(largest, float(np.abs(right).max(initial=0.0)))
             difference = np.maximum(difference, np.abs(found.reshape(right.shape) - right).max())  # keeps a NaN
     if not difference <= TOLERANCE * largest:  # NaN fails this, too
         raise FailedError(f"the {file_format} file's outputs are off by {difference:.3g} (largest {largest:.3g})")
@@ -119,8 +120,7 @@ def export_int8(
     chunks = _whole_batches(inputs, batch)
     expected = [[part.astype(np.float64) for part in _outputs(module(*chunk))] for chunk in chunks]
     right = _joined(expected)
-    if not all(np.isfinite(part).all() for part in right):
-        raise FailedError("the network's own outputs are not finite: it cannot be quantized")
+    _require_finite(right)
     model, outputs = _as_model(module, graph, network, chunks[0], runtime, about)
     data = runtime.quantized(model, [[part.numpy() for part in as_read(network, chunk)] for chunk in chunks])
     running = Running(runtime, data, network, module(*chunks[0]))
@@ -135,6 +135,11 @@ def export_int8(
     sizes = [max(np.mean(np.square(part)), np.finfo(np.float32).tiny) for part in right]
     rms = max(float(np.sqrt(np.mean(np.square(part)) / size)) for part, size in zip(off, sizes, strict=True))
     return _written(out, data, difference, largest) | {"rms_diff": rms} | named, running
+
+
+def _require_finite(outputs: Iterable[np.ndarray]) -> None:
+    if not all(np.isfinite(part).all() for part in outputs):
+        raise FailedError("the network's own outputs are not finite: look at its weights and its inputs")
 
 
 def _joined(chunks: Iterable[Sequence[np.ndarray]]) -> list[np.ndarray]:

@@ -21,7 +21,7 @@ from amc_hw.env import REWARDS
 from amc_hw.errors import UserError
 from amc_hw.evaluate import REFITS, Evaluator, check_expected, check_refit, warn_of_guessing
 from amc_hw.policy import Policy
-from amc_hw.pretrain import DEFAULT_DATA
+from amc_hw.pretrain import data_for
 from amc_hw.prune import slice_channels
 from amc_hw.resources import (
     Budget,
@@ -37,12 +37,14 @@ from amc_hw.resources import (
 from amc_hw.runs import (
     JOURNAL,
     Journal,
+    Progress,
     Scores,
     alone_in,
     numbered,
     record_command,
     save_json,
     save_weights,
+    silent,
     whole_lines,
 )
 from amc_hw.search.loop import AUTO, CANDIDATES, FREE, METHODS, Outcome, Problem, Timed, run_search
@@ -61,19 +63,19 @@ LOAD_ROUNDS = 25  #: samples of one load, where they are reported
 POLICY, RESULT = "policy.json", "result.json"
 BUDGETS = ("latency_ms", "latency_ratio", "flops_ratio", "params_ratio")
 MOST_RUNS = 1_000_000  #: of a burst in a fresh process, which is as long as `min_time_s` asks
-Progress = Callable[[int, int, str], None]  # (done, total, what there is to say)
 
 
 @dataclass(frozen=True)
 class SearchConfig:
     """One budget, in milliseconds or as a share of the unpruned cost; where the run is kept (None: a folder of its own
-    in `runs`); how long to search. data, evaluate, calibrate: as of `amc_hw.task.load_task`. eval_device: where the
+    in `runs`); how long to search. data, evaluate, calibrate: as of `amc_hw.task.load_task`; the default network needs
+    none of them. eval_device: where the
     networks are scored, as torch names it. workers: processes that score policies; with more than one, methods that
     learn propose as many before they learn, so a search is reproducible for a given number. fallback: uniform policies
     take part in the end, too."""
 
     out: Path | None = None
-    data: str | None = DEFAULT_DATA
+    data: str | None = None
     evaluate: str | None = None
     calibrate: str | None = None
     latency_ms: float | None = None
@@ -90,6 +92,9 @@ class SearchConfig:
     expect_accuracy: float | None = None
     workers: int = 1
     fallback: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "out", None if self.out is None else Path(self.out))
 
     @property
     def budget(self) -> tuple[str, float] | None:
@@ -166,6 +171,11 @@ class _Search:
     ) -> None:
         if config.method == "auto":
             config = replace(config, method=AUTO if config.budget is not None else FREE)
+        named = config.data, config.evaluate, config.calibrate
+        if subject.base is not None and not any(named):
+            named = subject.base.data, subject.base.evaluate, subject.base.calibrate
+        data = data_for(subject.model.spec, *named)
+        config = replace(config, data=data, evaluate=named[1], calibrate=named[2])
         self.scores = scores
         self.subject, self.config, self.progress = subject, config, progress
         self.model, self.graph = subject.model, subject.graph
@@ -356,7 +366,7 @@ class _Search:
             result: dict[str, Any] = json.loads(finished.read_text())
             return result
         self.evaluator = Evaluator(self.model, self.graph, task, seed=config.seed, refit=config.refit)
-        unpruned = task.score(self.model.module)
+        unpruned = self.evaluator.unpruned_score
         what = "score" if task.split == "evaluate" else "accuracy"
         where = f"of {config.evaluate}" if config.evaluate else "on held-out training images"
         own = "" if self.model.checkpoint_sha256 else f", with the weights that {self.model.spec} brings itself"
@@ -559,16 +569,16 @@ class _Search:
 def plan_search(subject: Subject, config: SearchConfig) -> dict[str, Any]:
     """What `search` would do: episodes and about how many minutes; nothing is written, nothing is timed on the
     device. Raises as `search` does where the budget cannot be met."""
-    return _Search(subject, config, lambda done, total, text: None).plan()
+    return _Search(subject, config, silent).plan()
 
 
 def check_budget(subject: Subject, config: SearchConfig) -> None:
     """Raises as `search` does where the budget cannot be met."""
-    _Search(subject, config, lambda done, total, text: None).check_budget()
+    _Search(subject, config, silent).check_budget()
 
 
 def search(
-    subject: Subject, config: SearchConfig, *, progress: Progress, scores: Scores | None = None
+    subject: Subject, config: SearchConfig, *, progress: Progress = silent, scores: Scores | None = None
 ) -> dict[str, Any]:
     """Find the widths that meet the budget at the least loss of accuracy, time the best, keep the winner in
     `config.out`. A search that was interrupted goes on; one that has ended gives its result again.

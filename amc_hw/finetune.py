@@ -14,7 +14,7 @@ import os
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,11 @@ from amc_hw.errors import FailedError, UserError
 from amc_hw.images import ImageFiles, TensorImages
 from amc_hw.models import load_model
 from amc_hw.models.checkpoint import checkpoint_sha256
-from amc_hw.runs import JOURNAL, Journal, alone_in, record_command, save_json, save_weights
+from amc_hw.runs import JOURNAL, Journal, Progress, alone_in, record_command, save_json, save_weights, silent
 from amc_hw.subject import Pruned, found_near, open_pruned
-from amc_hw.task import Classification
+from amc_hw.task import Classification, check_labels
 from profilers.files import write_whole
 
-Progress = Callable[[int, int, str], None]
 PRECISIONS = ("no", "fp16", "bf16")
 IN_MEMORY = 2_000_000_000  #: bytes of decoded training images that are kept
 STATE = "state.pt"
@@ -69,6 +68,9 @@ class FinetuneConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("out", "checkpoint"):
+            given = getattr(self, name)
+            object.__setattr__(self, name, None if given is None else Path(given))
         if self.lr is not None and not (self.lr > 0 and math.isfinite(self.lr)):
             raise UserError(f"--lr {self.lr} must be a number above 0")
         if not 0 <= self.distill <= 1:
@@ -91,7 +93,7 @@ class _Order(Sampler[int]):
         return iter(torch.randperm(self.count, generator=generator).tolist())
 
 
-def finetune(policy: Path, config: FinetuneConfig, *, progress: Progress) -> dict[str, Any]:
+def finetune(policy: Path, config: FinetuneConfig, *, progress: Progress = silent) -> dict[str, Any]:
     """Train the pruned network of `policy` on its data set's training split; a new policy in a folder of its own, with
     the weights of the epoch that is best on held-out images, those before any of them included.
 
@@ -150,7 +152,7 @@ def plan_finetune(policy: Path, config: FinetuneConfig) -> dict[str, Any]:
     config = _with_rate(config, pruned.module)
     start = time.monotonic()
     splits = load_data(data, input_shape=pruned.policy.input_shape)
-    run = _Run(pruned, splits, config, Path(), accelerator, None, lambda done, total, text: None)
+    run = _Run(pruned, splits, config, Path(), accelerator, None, silent)
     loading = time.monotonic() - start
     return {
         "epochs": config.epochs,
@@ -168,7 +170,7 @@ def _opened(policy: Path, config: FinetuneConfig) -> tuple[Pruned, str, Any]:
     if data is None:
         raise UserError(
             "fine-tuning needs images with labels (--data): for another task put amc_hw.load_pruned(policy) "
-            "into your own training loop"
+            "into your own training loop, and keep what it gives with amc_hw.save_pruned"
         )
     try:
         from accelerate import Accelerator
@@ -387,6 +389,7 @@ class _Run:
 
     def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
         logits = self.module(images)
+        check_labels(int(labels.max()), logits.shape[1])
         loss = F.cross_entropy(logits, labels)
         if self.teacher is None:
             return loss

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,18 +11,26 @@ from torch import nn
 from amc_hw.data import load_data, load_tensors
 from amc_hw.errors import FailedError, UserError
 from amc_hw.models import has_own_weights, load_model
+from amc_hw.runs import Progress, silent
 
 DEFAULT_MODEL = "mobilenet_v1_cifar?width=0.25"
 DEFAULT_DATA = "digits"
 EPOCHS = 40
 
 
-def _quiet(done: int, total: int, text: str) -> None:
-    pass
+def data_for(model: str, data: str | None, *functions: str | None) -> str | None:
+    """The data set that was named, or the default network's own where nothing was; UserError where another network has
+    neither data nor `functions` in their place."""
+    if data is not None or any(functions):
+        return data
+    if model != DEFAULT_MODEL:
+        missing = "--data is missing (or --evaluate and --calibrate)"
+        raise UserError(f"{missing}: {DEFAULT_DATA}, the default, goes with {DEFAULT_MODEL} alone")
+    return DEFAULT_DATA
 
 
 def checkpoint_for(
-    model: str, data: str, checkpoint: Path | None, *, progress: Callable[[int, int, str], None] = _quiet
+    model: str, data: str | None, checkpoint: Path | None, *, progress: Progress = silent
 ) -> Path | None:
     """The weights to search with: those given, the default network's own, or None for a factory that loads its own.
 
@@ -37,7 +44,7 @@ def checkpoint_for(
     raise UserError(f"--checkpoint is missing: the weights of {model} would be random")
 
 
-def default_checkpoint(progress: Callable[[int, int, str], None] = _quiet) -> Path:
+def default_checkpoint(progress: Progress = silent) -> Path:
     """The trained default network; a minute of training where it is not there yet."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     path = cache / "amc-hw" / "mobilenet_v1_cifar-0.25-digits.pt"
@@ -53,7 +60,7 @@ def default_checkpoint(progress: Callable[[int, int, str], None] = _quiet) -> Pa
     return path
 
 
-def _trained(progress: Callable[[int, int, str], None], *, seed: int = 0, batch: int = 64) -> nn.Module:
+def _trained(progress: Progress, *, seed: int = 0, batch: int = 64) -> nn.Module:
     model = load_model(DEFAULT_MODEL, seed=seed)
     images, labels = load_tensors(load_data(DEFAULT_DATA, input_shape=model.input_shape).train)
     images = model.normalised(images)

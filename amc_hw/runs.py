@@ -22,7 +22,12 @@ from amc_hw.errors import FailedError, UserError
 from profilers.files import append_synced, write_whole
 
 JOURNAL = "metrics.jsonl"  #: in the folder of a run
+Progress = Callable[[int, int, str], None]  #: told (done, total, what there is to say)
 PACKAGES = ("amc-hw", "torch", "numpy", "onnxruntime", "ai-edge-litert")
+
+
+def silent(done: int, total: int, text: str) -> None:
+    """Progress that nobody looks at."""
 
 
 def numbered(base: Path, header: dict[str, Any]) -> Path:

@@ -15,6 +15,7 @@ FILE = Path("amc-hw.toml")
 KEYS: Mapping[str, type] = {
     "device": str,
     "model": str,
+    "input": str,
     "checkpoint": str,
     "data": str,
     "evaluate": str,

@@ -179,7 +179,8 @@ def call_factory(spec: Spec, *, kind: str, known: Iterable[str]) -> Any:
     except UserError:
         raise
     except Exception as exc:
-        raise UserError(f"{spec.name}:{spec.path} raised {one_line(exc)}") from exc
+        called = ", ".join(f"{key}={value!r}" for key, value in options.items())
+        raise UserError(f"{spec.name}:{spec.path}{called and f' ({called})'} raised {one_line(exc)}") from exc
 
 
 def load_function(spec: Spec, *, kind: str) -> Callable[..., Any]:

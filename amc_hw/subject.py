@@ -30,6 +30,7 @@ from profilers.store import TableStore
 from profilers.table import LatencyTable
 from profilers.targets import Target, open_targets
 
+USUAL_FLOOR = 0.2  #: smallest fraction of a group's channels
 USUAL_MULTIPLE = 8  #: where neither a flag nor the device's configuration nor its table says another
 
 
@@ -176,7 +177,7 @@ def open_subject(
     input_shape: Sequence[int] | None = None,
     checkpoint: Path | None = None,
     channel_multiple: int | None = None,
-    floor: float = 0.2,
+    floor: float = USUAL_FLOOR,
     threads: int | None = None,
     keep: Sequence[str] = (),
     dtype: str | None = None,
@@ -235,11 +236,14 @@ def read_table(subject: Subject) -> LatencyTable:
 def _profile_command(subject: Subject) -> str:
     """The command that measures the subject's table."""
     config, usual = subject.device, load_device(subject.device.name)
-    flags = {"device": config.name, "model": subject.model.spec}
-    flags |= {
-        name: getattr(config, name) for name in ("dtype", "threads") if getattr(config, name) != getattr(usual, name)
-    }
-    return " ".join(["amc-hw profile", *(f"--{name} {value}" for name, value in flags.items())])
+    flags: list[tuple[str, Any]] = [("device", config.name), ("model", subject.model.spec)]
+    if subject.model.asked is not None:
+        flags.append(("input", "x".join(map(str, subject.model.asked))))
+    named = ("dtype", "threads")
+    flags += [(name, getattr(config, name)) for name in named if getattr(config, name) != getattr(usual, name)]
+    flags += [("floor", subject.floor)] if subject.floor != USUAL_FLOOR else []
+    flags += [("keep", f"'{pattern}'") for pattern in subject.keep]
+    return " ".join(["amc-hw profile", *(f"--{name} {value}" for name, value in flags)])
 
 
 def read_predictor(subject: Subject, table: LatencyTable | None = None) -> Predictor:

@@ -146,11 +146,15 @@ def accuracy(
 def _right(module: nn.Module, images: Tensor, labels: Tensor, **where: Any) -> int:
     """How many of the images; where: as of `_logits`. UserError where a label has no output."""
     found = list(_logits(module, images, **where))
-    outputs, largest = found[0].shape[1], int(labels.max())
-    if largest >= outputs:
-        raise UserError(f"labels reach {largest}, the network has {outputs} outputs (0 to {outputs - 1})")
+    check_labels(int(labels.max()), found[0].shape[1])
     predicted = torch.cat([logits.argmax(1) for logits in found])
     return sum(one == other for one, other in zip(predicted.tolist(), labels.tolist(), strict=True))
+
+
+def check_labels(largest: int, outputs: int) -> None:
+    """UserError where a label has no output."""
+    if largest >= outputs:
+        raise UserError(f"labels reach {largest}, the network has {outputs} outputs (0 to {outputs - 1})")
 
 
 def _logits(
@@ -201,10 +205,12 @@ class Classification:
         if len(model.example_inputs) > 1:
             raise UserError(f"{model.spec} takes {len(model.example_inputs)} inputs: give --evaluate and --calibrate")
         self.model, self.splits, self.seed, self.device = model, splits, seed, device
+        self.unit_range = True  #: whether images, not normalised, lie in [0, 1]
         self.val = self._held_out(val_images)
 
     def _held_out(self, limit: int) -> tuple[Tensor, Tensor]:
         images, labels = load_tensors(self.splits.val, limit=limit, seed=self.seed)
+        self.unit_range = bool(images.min() >= 0 and images.max() <= 1)
         return self._ready(images).to(self.device), labels.to(self.device)
 
     def _ready(self, images: Tensor) -> Tensor:
@@ -223,6 +229,7 @@ class Classification:
     def score_and_outputs(self, module: nn.Module) -> tuple[float, list[Tensor]]:
         images, labels = self.val
         logits = torch.cat(list(_logits(module, images)))
+        check_labels(max(len(self.splits.classes) - 1, int(labels.max())), logits.shape[1])
         return int((logits.argmax(1) == labels).sum()) / len(labels), [logits]
 
     def unlikely(self, score: float) -> str | None:
@@ -263,7 +270,7 @@ class OwnTask:
         model: LoadedModel,
         evaluate: Spec | None,
         calibrate: Spec | None,
-        labelled: Task | None,
+        labelled: Classification | None,
         device: str = "cpu",
     ) -> None:
         if evaluate is None and calibrate is None:
@@ -273,6 +280,11 @@ class OwnTask:
         self._calibrate = None if calibrate is None else load_function(calibrate, kind="calibrate function")
         self._names = (str(evaluate), str(calibrate))
         self.split = "evaluate" if labelled is None or evaluate is not None else labelled.split
+
+    @property
+    def yields(self) -> bool:
+        """Whether inputs come from a function of the user's own."""
+        return self._calibrate is not None
 
     def inputs(self, limit: int) -> tuple[Tensor, ...]:
         if self._calibrate is None:
@@ -393,6 +405,8 @@ def collect_inputs(
                 takes = " and ".join(f"(N, {', '.join(map(str, shape))})" for shape in wanted)
                 raise UserError(f"{name} yielded {found}, the network takes {takes}")
             batches.append([part.detach().float().cpu() for part in batch])
+            if not all(bool(torch.isfinite(part).all()) for part in batches[-1]):
+                raise UserError(f"{name} yielded numbers that are not finite")
             count += len(batch[0])
             if count >= limit:
                 break

@@ -427,12 +427,12 @@ class Predictor:
         result = np.empty(len(ops))
         for cost, members, axes in self._by_family(ops):
             if cost is None:
-                op, how = ops[members[0]], self._remedy("'amc-hw profile' of this --model")
+                op, how = ops[members[0]], self._remedy("'amc-hw profile' of this --model and --input")
                 raise TableError(f"{self.path} has no measurement for {op}{self._near(op.family())}: {how}")
             outside = cost.outside(axes)
             if outside.any() and not self.extrapolate:
                 op = ops[members[int(outside.argmax())]]
-                how = self._remedy("'amc-hw profile', the --model and the --floor wanted")
+                how = self._remedy("'amc-hw profile', the --model, --input and --floor wanted")
                 raise TableError(
                     f"{op} lies outside of the widths that {self.path} holds for it ({_range(cost)}): {how}"
                 )

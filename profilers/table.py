@@ -166,7 +166,8 @@ class LatencyTable:
             try:
                 rows.append(Measurement.from_json(_parse(path, number, line)))
             except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-                raise TableError(f"{path}:{number}: {error}") from None
+                why = f"{error} is missing" if isinstance(error, KeyError) else error
+                raise TableError(f"{path}:{number}: {why}") from None
         return cls(path, identity, provenance, rows)
 
     def require_identity(self, identity: Identity) -> None:

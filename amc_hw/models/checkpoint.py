@@ -22,8 +22,8 @@ def load_checkpoint(module: nn.Module, file: str | Path) -> str:
     key (DataParallel) is dropped. Only tensors are unpickled.
 
     Raises:
-        UserError: the file is missing or no checkpoint, or a key is missing, unexpected or of another shape;
-            then `module` is as it was.
+        UserError: the file is missing or no checkpoint, a key is missing, unexpected or of another shape, or a weight
+            is not finite; then `module` is as it was.
     """
     path = Path(file).expanduser()
     digest = checkpoint_sha256(file)
@@ -35,11 +35,20 @@ def load_checkpoint(module: nn.Module, file: str | Path) -> str:
             "write one with torch.save(model.state_dict(), FILE)"
         ) from exc
     weights = _state_dict(content, file, expected=module.state_dict())
+    if bad := not_finite(module, weights):
+        raise UserError(f"{str(file)!r} holds weights that are no finite numbers: {bad[0]}")
     try:
         module.load_state_dict(weights)
     except Exception as exc:  # a module may have loading of its own
         raise UserError(f"{str(file)!r} cannot be loaded into the model: {one_line(exc)}") from exc
     return digest
+
+
+def not_finite(module: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
+    """Which of a module's parameters and running statistics are not finite in `weights`; a mask may hold -inf."""
+    names = {name for name, _ in module.named_parameters()}
+    names |= {name for name in weights if name.endswith(("running_mean", "running_var"))}
+    return [name for name, value in weights.items() if name in names and not bool(torch.isfinite(value).all())]
 
 
 def checkpoint_sha256(file: str | Path) -> str:

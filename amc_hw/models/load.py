@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from amc_hw.errors import UserError
-from amc_hw.models.checkpoint import load_checkpoint
+from amc_hw.models.checkpoint import load_checkpoint, not_finite
 from amc_hw.models.mobilenet import mobilenet_v1, mobilenet_v1_cifar
 from amc_hw.models.resnet_cifar import plain20, resnet20, resnet56
 from amc_hw.specs import (
+    FACTORY_FORMS,
     Spec,
     call_factory,
     guess_options,
@@ -59,7 +60,7 @@ class LoadedModel:
     `input_shape` is that of one input, (C, H, W) of an image, (C, L) of a signal, (L, C) of a sequence, (C,) of a
     vector; `mean` and `std` have a value each for its first axis, of images in [0, 1]; `example_inputs` are tensors
     with a batch of 1; `checkpoint_sha256` is null for a module with random weights; `file` is the spec with the path
-    at which its file was found, where that is another.
+    at which its file was found, where that is another; `asked` is the input shape where the caller named it.
     """
 
     spec: str
@@ -70,6 +71,7 @@ class LoadedModel:
     example_inputs: tuple[Tensor, ...]
     checkpoint_sha256: str | None
     file: str | None = None
+    asked: tuple[int, ...] | None = None
 
     @property
     def found(self) -> str:
@@ -133,13 +135,16 @@ def load_model(
         built = _build(spec)
         module = built.module.cpu().eval()
         digest = None if checkpoint is None else load_checkpoint(module, checkpoint)
+        if bad := not_finite(module, module.state_dict()):
+            raise UserError(f"{str(spec)!r} has weights that are no finite numbers: {bad[0]}")
         shape, inputs = _inputs(spec, built, input_shape)
     fallback = (IMAGENET_MEAN, IMAGENET_STD) if len(shape) == shape[0] == 3 else ((0.0,), (1.0,))
     loaded_mean = _per_channel("mean", mean, built.mean, fallback[0], channels=shape[0])
     loaded_std = _per_channel("std", std, built.std, fallback[1], channels=shape[0])
     if not all(value > 0 for value in loaded_std):
         raise UserError(f"std of {str(spec)!r} must be above 0, not {loaded_std}")
-    return LoadedModel(str(spec), module, shape, loaded_mean, loaded_std, inputs, digest)
+    asked = None if input_shape is None else shape
+    return LoadedModel(str(spec), module, shape, loaded_mean, loaded_std, inputs, digest, asked=asked)
 
 
 def _build(spec: Spec) -> _Built:
@@ -159,9 +164,12 @@ def _from_torchvision(spec: Spec) -> _Built:
     import torchvision
 
     options = guess_options(spec)
-    names = torchvision.models.list_models(module=torchvision.models)
+    segmenting = torchvision.models.list_models(module=torchvision.models.segmentation)
+    names = [*torchvision.models.list_models(module=torchvision.models), *segmenting]
     if spec.path not in names:
-        raise unknown_name("torchvision model", str(spec.path), names, forms=())
+        raise unknown_name("torchvision model", str(spec.path), names, forms=FACTORY_FORMS)
+    if spec.path in segmenting:
+        options.setdefault("weights_backbone", None)  # which it would fetch
     if "weights" in options:
         raise UserError(f"{str(spec)!r}: weights come from a file, with --checkpoint")
     size = options.get("image_size", 299 if spec.path == "inception_v3" else 224)

@@ -231,7 +231,9 @@ class _Rounds:
             limit = self._round(method, number)
             self.met |= self.uniform & self.found.keys()  # timed already
             spare = self._judge(self._candidates(limit))
-            why = "measured policies leave much of the budget" if self.met else "no measured policy met the budget"
+            why = "no measured policy met the budget"
+            if self.met:
+                why = f"all measured policies leave more than {OFF:.0%} of the budget"
             if not self.met or (spare and number == 0):
                 continue
             winner = self._confirmed()

@@ -344,8 +344,8 @@ def test_npz_errors(tmp_path: Path) -> None:
         ({"x_train": x[:, :4]}, "train: images are 4x8x3, the model takes 3x8x8"),
         ({"x_train": x[:, :, :, 0]}, "images are 8x8, the model"),
         ({"x_test": x_test.astype(np.int32)}, "test: images must be uint8"),
-        ({"x_train": x.astype(np.float32)}, "must lie in [0, 1], these in [0.0, 23.0]"),
-        ({"x_train": np.full(x.shape, np.nan)}, "must lie in [0, 1]"),
+        ({"x_train": x.astype(np.float32)}, "float images of whole numbers up to 23: give uint8, or divide by 255"),
+        ({"x_train": np.full(x.shape, np.nan)}, "there are images that are not finite"),
         ({"y_train": y[:5]}, "labels must be 24 integers, not 5 of"),
         ({"y_train": y / 2}, "labels must be 24 integers"),
         ({"y_train": y - 1}, "labels start at 0, there is -1"),
@@ -396,17 +396,26 @@ def test_factories(tmp_path: Path) -> None:
     assert load_data(f"{file}:named", input_shape=RGB8).classes == ("only",)
     for text, part in [
         ("three?size=9", "train: images are 3x9x9, the model takes 3x8x8"),
-        ("three?scale=255", "must lie in [0, 1]"),
         ("three?label=-1", "labels lie in 0..classes - 1, the first is -1"),
         ("mislabelled", "labels lie in 0..0, the first is 1"),
         ("three?count=0", "has no train images"),
         ("three?label=0.5", "not (image, integer label)"),
         ("two", "returned a tuple, not Splits or (train, val, test)"),
-        ("bytes_only", "float32 tensors in [0, 1], not bytes"),
+        ("bytes_only", "float32 tensors, not bytes"),
         ("nothing_else", "the first item is not (image, integer label)"),
         ("none", "has no function 'none'"),
     ]:
         assert part in fails(f"{file}:{text}")
+
+
+def test_images_that_leave_the_unit_range_are_taken_as_they_are(tmp_path: Path) -> None:
+    """Log-mel spectrograms, for instance."""
+    x, y = np.random.default_rng(0).normal(-5, 3, (20, 1, 4, 6)).astype(np.float32), np.arange(20) % 2
+    np.savez(tmp_path / "mel.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    with pytest.warns(UserWarning, match=r"images lie in \[-.*\], not in \[0, 1\]: the network reads"):
+        splits = load_data(f"npz:{tmp_path / 'mel.npz'}", input_shape=(1, 4, 6))
+    images, _ = load_tensors(splits.test)
+    assert torch.equal(images, torch.from_numpy(x))
 
 
 def test_labels_of_foreign_data_sets_are_checked_when_they_are_read() -> None:

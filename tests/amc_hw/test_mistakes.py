@@ -28,9 +28,10 @@ import onnxruntime
 import pytest
 import torch
 
-from amc_hw import api
+from amc_hw import api, load_pruned, save_pruned
 from amc_hw import cli as command_line
 from amc_hw.console import Progress
+from amc_hw.errors import UserError
 from amc_hw.models import load_model
 from amc_hw.runs import alone_in
 from amc_hw.search.loop import AUTO, FREE
@@ -118,14 +119,15 @@ def test_weights_that_are_missing_or_do_not_fit(here: Path, amc_hw: Run) -> None
     assert not Path("run").exists() and not Path("runs").exists()
 
 
-@pytest.mark.parametrize("command", ["search", "compare", "check"])
+@pytest.mark.parametrize("command", ["search", "compare"])
 def test_the_default_data_do_not_stand_in_for_another_networks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, amc_hw: Run, command: str
 ) -> None:
     """Neither where a flag names the network nor where the settings do."""
     monkeypatch.chdir(tmp_path)
     own = ("--model", "plain20", "--checkpoint", "w.pt")
-    asked = (command, "--device", "fake", *(("--latency-ratio", "0.6") if command != "check" else ()))
+    asked = (command, "--device", "fake", "--latency-ratio", "0.6")
+    Path("w.pt").touch()
     done = amc_hw(*asked, *own)
     assert (
         done.code == 2
@@ -750,6 +752,8 @@ def test_init_twice(here: Path, amc_hw: Run) -> None:
 
 def test_init_adds_to_what_is_there_and_changes_none_of_it(here: Path, amc_hw: Run) -> None:
     record_settings({"device": "fake", "model": "nets.py:tiny"})  # as profile does
+    Path("w.pt").touch()
+    Path("task.py").touch()
     assert amc_hw("init", "--checkpoint", "w.pt", "--model", "nets.py:tiny", "--evaluate", "task.py:score").code == 0
     wanted = {"device": "fake", "model": "nets.py:tiny", "checkpoint": "w.pt", "evaluate": "task.py:score"}
     assert read_settings() == wanted
@@ -1173,8 +1177,9 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(
         now[0] += 10
     assert capsys.readouterr().err.splitlines() == [
         "begun",
-        "3/8, 50 s left: best accuracy 0.9",
-        "6/8, 20 s left: best accuracy 0.9",
+        "1/8, 70 s left: best accuracy 0.9",
+        "4/8, 40 s left: best accuracy 0.9",
+        "7/8, 10 s left: best accuracy 0.9",
     ]
 
 
@@ -1191,7 +1196,7 @@ def test_the_time_that_is_left_is_of_what_was_done_since_the_clock_was_set(
         now[0] += 10
         progress(done, 200, "epoch 3")
     said = capsys.readouterr().err.splitlines()
-    assert said == ["103/200, 970 s left: epoch 2", "epoch 2 ended", "107/200, 930 s left: epoch 3"]
+    assert said == ["102/200, 980 s left: epoch 2", "epoch 2 ended", "107/200, 930 s left: epoch 3"]
 
 
 def test_debug_shows_where(here: Path, amc_hw: Run) -> None:
@@ -1200,10 +1205,150 @@ def test_debug_shows_where(here: Path, amc_hw: Run) -> None:
     assert "Traceback" not in plain.err and "Traceback" in debug.err and debug.err.endswith(plain.err)
 
 
-def test_a_policy_is_measured_in_the_dtype_that_it_was_searched_for(ended: Path, amc_hw: Run) -> None:
-    assert amc_hw("measure", "--policy", "run/policy.json").code == 0
-    done = amc_hw("measure", "--policy", "run/policy.json", "--dtype", "int8")
-    assert done.code == 2 and "was searched for float32, not for int8: leave --dtype out" in done.mistake
+def test_a_policy_is_measured_in_the_dtype_that_it_was_searched_for_unless_asked(ended: Path, amc_hw: Run) -> None:
+    done = amc_hw("measure", "--policy", "run/policy.json", "--json")
+    assert json.loads(done.out)["dtype"] == "float32" and done.err == ""
+    done = amc_hw("measure", "--policy", "run/policy.json", "--dtype", "int8", "--json")
+    assert json.loads(done.out)["dtype"] == "int8"
+    assert "warning: run/policy.json was searched for float32, this is of int8" in done.err
+
+
+def test_check_without_data_says_what_it_can(here: Path, amc_hw: Run) -> None:
+    """A network of random weights, too: what is frozen, and what profiling takes."""
+    done = amc_hw("check", *TINY)
+    assert done.code == 0 and "groups      3 to prune" in done.out and "has all that a search needs" in done.out
+    assert "accuracy    not known, nor what a search takes: no --data, nor --evaluate and --calibrate" in done.out
+    found = json.loads(amc_hw("check", "--device", "fake", "--model", "plain20", "--json").out)
+    assert found["accuracy"] is None and found["search_minutes"] is None and found["measurements_missing"] > 0
+    assert "there is no file 'typo.py'" in amc_hw("check", "--device", "fake", "--model", "typo.py:make").mistake
+
+
+def test_a_search_from_python_needs_data_as_the_command_does(here: Path) -> None:
+    subject = api.open_subject(device="fake", model="nets.py:tiny")
+    with pytest.raises(UserError, match="--data is missing .or --evaluate and --calibrate.: digits, the default, goes"):
+        api.search(subject, api.SearchConfig(latency_ratio=0.6))
+    assert not Path("runs").exists()
+
+
+def test_paths_are_strings_from_python_too(ended: Path) -> None:
+    subject = api.open_subject(device="fake", model="nets.py:tiny")
+    config = api.SearchConfig(out="strings", data="npz:images.npz", latency_ratio=0.6, episodes=2, method="uniform")  # type: ignore[arg-type]
+    assert api.search(subject, config)["policy"] == "strings/policy.json"
+    assert api.export("run", file_format="onnx", out="small.onnx")["file"] == "small.onnx"
+    assert api.CompareConfig(("uniform",), (("latency_ratio", 0.6),), out="both").out == Path("both")  # type: ignore[arg-type]
+    assert api.FinetuneConfig(out="tuned", checkpoint="w.pt").checkpoint == Path("w.pt")  # type: ignore[arg-type]
+
+
+def test_a_label_without_an_output_is_found_before_anything_is_searched(here: Path, amc_hw: Run) -> None:
+    """Where it is among the training images alone, too."""
+    arrays = dict(np.load("images.npz"))
+    arrays["y_train"][3] = 4
+    np.savez("wrong.npz", **arrays)
+    for command in (("check", *TINY), ("search", *TINY, "--latency-ratio", "0.6", "--out", "wrong")):
+        done = amc_hw(*command, "--data", "npz:wrong.npz")
+        assert done.code == 2 and "labels reach 4, the network has 4 outputs (0 to 3)" in done.mistake
+
+
+def test_weights_and_outputs_that_are_no_numbers(here: Path, amc_hw: Run) -> None:
+    state = runpy.run_path("nets.py")["tiny"]()[0].state_dict()
+    torch.save(state | {"9.bias": torch.full((4,), float("nan"))}, "nan.pt")
+    torch.save(state | {"9.weight": torch.full((4, 48), 1e38)}, "huge.pt")
+    for command in (
+        ("check", *TINY, *DATA),
+        HALF,
+        ("export", "--unpruned", *TINY[2:], "--format", "onnx", "--out", "x"),
+    ):
+        done = amc_hw(*command, "--checkpoint", "nan.pt")
+        assert (done.code, "'nan.pt' holds weights that are no finite numbers: 9.bias" in done.mistake) == (2, True)
+    done = amc_hw("check", *TINY, *DATA, "--checkpoint", "huge.pt")
+    told = "nets.py:tiny gives numbers that are not finite: look at its weights and its inputs"
+    assert done.code == 2 and told in done.mistake
+    Path("task.py").write_text(
+        "import torch\ndef score(net): return 0.5\ndef inputs(): yield torch.full((4, 3, 16, 16), float('inf'))\n"
+    )
+    done = amc_hw("check", *TINY, "--evaluate", "task.py:score", "--calibrate", "task.py:inputs")
+    assert done.code == 2 and "task.py:inputs yielded numbers that are not finite" in done.mistake
+
+
+def test_what_to_profile_is_said_with_all_that_was_asked(here: Path, amc_hw: Run) -> None:
+    shutil.rmtree("latency_tables")
+    asked = ("--model", "plain20", "--input", "3x16x16", "--floor", "0.5", "--keep", "layer1.*", "--threads", "2")
+    done = amc_hw("predict", "--device", "fake", *asked, "--widths", "0.5")
+    command = "amc-hw profile --device fake --model plain20 --input 3x16x16 --threads 2 --floor 0.5 --keep 'layer1.*'"
+    assert done.code == 2 and f"'{command}'" in done.mistake
+
+
+def test_an_unpruned_network_with_weights_of_its_own_says_so(here: Path, amc_hw: Run) -> None:
+    done = amc_hw("export", "--unpruned", *TINY[2:], "--format", "onnx", "--out", "x.onnx")
+    assert done.code == 0
+    assert "warning: no checkpoint is named: the weights are those that nets.py:tiny brings itself" in done.err
+
+
+def test_init_looks_whether_files_are_there(here: Path, amc_hw: Run) -> None:
+    for name, value in (("--checkpoint", "nowhere.pt"), ("--data", "npz:nowhere.npz"), ("--model", "nowhere.py:make")):
+        done = amc_hw("init", "--device", "fake", name, value)
+        assert done.code == 2 and f"there is no '{value.split(':')[name == '--data']}' here" in done.mistake
+    assert not Path("amc-hw.toml").exists()
+
+
+def test_the_input_shape_is_remembered_with_its_model(here: Path, amc_hw: Run) -> None:
+    done = amc_hw("profile", "--device", "fake", "--model", "plain20", "--input", "3x16x16", "--max-minutes", "0.01")
+    assert done.code == 0 and "device, model, input recorded in amc-hw.toml" in done.err
+    assert read_settings() == {"device": "fake", "model": "plain20", "input": "3x16x16"}
+    found = {
+        macs: json.loads(amc_hw("graph", "--json", *more).out)["macs"]
+        for macs, more in (("own", ()), ("typed", ("--model", "plain20")), ("other", ("--model", "resnet20")))
+    }
+    assert (
+        found["own"] == found["typed"] < 0.3 * json.loads(amc_hw("graph", "--input", "3x32x32", "--json").out)["macs"]
+    )
+    assert found["other"] > 3 * found["own"]  # has its own input
+    amc_hw("profile", "--model", "resnet20", "--input", "3x8x8", "--max-minutes", "0.01")
+    assert read_settings()["input"] == "3x16x16"
+    Path("amc-hw.toml").unlink()
+    assert amc_hw("init", "--device", "fake", "--model", "plain20", "--input", "3x16x16").code == 0
+    assert read_settings()["input"] == "3x16x16"
+
+
+def test_names_and_options_that_are_nearly_right(here: Path, amc_hw: Run) -> None:
+    told = amc_hw("check", *TINY, "--data", "images.npz").mistake
+    assert "'images.npz' does not say what it is: write npz:images.npz" in told
+    Path("pictures").mkdir()
+    assert "write imagefolder:pictures" in amc_hw("check", *TINY, "--data", "pictures").mistake
+    Path("mine.py").write_text("def make(width=4): return width % 3 + '%d'\n")
+    assert "mine.py:make (width='abc') raised" in amc_hw("graph", "--model", "mine.py:make?width=abc").mistake
+    lines = TABLE.read_text().splitlines()
+    row = json.loads(lines[5])
+    del row["samples_ms"]
+    lines[5] = json.dumps(row)
+    TABLE.write_text("\n".join(lines) + "\n")
+    assert "fake.jsonl:6: 'samples_ms' is missing" in amc_hw("predict", *TINY).mistake
+
+
+def test_weights_of_a_training_of_ones_own_are_kept(ended: Path, amc_hw: Run) -> None:
+    module = load_pruned("run")
+    with torch.no_grad():
+        module[9].bias += 1
+    saved = save_pruned(module.train(), "run", "run-tuned")
+    assert saved == Path("run-tuned/policy.json")
+    again = load_pruned(saved)
+    assert not again.training and torch.equal(again[9].bias, module[9].bias)
+    assert save_pruned(module, "run", "run-tuned") == saved  # the next epoch's
+    assert amc_hw("export", "--policy", "run-tuned", "--format", "onnx", "--out", "tuned.onnx").code == 0
+    assert amc_hw("measure", "--policy", "run-tuned").code == 0
+    with pytest.raises(UserError, match="run holds something else: name another folder"):
+        save_pruned(module, "run", "run")
+    with pytest.raises(UserError, match="the network is not that of run: 0.weight is missing, new or of another shape"):
+        save_pruned(runpy.run_path("nets.py")["tiny"]()[0], "run", "other")
+    with torch.no_grad():
+        module[9].bias *= float("nan")
+    with pytest.raises(UserError, match="no finite numbers: 9.bias"):
+        save_pruned(module, "run", "other")
+    assert not Path("other").exists()
+    assert (
+        "amc_hw.save_pruned keeps"
+        in amc_hw("export", "--policy", "run", "--checkpoint", "w.pt", "--format", "onnx", "--out", "x").mistake
+    )
 
 
 def test_an_int8_table_is_a_table_of_its_own(here: Path, amc_hw: Run) -> None:

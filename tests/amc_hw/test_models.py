@@ -450,6 +450,11 @@ def test_factories(nets: str) -> None:
     assert "the options of bare are channels" in fails(f"{nets}:bare?depth=3")
 
 
+def test_a_segmentation_network_of_torchvision_is_built_without_fetching_anything() -> None:
+    model = load_model("torchvision:lraspp_mobilenet_v3_large?num_classes=5", input_shape=(3, 64, 64))
+    assert model.module(*model.example_inputs)["out"].shape == (1, 5, 64, 64)
+
+
 def test_inputs_and_normalisation_that_do_not_fit() -> None:
     message = fails("resnet20", input_shape=(1, 32, 32))
     assert "does not take input 1x1x32x32" in message

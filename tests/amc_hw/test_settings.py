@@ -88,7 +88,7 @@ def test_an_unknown_key_names_the_known_ones(file: Path) -> None:
     file.write_text('device = "host"\nmodle = "x"\n')
     assert (
         refused(file)
-        == f"{file}: unknown key 'modle'; known: device, model, checkpoint, data, evaluate, calibrate, seed"
+        == f"{file}: unknown key 'modle'; known: device, model, input, checkpoint, data, evaluate, calibrate, seed"
     )
     file.write_text('[device]\nname = "x"\n')
     assert "device = {'name': 'x'} must be a string" in refused(file)
