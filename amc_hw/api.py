@@ -517,14 +517,16 @@ def export(
     batch: int = 1,
     data: str | None = None,
     int8: bool = False,
+    int8_io: bool = False,
 ) -> dict[str, Any]:
     """Write the pruned network of a policy for deployment, checked against PyTorch on inputs of its task.
 
     data: images to use in place of what the policy names. int8: quantized after training, calibrated
     on the task's inputs by the runtime's own tool; its held-out accuracy is reported beside the float network's.
+    int8_io: with int8 inputs and outputs, too, as microcontrollers and NPUs have them (tflite).
     """
     out = Path(out)
-    _check_named(out, file_format)
+    _check_named(out, file_format, int8=int8, int8_io=int8_io)
     policy = policy_file(Path(policy))
     pruned = open_pruned(policy)
     found = pruned.policy
@@ -543,7 +545,7 @@ def export(
     network = pruned.graph.op_graph(pruned.widths, batch=batch)
     about = _about(pruned.model, network, task, file_format)
     inputs = None if int8 else task.inputs(CHECK_IMAGES)
-    return _export(pruned.module, pruned.graph, network, task, inputs, about, file_format=file_format, out=out)
+    return _export(pruned.module, pruned.graph, network, task, inputs, about, file_format, out, int8_io=int8_io)
 
 
 def export_unpruned(
@@ -558,11 +560,12 @@ def export_unpruned(
     calibrate: str | None = None,
     input_shape: Sequence[int] | None = None,
     int8: bool = False,
+    int8_io: bool = False,
 ) -> dict[str, Any]:
     """As `export`, of the network that a search begins with: what a pruned one is compared with elsewhere. A float file
     is checked on random images where no data are named."""
     out = Path(out)
-    _check_named(out, file_format)
+    _check_named(out, file_format, int8=int8, int8_io=int8_io)
     loaded, graph = load_graph(
         model, input_shape=input_shape, checkpoint=None if checkpoint is None else Path(checkpoint)
     )
@@ -574,10 +577,12 @@ def export_unpruned(
     about = _about(loaded, network, task, file_format)
     random = drawn((example.shape[1:] for example in loaded.example_inputs), CHECK_IMAGES)
     inputs = None if int8 else random if task is None else task.inputs(CHECK_IMAGES)
-    return _export(loaded.module, graph, network, task, inputs, about, file_format=file_format, out=out)
+    return _export(loaded.module, graph, network, task, inputs, about, file_format, out, int8_io=int8_io)
 
 
-def _check_named(out: Path, file_format: str) -> None:
+def _check_named(out: Path, file_format: str, *, int8: bool, int8_io: bool) -> None:
+    if int8_io and not (int8 and file_format == "tflite"):
+        raise UserError("--int8-io goes with --int8 and --format tflite")
     if SUFFIXES.get(out.suffix, file_format) != file_format:
         raise UserError(f"{out} is named as a file of {SUFFIXES[out.suffix]}, not of --format {file_format}")
     if file_format == "torch" and out.suffix != ".pt2":
@@ -609,9 +614,10 @@ def _export(
     task: Task | None,
     inputs: Sequence[Tensor] | None,
     about: dict[str, Any],
-    *,
     file_format: str,
     out: Path,
+    *,
+    int8_io: bool,
 ) -> dict[str, Any]:
     """inputs: that a float file is checked on; None for an int8 file, which is calibrated on those of its task."""
     told = {name: value for name, value in about.items() if name != "model"}
@@ -619,7 +625,9 @@ def _export(
         return export_network(module, graph, network, inputs, file_format=file_format, out=out, about=about) | told
     assert task is not None
     inputs = task.inputs(INT8_IMAGES)
-    found, running = export_int8(module, graph, network, inputs, file_format=file_format, out=out, about=about)
+    found, running = export_int8(
+        module, graph, network, inputs, file_format=file_format, out=out, about=about, int8_io=int8_io
+    )
     if found["rms_diff"] > ROUGH:
         warnings.warn(
             f"the outputs of {out} differ by {100 * found['rms_diff']:.0f}% in the root mean square: accuracies that "

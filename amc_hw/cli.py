@@ -786,6 +786,7 @@ def report(runs: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
 @click.option("--out", type=PATH, required=True, help="The file to write.")
 @click.option("--batch", default=1, show_default=True, type=click.IntRange(1), help="Images that the file takes.")
 @click.option("--int8", is_flag=True, help="Quantized after training, calibrated on the data.")
+@click.option("--int8-io", is_flag=True, help="Inputs and outputs in int8, too (of tflite).")
 @options("model", "input", "checkpoint", *TASK, "json")
 @click.pass_context
 def export(context: click.Context, as_json: bool, policy: Path | None, unpruned: bool, **arguments: Any) -> None:

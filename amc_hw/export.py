@@ -107,11 +107,13 @@ def export_int8(
     file_format: str,
     out: Path,
     about: Mapping[str, Any] | None = None,
+    int8_io: bool = False,
 ) -> tuple[dict[str, Any], Running]:
     """As `export_network`, quantized to int8 and calibrated on `inputs`; the written model comes back as a module, too.
 
-    `max_abs_diff` from PyTorch's float outputs is reported, and `rms_diff`, the root of the mean square difference over
-    that of these outputs, of several outputs the largest; no file is refused for it.
+    int8_io: its inputs and outputs are int8, too. `max_abs_diff` from PyTorch's float outputs is reported, and
+    `rms_diff`, the root of the mean square difference over that of these outputs, of several outputs the largest; no
+    file is refused for it.
     """
     if file_format not in RUNTIME_OF:
         raise UserError(f"int8 is for {' and '.join(RUNTIME_OF)}, not for {file_format}")
@@ -122,7 +124,8 @@ def export_int8(
     right = _joined(expected)
     _require_finite(right)
     model, outputs = _as_model(module, graph, network, chunks[0], runtime, about)
-    data = runtime.quantized(model, [[part.numpy() for part in as_read(network, chunk)] for chunk in chunks])
+    samples = [[part.numpy() for part in as_read(network, chunk)] for chunk in chunks]
+    data = runtime.quantized(model, samples, int8_io=int8_io)
     running = Running(runtime, data, network, module(*chunks[0]))
     off = _joined(
         [got.reshape(want.shape) - want for got, want in zip(_outputs(running(*chunk)), wanted, strict=True)]

@@ -26,7 +26,7 @@ class Runtime(Protocol):
     def build(self, graph: OpGraph, weights: Weights) -> bytes:
         """The artifact of a network."""
 
-    def quantized(self, model: bytes, samples: Sequence[Sequence[np.ndarray]]) -> bytes:
+    def quantized(self, model: bytes, samples: Sequence[Sequence[np.ndarray]], *, int8_io: bool = False) -> bytes:
         """The float32 model as int8: weights per output channel, activations by what `samples` of its inputs make of
         them, float32 inputs and outputs. DeviceError where the runtime's own tool is not installed."""
 

@@ -31,7 +31,7 @@ def version() -> str:
         raise DeviceError("the runtime litert is not installed: pip install 'amc-hw[litert]'") from None
 
 
-def quantized(model: bytes, samples: Sequence[Sequence[np.ndarray]]) -> bytes:
+def quantized(model: bytes, samples: Sequence[Sequence[np.ndarray]], *, int8_io: bool = False) -> bytes:
     """By ai-edge-quantizer's static recipe. Every sample is calibrated on its own and the widest range of all is taken:
     over several the tool moves towards each by a twentieth, and most outputs of a network would be cut off."""
     try:
@@ -48,7 +48,7 @@ def quantized(model: bytes, samples: Sequence[Sequence[np.ndarray]]) -> bytes:
     with _without_info(), redirect_stdout(said), redirect_stderr(said), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # calibration keeps all tensors, and says so
         made = quantizer.Quantizer(bytearray(model), recipe.static_wi8_ai8())
-        for end in (qtyping.TFLOperationName.INPUT, qtyping.TFLOperationName.OUTPUT):
+        for end in () if int8_io else (qtyping.TFLOperationName.INPUT, qtyping.TFLOperationName.OUTPUT):
             made.update_quantization_recipe(".*", end, algorithm_key=AlgorithmName.NO_QUANTIZE)
         found: dict[str, Any] = {}
         for each in data:
@@ -113,12 +113,30 @@ def session(model: bytes) -> Callable[..., list[np.ndarray]]:
 
     def run(*inputs: np.ndarray) -> list[np.ndarray]:
         for source, value in zip(interpreter.get_input_details(), inputs, strict=True):
-            interpreter.set_tensor(source["index"], _channels_last(value, source["shape"]))
+            interpreter.set_tensor(source["index"], _stored(_channels_last(value, source["shape"]), source))
         interpreter.invoke()
-        found = [interpreter.get_tensor(output["index"]) for output in interpreter.get_output_details()]
+        details = interpreter.get_output_details()
+        found = [_read(interpreter.get_tensor(output["index"]), output) for output in details]
         return [output.transpose(0, 3, 1, 2) if output.ndim == 4 else output for output in found]
 
     return run
+
+
+def _stored(value: np.ndarray, tensor: dict[str, Any]) -> np.ndarray:
+    """Numbers as a tensor has them, which may be int8."""
+    if tensor["dtype"] == np.float32:
+        return value
+    scale, zero = tensor["quantization"]
+    limits = np.iinfo(tensor["dtype"])
+    return np.clip(np.round(value / scale) + zero, limits.min, limits.max).astype(tensor["dtype"])
+
+
+def _read(value: np.ndarray, tensor: dict[str, Any]) -> np.ndarray:
+    """What the numbers of a tensor mean."""
+    if tensor["dtype"] == np.float32:
+        return value
+    scale, zero = tensor["quantization"]
+    return (value.astype(np.float32) - zero) * np.float32(scale)
 
 
 def profile_ops(model: bytes, graph: OpGraph, *, threads: int, time_s: float) -> dict[str, float] | None:

@@ -15,6 +15,7 @@ import numpy as np
 import onnxruntime
 
 from profilers.builders.onnx import build, labelled
+from profilers.errors import UserError
 from profilers.ops import OpGraph, fuse_adds
 
 __all__ = ["SUFFIX", "build", "labelled", "loaded", "lower", "profile_ops", "quantized", "session", "version"]
@@ -27,9 +28,11 @@ def version() -> str:
     return str(onnxruntime.__version__)
 
 
-def quantized(model: bytes, samples: Sequence[Sequence[np.ndarray]]) -> bytes:
+def quantized(model: bytes, samples: Sequence[Sequence[np.ndarray]], *, int8_io: bool = False) -> bytes:
     """By ONNX Runtime's static quantization: quantize and dequantize nodes, int8 on both sides. Weights keep to 7 bits:
     where a CPU has AVX2 but no VNNI, sums of two products saturate with more."""
+    if int8_io:
+        raise UserError("an ONNX file keeps float32 inputs and outputs when it is quantized: int8 ones are for tflite")
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     names = [source.name for source in _session(model, 1).get_inputs()]

@@ -1376,6 +1376,16 @@ def test_an_int8_export_reports_both_accuracies(ended: Path, amc_hw: Run, file_f
     text = amc_hw(*command[:-1]).out.splitlines()
     assert "in the root mean square; accuracy" in text[0]
     assert text[1].startswith(f"it reads (x - mean) / std of images x in [0, 1], {layout.replace('_', ' ')}: mean 0.")
+    done = amc_hw(*command, "--int8-io")
+    if file_format == "onnx":
+        assert done.code == 2 and "--int8-io goes with --int8 and --format tflite" in done.mistake
+    else:
+        whole = json.loads(done.out)
+        assert abs(whole["accuracy"] - found["accuracy"]) < 0.1 and whole["rms_diff"] < 0.2
+        from ai_edge_litert.interpreter import Interpreter
+
+        runs = Interpreter("small")
+        assert {each["dtype"] for each in (*runs.get_input_details(), *runs.get_output_details())} == {np.int8}
     done = amc_hw("export", "--policy", "run/policy.json", "--format", "torch", "--int8", "--out", "small.pt2")
     assert done.code == 2 and "int8 is for onnx and tflite, not for torch" in done.mistake
 
