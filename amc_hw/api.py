@@ -651,11 +651,14 @@ def save_pruned(module: nn.Module, policy: str | Path, out: str | Path) -> Path:
     """
     found, out = open_pruned(Path(policy)), Path(out)
     weights = {name: value.detach().cpu() for name, value in module.state_dict().items()}
+    for wrapped in ("_orig_mod.", "module."):  # by torch.compile, or for several devices
+        if all(name.startswith(wrapped) for name in weights):
+            weights = {name.removeprefix(wrapped): value for name, value in weights.items()}
     wanted = found.module.state_dict()
     differing = [name for name in {**wanted, **weights} if _shape(wanted, name) != _shape(weights, name)]
     if differing:
         raise UserError(f"the network is not that of {policy}: {differing[0]} is missing, new or of another shape")
-    if bad := not_finite(module, weights):
+    if bad := not_finite(found.module, weights):
         raise UserError(f"the network has weights that are no finite numbers: {bad[0]}")
     target = out / "policy.json"
     if (out / JOURNAL).exists() or (target.exists() and load_policy(target).widths != found.policy.widths):

@@ -823,8 +823,8 @@ def _export_lines(r: dict[str, Any]) -> list[str]:
         return [line]
     mean, std = (" ".join(f"{value:.4g}" for value in r[name]) for name in ("mean", "std"))
     layout = r["layout"].replace("_", " ")
-    (shape,) = r["inputs"].values()
-    what = "images x in [0, 1]" if "range" in r else f"inputs x, as {'x'.join(map(str, shape))}"
+    shapes = " and ".join("x".join(map(str, shape)) for shape in r["inputs"].values())
+    what = "images x in [0, 1]" if "range" in r else f"inputs x, as {shapes}"
     return [line, f"it reads (x - mean) / std of {what}, {layout}: mean {mean}, std {std}"]
 
 

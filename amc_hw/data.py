@@ -209,7 +209,7 @@ def _pixels(spec: Spec, images: Any, labels: Any, shape: Shape, part: str) -> Te
         raise UserError(f"{where}: labels start at 0, there is {labels.min()}")
     if images.dtype.kind == "f":
         images = images.astype(np.float32)
-        _check_values(where, torch.from_numpy(images), shape)
+        _check_values(where, torch.from_numpy(images), shape, told=part == "train")
     elif not of_images:
         raise UserError(f"{where}: inputs must be floats, not {images.dtype}")
     elif images.dtype != np.uint8:
@@ -256,7 +256,7 @@ def _check_sample(spec: Spec, name: str, split: Dataset, shape: Shape, *, classe
         raise UserError(f"{where}: {_what(shape)} must be float32 tensors, not {_kind(image)}")
     if tuple(image.shape) != shape:
         raise UserError(f"{where}: {_what(shape)} are {_by(image.shape)}, the model takes {_by(shape)}: give --input")
-    _check_values(where, image, shape)
+    _check_values(where, image, shape, told=name == "train")
     if label < 0 or (classes and label >= classes):
         raise UserError(f"{where}: labels lie in 0..{classes - 1 if classes else 'classes - 1'}, the first is {label}")
 
@@ -265,9 +265,9 @@ def _kind(value: Any) -> str:
     return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
 
 
-def _check_values(where: str, values: Tensor, shape: Shape) -> None:
-    """A warning where images leave [0, 1], as log-mel spectrograms do; UserError where they are 0 to 255, or not
-    finite."""
+def _check_values(where: str, values: Tensor, shape: Shape, *, told: bool) -> None:
+    """A warning, where it is `told`, of images that leave [0, 1], as log-mel spectrograms do; UserError of those from 0
+    to 255, and of what is not finite."""
     if not values.numel():
         return
     if not bool(torch.isfinite(values).all()):
@@ -277,6 +277,8 @@ def _check_values(where: str, values: Tensor, shape: Shape) -> None:
         return
     if low >= 0 and high <= 255 and bool((values == values.round()).all()):
         raise UserError(f"{where}: float images of whole numbers up to {high:g}: give uint8, or divide by 255")
+    if not told:
+        return
     warnings.warn(
         f"{where}: images lie in [{low:.3g}, {high:.3g}], not in [0, 1]: the network reads (x - mean) / std of them",
         stacklevel=2,

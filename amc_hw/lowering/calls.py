@@ -115,8 +115,6 @@ AS_IT_LIES = ("add", "sub", "mul", "add_scalar", "mul_scalar", "activation", "af
 OVER_TOKENS = ("prepend", "take_token", "crop", "add_map")
 #: Operators over the channels of images, of tokens and of vectors.
 OVER_CHANNELS = ("linear", "layer_norm", "softmax", "log_softmax", "concat", "slice", "chunk")
-
-
 #: Forms of tensors whose channels come first and whose positions follow.
 PLAIN = ("image", "signal")
 

@@ -57,9 +57,9 @@ class Images(Shapes):
         """module: of images or signals, plain or transposed."""
         kind, groups = "conv", module.groups
         source, pads = self.padded.get(node.all_input_nodes[0], (node.all_input_nodes[0], NO_PADS))
-        wanted = "image" if len(module.kernel_size) == 2 else "signal"
-        if self._form(source) not in (wanted, "vector" if wanted == "image" else wanted):
-            raise UnsupportedOperatorError(f"{name}: a {type(module).__name__} of what is no {wanted}")
+        taken = ("image", "vector") if len(module.kernel_size) == 2 else ("signal",)
+        if self._form(source) not in taken:
+            raise UnsupportedOperatorError(f"{name}: a {type(module).__name__} of what is no {taken[0]}")
         if isinstance(module, TRANSPOSED):
             source = node.all_input_nodes[0]
             kind = "conv_transpose"
@@ -338,8 +338,10 @@ class Images(Shapes):
 
     def _upsample(self, node: fx.Node, mode: Any, align_corners: Any, scale: Any) -> None:
         """scale: factors that the call is given in place of a size."""
-        scale = (scale, scale) if isinstance(scale, int | float) else scale
-        scale = (1, *scale)[-2:] if scale is not None else None
+        if scale is not None:
+            given = (scale,) if isinstance(scale, int | float) else scale
+            row = self._form(node.all_input_nodes[0]) == "signal"
+            scale = (1, *given) if row else (*given, *given)[:2]
         _, height, width = self._image(node.all_input_nodes[0])
         _, out_height, out_width = self._out_image(node)
         mode = "bilinear" if mode == "linear" else mode  # along the only row

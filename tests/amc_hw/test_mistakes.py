@@ -1284,6 +1284,22 @@ def test_an_unpruned_network_with_weights_of_its_own_says_so(here: Path, amc_hw:
     assert "warning: no checkpoint is named: the weights are those that nets.py:tiny brings itself" in done.err
 
 
+def test_an_unpruned_network_of_two_inputs_is_exported(here: Path, amc_hw: Run) -> None:
+    Path("two.py").write_text(
+        "import torch\n"
+        "class Two(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.a, self.b = torch.nn.Conv1d(2, 8, 3), torch.nn.Linear(8 + 4, 3)\n"
+        "    def forward(self, x, y):\n"
+        "        return self.b(torch.cat([self.a(x).relu().mean(2), y], 1))\n"
+        "def make():\n"
+        "    return Two(), (torch.zeros(1, 2, 20), torch.zeros(1, 4))\n"
+    )
+    done = amc_hw("export", "--unpruned", "--model", "two.py:make", "--format", "onnx", "--out", "two.onnx")
+    assert done.code == 0 and "inputs x, as 1x2x1x20 and 1x4, channels first" in done.out
+
+
 def test_init_looks_whether_files_are_there(here: Path, amc_hw: Run) -> None:
     for name, value in (("--checkpoint", "nowhere.pt"), ("--data", "npz:nowhere.npz"), ("--model", "nowhere.py:make")):
         done = amc_hw("init", "--device", "fake", name, value)
@@ -1333,7 +1349,7 @@ def test_weights_of_a_training_of_ones_own_are_kept(ended: Path, amc_hw: Run) ->
     assert saved == Path("run-tuned/policy.json")
     again = load_pruned(saved)
     assert not again.training and torch.equal(again[9].bias, module[9].bias)
-    assert save_pruned(module, "run", "run-tuned") == saved  # the next epoch's
+    assert save_pruned(torch.nn.DataParallel(module), "run", "run-tuned") == saved  # the next epoch's
     assert amc_hw("export", "--policy", "run-tuned", "--format", "onnx", "--out", "tuned.onnx").code == 0
     assert amc_hw("measure", "--policy", "run-tuned").code == 0
     with pytest.raises(UserError, match="run holds something else: name another folder"):

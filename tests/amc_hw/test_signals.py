@@ -80,6 +80,7 @@ BETWEEN = {
     "adaptive mean": (Call(lambda x: F.adaptive_avg_pool1d(x, 7)), ["avg_pool"]),
     "nearest": (nn.Upsample(scale_factor=2), ["upsample_nearest"]),
     "linear": (Call(lambda x: F.interpolate(x, scale_factor=3, mode="linear")), ["upsample_bilinear"]),
+    "by a half more": (nn.Upsample(scale_factor=1.5, mode="linear"), ["upsample_bilinear"]),
     "normalised": (nn.InstanceNorm1d(8, affine=True), ["instance_norm"]),
     "sloped": (nn.PReLU(8), ["prelu"]),
     "dropped": (nn.Dropout1d(0.5), []),
