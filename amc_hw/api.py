@@ -649,6 +649,8 @@ def save_pruned(module: nn.Module, policy: str | Path, out: str | Path) -> Path:
 
     UserError where the weights are of another network or not finite, and where `out` holds something else.
     """
+    if not isinstance(module, nn.Module):
+        raise UserError(f"save_pruned takes the network itself, not a {type(module).__name__}")
     found, out = open_pruned(Path(policy)), Path(out)
     weights = {name: value.detach().cpu() for name, value in module.state_dict().items()}
     for wrapped in ("_orig_mod.", "module."):  # by torch.compile, or for several devices

@@ -819,13 +819,16 @@ def _export_lines(r: dict[str, Any]) -> list[str]:
     line += f", {100 * r['rms_diff']:.2g}% in the root mean square" if "rms_diff" in r else ""
     if "accuracy" in r:
         line += f"; {_metric(r)} {r['float_accuracy']:.4f} -> {r['accuracy']:.4f} ({r['accuracy_split']})"
+    stored = [
+        f"{name} is int8: (q - {zero}) * {scale:.6g}" for name, (scale, zero) in r.get("quantization", {}).items()
+    ]
     if "mean" not in r:
-        return [line]
+        return [line, *stored]
     mean, std = (" ".join(f"{value:.4g}" for value in r[name]) for name in ("mean", "std"))
     layout = r["layout"].replace("_", " ")
     shapes = " and ".join("x".join(map(str, shape)) for shape in r["inputs"].values())
     what = "images x in [0, 1]" if "range" in r else f"inputs x, as {shapes}"
-    return [line, f"it reads (x - mean) / std of {what}, {layout}: mean {mean}, std {std}"]
+    return [line, f"it reads (x - mean) / std of {what}, {layout}: mean {mean}, std {std}", *stored]
 
 
 @cli.command()

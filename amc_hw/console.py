@@ -20,10 +20,17 @@ from amc_hw import api
 from amc_hw.errors import UserError
 
 
-def _shape(context: click.Context, _parameter: Any, value: str | None) -> tuple[int, ...] | None:
-    """amc-hw.toml's is that of its own model, and of no other that is typed."""
-    untyped = context.get_parameter_source("input_shape") is not click.core.ParameterSource.COMMANDLINE
-    if value is None or (untyped and context.params.get("model", value) != context.lookup_default("model")):
+def _of_its_model(context: click.Context, parameter: click.Parameter, value: Any) -> Any:
+    """What amc-hw.toml says of its own model is of no other that is typed."""
+    source = context.get_parameter_source(str(parameter.name))
+    known = context.lookup_default("model")
+    other = known is not None and context.params.get("model", known) != known
+    return None if source is click.core.ParameterSource.DEFAULT_MAP and other else value
+
+
+def _shape(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    value = _of_its_model(context, parameter, value)
+    if value is None:
         return None
     try:
         return tuple(int(part) for part in value.lower().split("x"))
@@ -73,7 +80,9 @@ _OPTIONS = {
     "policy": click.option(
         "--policy", type=POLICY, help="A policy.json of a search or its folder, in place of --model and --widths."
     ),
-    "checkpoint": click.option("--checkpoint", type=PATH, help="Trained weights (a state dict)."),
+    "checkpoint": click.option(
+        "--checkpoint", type=PATH, callback=_of_its_model, help="Trained weights (a state dict)."
+    ),
     "data": click.option(
         "--data", help=f"{api.DEFAULT_DATA} (of the default model), imagefolder:PATH, cifar10:PATH, npz:PATH."
     ),

@@ -211,7 +211,7 @@ def _pixels(spec: Spec, images: Any, labels: Any, shape: Shape, part: str) -> Te
         images = images.astype(np.float32)
         _check_values(where, torch.from_numpy(images), shape, told=part == "train")
     elif not of_images:
-        raise UserError(f"{where}: inputs must be floats, not {images.dtype}")
+        raise UserError(f"{where}: inputs must be floats, not {images.dtype}: convert and scale them")
     elif images.dtype != np.uint8:
         raise UserError(f"{where}: images must be uint8 or float, not {images.dtype}")
     return TensorImages(torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(labels.astype(np.int64)))

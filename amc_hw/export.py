@@ -135,6 +135,8 @@ def export_int8(
         raise FailedError(f"the int8 {file_format} file's outputs are not finite")
     difference, largest = (max(float(np.abs(part).max()) for part in parts) for parts in (off, right))
     named = {"outputs": outputs, "images": batch * len(chunks)}
+    if int8_io:
+        named["quantization"] = {name: list(pair) for name, pair in runtime.quantization(data).items()}
     sizes = [max(np.mean(np.square(part)), np.finfo(np.float32).tiny) for part in right]
     rms = max(float(np.sqrt(np.mean(np.square(part)) / size)) for part, size in zip(off, sizes, strict=True))
     return _written(out, data, difference, largest) | {"rms_diff": rms} | named, running

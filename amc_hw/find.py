@@ -187,6 +187,7 @@ class _Search:
         self.workers: Workers | None = None
         self._refitted: dict[tuple[int, ...], nn.Module] = {}
         self.baseline = Network(subject.network_at(None), folded_weights(self.model.module, self.graph))
+        self.predictor.predict(self.baseline.graph)  # what the table lacks is found before anything is searched
         self.out = self._folder()
 
     def _folder(self) -> Path:
@@ -368,7 +369,7 @@ class _Search:
         self.evaluator = Evaluator(self.model, self.graph, task, seed=config.seed, refit=config.refit)
         unpruned = self.evaluator.unpruned_score
         what = "score" if task.split == "evaluate" else "accuracy"
-        where = f"of {config.evaluate}" if config.evaluate else "on held-out training images"
+        where = f"of {config.evaluate}" if config.evaluate else "on held-out training data"
         own = "" if self.model.checkpoint_sha256 else f", with the weights that {self.model.spec} brings itself"
         whose = "unpruned" if self.subject.base is None else "the pruned network's"
         self.progress(0, config.episodes, f"{whose} {what} {unpruned:.4f} {where}{own}")

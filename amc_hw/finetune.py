@@ -325,7 +325,7 @@ class _Run:
             total, count = total + self._step(step, images, labels), count + 1
             if not math.isfinite(total):
                 raise FailedError(f"the loss is no longer finite in epoch {epoch + 1}: lower --lr {self.lr:g}")
-            self.progress(step, self.steps, f"epoch {epoch + 1} of {config.epochs}, loss {total / count:.3f}")
+            self.progress(step, self.steps, f"epoch {epoch + 1} of {config.epochs}, loss so far {total / count:.3f}")
         if self.accelerator.is_main_process:
             held_out = self._held_out()
             if held_out >= self.best[0]:  # of equals the later

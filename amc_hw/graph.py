@@ -231,6 +231,7 @@ def build_graph(
         if not any(_named_by(name, pattern) for name in names):
             raise UserError(f"--keep {pattern!r} fits no module with weights; some are {', '.join(names[:5])}")
     groups, frozen = couplings.groups(keep)
+    used = _used(traced)
     layers = tuple(
         Layer(
             **vars(op),
@@ -238,9 +239,23 @@ def build_graph(
             out=couplings.channels(couplings.labels[op.name], groups),
         )
         for op in traced.ops
+        if op.name in used
     )
     (_, first), *more = traced.input_shapes.items()
     return LayerGraph(layers, groups, frozen, first, traced.outputs, tuple(more))
+
+
+#: What undoes `torch.nn.utils.parametrize`, weight_norm among it.
+PLAIN_AGAIN = ": torch.nn.utils.parametrize.remove_parametrizations, or remove_weight_norm, makes them plain"
+
+
+def _used(traced: TracedOps) -> set[str]:
+    """Operators that the outputs follow from: others are in no file, and a runtime may leave them out."""
+    found = set(traced.outputs)
+    for op in reversed(traced.ops):
+        if op.name in found:
+            found.update(op.inputs)
+    return found
 
 
 def _whole(module: nn.Module, traced: TracedOps) -> dict[str, str]:
@@ -263,7 +278,9 @@ def _whole(module: nn.Module, traced: TracedOps) -> dict[str, str]:
             elif holds_any(modules[name], shared):
                 found |= dict.fromkeys((*op.inputs, op.name), f"{name} shares its weights with another layer")
             elif has_computed_weight(modules[name]):
-                found |= dict.fromkeys((*op.inputs, op.name), f"the weights of {name} are computed from others")
+                found |= dict.fromkeys(
+                    (*op.inputs, op.name), f"the weights of {name} are computed from others{PLAIN_AGAIN}"
+                )
             elif isinstance(modules[name], nn.MultiheadAttention):
                 found |= dict.fromkeys((*op.inputs, op.name), f"read by attention at {name}")
     return found

@@ -28,11 +28,18 @@ from amc_hw.lowering.walk import Lowering
 from amc_hw.specs import one_line
 from amc_hw.symbolic import PERMUTE, asks_for_size, origin, own_line, readers, trace_fx
 
+#: Of a tensor and parameters: the operation on what the second one makes of these.
+OPPOSITE: dict[Any, tuple[Any, Any]] = {
+    **dict.fromkeys((operator.sub, torch.sub, "sub"), (operator.add, torch.neg)),
+    **dict.fromkeys((operator.truediv, torch.div, "div"), (operator.mul, torch.reciprocal)),
+}
+
 
 def trace_ops(module: nn.Module, *examples: torch.Tensor) -> TracedOps:
     """The operators of `module` for example inputs, (N, C, H, W) or (N, C) each, in execution order."""
     graph_module, asked = trace_fx(module, examples)
     _spell_out_gates(graph_module)
+    _turn_parameters(graph_module)
     try:
         with torch.no_grad():
             _Shapes(graph_module).propagate(*examples)
@@ -62,6 +69,30 @@ def _spell_out_gates(graph_module: fx.GraphModule) -> None:
         for made in (halves, first, second, gate):
             made.meta = dict(node.meta)
         node.op, node.target, node.args, node.kwargs = "call_function", operator.mul, (first, gate), {}
+
+
+def _turn_parameters(graph_module: fx.GraphModule) -> None:
+    """What is subtracted of a tensor, or what that is divided by, as what is added to it or multiplies it, where it
+    follows from parameters alone."""
+    graph = graph_module.graph
+    for node in list(graph.nodes):
+        target, turned = OPPOSITE.get(node.target, (None, None))
+        if target is None or turned is None or len(node.args) != 2 or node.kwargs:
+            continue
+        tensor, other = node.args
+        if not isinstance(tensor, fx.Node) or not isinstance(other, fx.Node) or _of_parameters(tensor):
+            continue
+        if _of_parameters(other):
+            with graph.inserting_before(node):
+                made = graph.call_function(turned, (other,))
+            made.meta = dict(node.meta)
+            node.op, node.target, node.args = "call_function", target, (tensor, made)
+
+
+def _of_parameters(node: fx.Node) -> bool:
+    sources = node.all_input_nodes
+    called = node.op in ("call_function", "call_method") and bool(sources)
+    return node.op == "get_attr" or (called and all(map(_of_parameters, sources)))
 
 
 class _Shapes(ShapeProp):

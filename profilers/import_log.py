@@ -54,6 +54,7 @@ ACTIVATIONS: Mapping[str, tuple[str, ...]] = {
     "hardswish": ("HARD_SWISH",),
     "sigmoid": ("LOGISTIC",),
     "tanh": ("TANH",),
+    "elu": ("ELU",),
     "gelu": ("GELU",),
     "silu": ("LOGISTIC", "MUL"),
     "hardsigmoid": ("ADD", "MUL"),

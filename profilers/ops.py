@@ -83,7 +83,7 @@ KINDS = (*TWO_AXIS_KINDS, *ONE_AXIS_KINDS, "concat")
 PRODUCER_KINDS = ("conv", "conv_transpose", "linear", "channel_map")
 #: Operators that read tokens and give something else.
 _FROM_TOKENS = ("to_image", "take_token", "global_avg_pool")
-ACTIVATIONS = ("none", "relu", "relu6", "hardswish", "hardsigmoid", "sigmoid", "silu", "gelu", "tanh")
+ACTIVATIONS = ("none", "relu", "relu6", "hardswish", "hardsigmoid", "sigmoid", "silu", "gelu", "tanh", "elu")
 
 
 @dataclass(frozen=True, order=True)

@@ -127,7 +127,8 @@ class Arithmetic(Attention):
                 self.fixed[self.value[node]] = f"{name} is reshaped to {channels} channels"
             elif not name:
                 self.fixed[self.value[node]] = f"multiplied by what is computed of parameters at {node.name}"
-        elif kind == "add" and (self._form(source) == "image" or self._are_tokens(source)):
-            self._emit(node, "add_map", sources=[source], constants=(self._held(constant),))
+        elif kind == "add" and (self._form(source) in PLAIN or self._are_tokens(source)):
+            lies = (*padded[:2], 1, padded[2]) if self._form(source) == "signal" else padded
+            self._emit(node, "add_map", sources=[source], constants=(self._held(constant, lies),))
         else:
             raise self._unsupported(node)

@@ -22,6 +22,7 @@ ACTIVATION_MODULES: dict[type[nn.Module], str] = {
     nn.SiLU: "silu",
     nn.GELU: "gelu",
     nn.Tanh: "tanh",
+    nn.ELU: "elu",
 }
 ACTIVATION_FUNCTIONS: dict[Any, str] = {
     F.relu: "relu",
@@ -35,6 +36,7 @@ ACTIVATION_FUNCTIONS: dict[Any, str] = {
     F.gelu: "gelu",
     torch.tanh: "tanh",
     F.tanh: "tanh",
+    F.elu: "elu",
     "relu": "relu",
     "relu_": "relu",
     "sigmoid": "sigmoid",
@@ -145,9 +147,18 @@ def line_of(node: fx.Node) -> str:
     return own_line(FRAME.findall(node.stack_trace or ""))
 
 
+def plain_activation(call: fx.Node) -> bool:
+    """Whether an activation's call changes nothing about it."""
+    given = (*call.args[1:], *(value for name, value in call.kwargs.items() if name not in ("input", "inplace")))
+    return call.target not in (F.gelu, F.elu) or all(value in ("none", 1.0, False) for value in given)
+
+
 def activation_of(module: nn.Module) -> str | None:
     """The activation that a module is, or that its forward() calls and nothing else."""
-    if isinstance(module, nn.GELU) and module.approximate != "none":
+    odd = (isinstance(module, nn.GELU) and module.approximate != "none") or (
+        isinstance(module, nn.ELU) and module.alpha != 1.0
+    )
+    if odd:
         return None
     if type(module) in ACTIVATION_MODULES:
         return ACTIVATION_MODULES[type(module)]
@@ -156,5 +167,5 @@ def activation_of(module: nn.Module) -> str | None:
     except Exception:  # the user's code
         return None
     first = nodes[0].op == "placeholder" and nodes[1].args[:1] == (nodes[0],) if len(nodes) == 3 else False
-    plain = first and nodes[1].kwargs.get("approximate", "none") == "none"
+    plain = first and plain_activation(nodes[1])
     return ACTIVATION_FUNCTIONS.get(nodes[1].target) if plain else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,12 +39,13 @@ def follows_from_constants(node: fx.Node) -> bool:
 class Constant:
     """What a node computes of the parameters of a module, whatever they are by then."""
 
-    def __init__(self, node: fx.Node, root: nn.Module) -> None:
-        """root: what torch.fx traced. Sizes of the network's inputs are what they were in the trace.
+    def __init__(self, node: fx.Node, root: nn.Module, shape: Sequence[int] | None = None) -> None:
+        """root: what torch.fx traced. Sizes of the network's inputs are what they were in the trace. shape: that its
+        numbers are given.
 
         asked: these. read: names of the modules whose parameters are read, or that are called.
         """
-        self._graph, self._held = fx.Graph(), dict[str, Tensor]()
+        self._graph, self._held, self._shape = fx.Graph(), dict[str, Tensor](), shape
         self.asked: Asked = set()
         self.read: set[str] = set()
         copied: dict[fx.Node, Any] = {}
@@ -61,7 +63,7 @@ class Constant:
     @torch.no_grad()
     def __call__(self, module: nn.Module) -> Tensor:
         found: Tensor = _Reader(module, self._graph, self._held).run().detach()
-        return found
+        return found if self._shape is None else found.reshape(tuple(self._shape))
 
 
 class _Reader(fx.Interpreter):

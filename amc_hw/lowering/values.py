@@ -98,7 +98,7 @@ class Values:
         self.input_shapes: dict[str, tuple[int, ...]] = {}
 
     def _unsupported(
-        self, node: fx.Node, why: str = "it has no operator kind to be timed as"
+        self, node: fx.Node, why: str = "it is not among what is read (README, Networks)"
     ) -> UnsupportedOperatorError:
         what: Any = node.target
         if node.op == "call_module":
@@ -325,8 +325,8 @@ class Values:
         given: Any = node.args[1:] or (node.kwargs.get("shape", node.kwargs.get("size")),)
         return tuple(given[0]) if len(given) == 1 and isinstance(given[0], tuple | list) else tuple(given)
 
-    def _held(self, node: fx.Node) -> Constant:
-        constant = Constant(node, self.root)
+    def _held(self, node: fx.Node, shape: Sequence[int] | None = None) -> Constant:
+        constant = Constant(node, self.root, shape)
         self.asked |= constant.asked
         self.read |= constant.read
         return constant

@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from amc_hw.errors import UnsupportedOperatorError, UserError
 from amc_hw.lowering.arithmetic import Arithmetic
-from amc_hw.lowering.axes import CHANNELS, Axes, has, image_axes, plain_axes, token_axes, vector_axes
+from amc_hw.lowering.axes import CHANNELS, Axes, has, plain_axes, token_axes
 from amc_hw.lowering.calls import (
     ACTIVATION_FUNCTIONS,
     ACTIVATION_MODULES,
@@ -41,6 +41,7 @@ from amc_hw.lowering.calls import (
     TRANSPOSES,
     activation_of,
     pair_of,
+    plain_activation,
     shape_of,
 )
 from amc_hw.lowering.constants import is_constant
@@ -83,10 +84,15 @@ class Lowering(Arithmetic, Images):
     def run(self) -> TracedOps:
         refused: dict[fx.Node, str] = {}  # all that is not supported is told at once
         stand_ins: set[str] = set()
+        used = self._used()
         for node in self.graph.nodes:
             try:
                 self._visit(node)
             except Exception as error:
+                if node not in used:  # nothing of it is timed, but it has to go on running
+                    for name in [self.value[each] for each in node.all_input_nodes if each in self.value]:
+                        self.fixed.setdefault(name, f"read by {node.name}, of which nothing is used")
+                    continue
                 if any(each in refused or self.value.get(each) in stand_ins for each in node.all_input_nodes):
                     refused[node] = ""  # perhaps for nothing but what it reads
                 elif isinstance(error, UnsupportedOperatorError):
@@ -105,17 +111,30 @@ class Lowering(Arithmetic, Images):
         ends = tuple(self.ops.values()), tuple(self.outputs), self.input_shapes
         return TracedOps(*ends, self.fixed, tuple(dict.fromkeys(self.counted)), frozenset(self.read))
 
+    def _used(self) -> set[fx.Node]:
+        """What the network's outputs follow from."""
+        wanted = [node for node in self.graph.nodes if node.op in ("output", "placeholder")]
+        found = set(wanted)
+        while wanted:
+            new = [source for source in wanted.pop().all_input_nodes if source not in found]
+            found.update(new)
+            wanted += new
+        return found
+
     def _stands_for(self, node: fx.Node) -> None:
         """As if a node that is refused had been read, so that what reads it can be."""
         shape = shape_of(node) or ()
         if len(shape) in (2, 3, 4):
+            signal = any(self._form(each) == "signal" for each in node.all_input_nodes if each in self.value)
+            tokens = len(shape) == 3 and not signal
             self.value[node] = node.name
-            self.input_shapes[node.name] = shape[1:] if len(shape) != 3 else (shape[2], shape[1], 1)
+            _, first, *sides = shape
+            height, width = (1, 1, *sides)[-2:]
+            self.input_shapes[node.name] = (sides[0], first, 1) if tokens else (first, height, width)
             size = self._size(node.name)
-            if len(shape) == 3:
+            if tokens:
                 self.tokens.add(node.name)
-            axes = {2: vector_axes(size[0]), 3: token_axes(size[0], size[1]), 4: image_axes(size)}
-            self.axes[node] = axes[len(shape)]
+            self.axes[node] = token_axes(*size[:2]) if tokens else plain_axes(size, len(shape))
 
     def _fix_what_is_asked(self) -> None:
         """Channels whose number the network's code branches on stay as many."""
@@ -192,21 +211,37 @@ class Lowering(Arithmetic, Images):
         By what reads it (N, C, L) is a signal, a sequence (N, L, C), which is of tokens, or an image (N, H, W) of one
         channel, and (N, C) a vector, or a signal (N, L) of one channel.
         """
-        calls, first, *more = readers(node), *shape
+        calls, first, *more = self._telling(node), *shape
         if len(shape) < 3 and calls and all(map(self._puts_channel_in, calls)):
             height, width = (1, *shape)[-2:]
             batch, _, *sides = plain_axes((1, height, width), len(shape) + 2)
             return (1, height, width), (batch, *sides)
-        if len(shape) == 2 and calls and all(map(self._reads_sequence, calls)):
+        if len(shape) == 2 and any(map(self._reads_sequence, calls)) and not any(map(self._reads_signal, calls)):
             return shape, token_axes(shape[1], first)
         height, width = (1, 1, *more)[-2:]
         return ((first, height, width) if more else shape), plain_axes((first, height, width), len(shape) + 1)
+
+    def _telling(self, node: fx.Node) -> list[fx.Node]:
+        """What reads an input as it is, or after sums and products with numbers and parameters."""
+        found: list[fx.Node] = []
+        wanted = [node]
+        while wanted:
+            for reader in readers(wanted.pop()):
+                others = [each for each in reader.all_input_nodes if shape_of(each) == shape_of(node)]
+                same = reader.target in KIND_OF and shape_of(reader) == shape_of(node) and len(others) == 1
+                (wanted if same else found).append(reader)
+        return found
 
     def _puts_channel_in(self, node: fx.Node) -> bool:
         """Whether a call gives its input an axis of one element after that of the batch."""
         before, after = shape_of(node.all_input_nodes[0]), shape_of(node)
         known = (*REGROUPS, *RESHAPES, operator.getitem)
         return before is not None and node.target in known and after == (before[0], 1, *before[1:])
+
+    def _reads_signal(self, node: fx.Node) -> bool:
+        """Whether a layer takes the channels of (N, C, L) for its first axis."""
+        part = self.modules[str(node.target)] if node.op == "call_module" else None
+        return isinstance(part, (nn.Conv1d, nn.ConvTranspose1d, nn.BatchNorm1d)) or type(part) in POOL_MODULES
 
     def _reads_sequence(self, node: fx.Node) -> bool:
         """Whether a call takes the channels of (N, L, C) for its last axis."""
@@ -226,9 +261,10 @@ class Lowering(Arithmetic, Images):
         elif not isinstance(value, fx.Node):
             raise UnsupportedOperatorError(f"the network returns {value!r}: only tensors, also in tuples or dicts")
         elif value not in self.value or not (self._form(value) in ("vector", *PLAIN) or self._are_tokens(value)):
-            raise UnsupportedOperatorError(
-                f"the network's output {value.name} is not an image, a signal, a sequence or a vector of channels"
-            )
+            shape = shape_of(value) or ()
+            what = "an image, a signal, a sequence or a vector of channels"
+            instead = ": return (N, 1)" if len(shape) == 1 else ""
+            raise UnsupportedOperatorError(f"the network's output {value.name} is not {what}, but {shape}{instead}")
         else:
             name = self._as_tokens(value) if self._are_tokens(value) else self._as_image(value)
             if name in (*self.outputs, *self.input_shapes):
@@ -308,7 +344,7 @@ class Lowering(Arithmetic, Images):
                 self._ask(node.args[0])
             return
         if target in ACTIVATION_FUNCTIONS:
-            if target is F.gelu and node.kwargs.get("approximate", "none") != "none":
+            if not plain_activation(node):
                 raise self._unsupported(node)
             self._activation(node, ACTIVATION_FUNCTIONS[target])
         elif target is F.leaky_relu:

@@ -90,9 +90,12 @@ class LoadedModel:
 
     def normalised(self, images: Tensor) -> Tensor:
         """Images (N, C, H, W) in [0, 1], or what else it reads, as the module wants them."""
-        sides = [1] * (len(self.input_shape) - 1)
-        mean, std = (torch.tensor(values).view(-1, *sides) for values in (self.mean, self.std))
-        return (images - mean) / std
+
+        def along(values: tuple[float, ...]) -> Tensor:
+            first = len(values) in (1, self.input_shape[0])  # else of a sequence's last axis
+            return torch.tensor(values).view(-1, *[1] * (len(self.input_shape) - 1) if first else [])
+
+        return (images - along(self.mean)) / along(self.std)
 
 
 @dataclass(frozen=True)
@@ -139,8 +142,8 @@ def load_model(
             raise UserError(f"{str(spec)!r} has weights that are no finite numbers: {bad[0]}")
         shape, inputs = _inputs(spec, built, input_shape)
     fallback = (IMAGENET_MEAN, IMAGENET_STD) if len(shape) == shape[0] == 3 else ((0.0,), (1.0,))
-    loaded_mean = _per_channel("mean", mean, built.mean, fallback[0], channels=shape[0])
-    loaded_std = _per_channel("std", std, built.std, fallback[1], channels=shape[0])
+    loaded_mean = _per_channel("mean", mean, built.mean, fallback[0], shape=shape)
+    loaded_std = _per_channel("std", std, built.std, fallback[1], shape=shape)
     if not all(value > 0 for value in loaded_std):
         raise UserError(f"std of {str(spec)!r} must be above 0, not {loaded_std}")
     asked = None if input_shape is None else shape
@@ -234,16 +237,15 @@ def _inputs(spec: Spec, built: _Built, input_shape: Sequence[int] | None) -> tup
             return own, built.example_inputs
     if wanted is None:
         raise UserError(f"the input shape of {str(spec)!r} is not known: give --input 1x3x224x224")
-    first: UserError | None = None
+    failed: list[str] = []
     for shape in shapes:
         inputs = (torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)),)
         try:
             _check_forward(spec, built.module, inputs)
             return shape, inputs
         except UserError as error:
-            first = first or error
-    assert first is not None
-    raise first
+            failed.append(str(error))
+    raise UserError("; ".join(dict.fromkeys(failed)))
 
 
 def _shapes(spec: Spec, wanted: Sequence[int]) -> list[tuple[int, ...]]:
@@ -255,7 +257,7 @@ def _shapes(spec: Spec, wanted: Sequence[int]) -> list[tuple[int, ...]]:
     with_batch = [sizes[1:]] if len(sizes) > 1 and sizes[0] == 1 else []
     shapes = ([sizes] if len(sizes) <= 3 else []) + with_batch
     if not sizes or min(sizes) < 1 or not shapes or len(shapes[-1]) > 3:
-        raise UserError(f"input of {str(spec)!r} must be like 1x3x224x224, not {wanted!r}")
+        raise UserError(f"input of {str(spec)!r} must be like 1x3x224x224, or 9x128 of a signal, not {wanted!r}")
     return shapes
 
 
@@ -268,14 +270,18 @@ def _check_forward(spec: Spec, module: nn.Module, inputs: tuple[Tensor, ...]) ->
         raise UserError(f"{str(spec)!r} does not take input {shapes}: {one_line(exc)}") from exc
 
 
-def _per_channel(name: str, *candidates: Sequence[float] | None, channels: int) -> tuple[float, ...]:
+def _per_channel(name: str, *candidates: Sequence[float] | None, shape: tuple[int, ...]) -> tuple[float, ...]:
+    """The first that is given: of an image a value for every channel, of what else is read one for all, or for every
+    element of its first or its last axis."""
     values = next(candidate for candidate in candidates if candidate is not None)
     try:
         numbers = tuple(float(value) for value in values)
     except (TypeError, ValueError):
         numbers = ()
-    if len(numbers) == 1:
-        numbers *= channels
-    if len(numbers) != channels or not all(map(math.isfinite, numbers)):
-        raise UserError(f"{name} must have {channels} finite values, one for each channel of the input, not {values!r}")
+    if len(shape) == 3 and len(numbers) == 1:
+        numbers *= shape[0]
+    known = [shape[0]] if len(shape) == 3 else sorted({1, shape[0], shape[-1]})
+    if len(numbers) not in known or not all(map(math.isfinite, numbers)):
+        counts = " or ".join(map(str, known))
+        raise UserError(f"{name} must have {counts} finite values, one for each channel of the input, not {values!r}")
     return numbers

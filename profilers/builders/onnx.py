@@ -16,7 +16,7 @@ from profilers.ops import ANY_RANK_KINDS, CONV_KINDS, SCALAR_KINDS, OpGraph, OpN
 OPSET = 17
 #: Read by every ONNX Runtime since 1.14; newer IR versions are refused by the older runtimes that phones have.
 IR_VERSION = 8
-_ACTIVATION_OPS = {"relu": "Relu", "sigmoid": "Sigmoid", "hardswish": "HardSwish", "tanh": "Tanh"}
+_ACTIVATION_OPS = {"relu": "Relu", "sigmoid": "Sigmoid", "hardswish": "HardSwish", "tanh": "Tanh", "elu": "Elu"}
 _ARITHMETIC = {"add": "Add", "sub": "Sub", "mul": "Mul", "scale": "Mul"}
 _AFFINE = ("weight", "bias")
 

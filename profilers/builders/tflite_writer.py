@@ -13,7 +13,14 @@ SIGNATURE = "serving_default"  #: under which inputs and outputs go by name
 #: Kernels read constants in place, with vector loads; the generated classes alone align them to 4 bytes.
 CONSTANT_ALIGNMENT = 16
 FUSED = {"none": "NONE", "relu": "RELU", "relu6": "RELU6"}
-ACTIVATION_OPS = {"relu": "RELU", "relu6": "RELU6", "hardswish": "HARD_SWISH", "sigmoid": "LOGISTIC", "tanh": "TANH"}
+ACTIVATION_OPS = {
+    "relu": "RELU",
+    "relu6": "RELU6",
+    "hardswish": "HARD_SWISH",
+    "sigmoid": "LOGISTIC",
+    "tanh": "TANH",
+    "elu": "ELU",
+}
 
 
 class _Constant:

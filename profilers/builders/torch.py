@@ -22,6 +22,7 @@ ACTIVATIONS = {
     "silu": F.silu,
     "gelu": F.gelu,
     "tanh": torch.tanh,
+    "elu": F.elu,
 }
 
 

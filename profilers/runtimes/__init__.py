@@ -30,6 +30,9 @@ class Runtime(Protocol):
         """The float32 model as int8: weights per output channel, activations by what `samples` of its inputs make of
         them, float32 inputs and outputs. DeviceError where the runtime's own tool is not installed."""
 
+    def quantization(self, model: bytes) -> dict[str, tuple[float, int]]:
+        """(scale, zero point) of the inputs and outputs that are int8, by name: a number is (stored - zero) * scale."""
+
     def labelled(self, model: bytes, key: str, text: str) -> bytes:
         """A model of `build` with a text in its metadata, which `quantized` keeps."""
 

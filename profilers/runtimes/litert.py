@@ -19,7 +19,18 @@ from profilers.builders.tflite_writer import SIGNATURE, labelled
 from profilers.errors import DeviceError
 from profilers.ops import OpGraph
 
-__all__ = ["SUFFIX", "build", "labelled", "loaded", "lower", "profile_ops", "quantized", "session", "version"]
+__all__ = [
+    "SUFFIX",
+    "build",
+    "labelled",
+    "loaded",
+    "lower",
+    "profile_ops",
+    "quantization",
+    "quantized",
+    "session",
+    "version",
+]
 
 SUFFIX = ".tflite"
 
@@ -137,6 +148,12 @@ def _read(value: np.ndarray, tensor: dict[str, Any]) -> np.ndarray:
         return value
     scale, zero = tensor["quantization"]
     return (value.astype(np.float32) - zero) * np.float32(scale)
+
+
+def quantization(model: bytes) -> dict[str, tuple[float, int]]:
+    interpreter = _interpreter(model, 1)
+    ends = [*interpreter.get_input_details(), *interpreter.get_output_details()]
+    return {each["name"]: each["quantization"] for each in ends if each["dtype"] != np.float32}
 
 
 def profile_ops(model: bytes, graph: OpGraph, *, threads: int, time_s: float) -> dict[str, float] | None:

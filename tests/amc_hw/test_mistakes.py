@@ -1319,6 +1319,9 @@ def test_the_input_shape_is_remembered_with_its_model(here: Path, amc_hw: Run) -
         found["own"] == found["typed"] < 0.3 * json.loads(amc_hw("graph", "--input", "3x32x32", "--json").out)["macs"]
     )
     assert found["other"] > 3 * found["own"]  # has its own input
+    torch.save(load_model("plain20").module.state_dict(), "plain.pt")
+    record_settings({"checkpoint": "plain.pt"})
+    assert amc_hw("check", "--model", "resnet20", "--episodes", "2").code == 0  # and weights
     amc_hw("profile", "--model", "resnet20", "--input", "3x8x8", "--max-minutes", "0.01")
     assert read_settings()["input"] == "3x16x16"
     Path("amc-hw.toml").unlink()
@@ -1352,6 +1355,8 @@ def test_weights_of_a_training_of_ones_own_are_kept(ended: Path, amc_hw: Run) ->
     assert save_pruned(torch.nn.DataParallel(module), "run", "run-tuned") == saved  # the next epoch's
     assert amc_hw("export", "--policy", "run-tuned", "--format", "onnx", "--out", "tuned.onnx").code == 0
     assert amc_hw("measure", "--policy", "run-tuned").code == 0
+    with pytest.raises(UserError, match="save_pruned takes the network itself, not a OrderedDict"):
+        save_pruned(module.state_dict(), "run", "other")
     with pytest.raises(UserError, match="run holds something else: name another folder"):
         save_pruned(module, "run", "run")
     with pytest.raises(UserError, match="the network is not that of run: 0.weight is missing, new or of another shape"):
@@ -1401,6 +1406,10 @@ def test_an_int8_export_reports_both_accuracies(ended: Path, amc_hw: Run, file_f
         from ai_edge_litert.interpreter import Interpreter
 
         runs = Interpreter("small")
+        (first,), (last,) = runs.get_input_details(), runs.get_output_details()
+        stored = {each["name"]: list(each["quantization"]) for each in (first, last)}
+        assert whole["quantization"] == stored
+        assert f"input is int8: (q - {stored['input'][1]}) * " in amc_hw(*command[:-1], "--int8-io").out
         assert {each["dtype"] for each in (*runs.get_input_details(), *runs.get_output_details())} == {np.int8}
     done = amc_hw("export", "--policy", "run/policy.json", "--format", "torch", "--int8", "--out", "small.pt2")
     assert done.code == 2 and "int8 is for onnx and tflite, not for torch" in done.mistake

@@ -176,6 +176,73 @@ def test_a_channel_that_the_network_itself_puts_in(tmp_path: Path, shape: tuple[
         assert graph.input_shape == wanted and [group.name for group in graph.groups] == ["a"]
 
 
+class Normalised(nn.Module):
+    """By buffers of its own, along the last axis or the first."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.register_buffer("mu", torch.randn(shape))
+        self.register_buffer("sigma", torch.rand(shape) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mu) / self.sigma
+
+
+def test_a_sequence_that_the_network_normalises_itself(tmp_path: Path) -> None:
+    net = Net(
+        lambda net, x: net.b(F.elu(net.a(net.norm(x).transpose(1, 2))).mean(2)),
+        norm=Normalised((5,)),
+        a=nn.Conv1d(5, 8, 3),
+        b=nn.Linear(8, 3),
+    )
+    graph = half_and_exported(net, torch.randn(8, 20, 5), tmp_path)
+    assert graph.input_shape == (20, 5) and kinds(graph)[:2] == ["add_map", "affine"]
+    assert [group.name for group in graph.groups] == ["a"]
+
+
+def test_a_signal_that_the_network_normalises_itself(tmp_path: Path) -> None:
+    parts = dict(norm=Normalised((5, 1)), a=nn.Conv1d(5, 8, 3), act=nn.ELU(), b=nn.Conv1d(8, 3, 1))
+    graph = half_and_exported(
+        Net(lambda net, x: net.b(net.act(net.a(net.norm(x)))), **parts), torch.randn(8, 5, 20), tmp_path
+    )
+    assert graph.input_shape == (5, 1, 20) and kinds(graph) == ["add_map", "affine", "conv", "conv"]
+
+
+def test_what_nothing_is_made_of_is_in_no_file_and_goes_on_running(tmp_path: Path) -> None:
+    """The last block of a WaveNet has a convolution whose output nothing reads; of tuples one part is used."""
+
+    def forward(net: Net, x: Tensor) -> Tensor:
+        x = F.relu(net.a(x))
+        net.unused(x)
+        x.std(2)
+        values, _places = net.b(x).max(dim=2)
+        return values
+
+    parts = dict(a=nn.Conv1d(2, 8, 3), unused=nn.Conv1d(8, 6, 1), b=nn.Conv1d(8, 4, 1))
+    graph = half_and_exported(Net(forward, **parts), torch.randn(8, 2, 30), tmp_path)
+    assert frozen_of(graph)["a"] == "read by std, of which nothing is used"  # what reads it is not understood
+
+    def without(net: Net, x: Tensor) -> Tensor:
+        x = F.relu(net.a(x))
+        net.unused(x)
+        return net.b(x).max(dim=2)[0]
+
+    graph = half_and_exported(Net(without, **parts), torch.randn(8, 2, 30), tmp_path)
+    assert kinds(graph) == ["conv", "conv", "max_pool", "flatten"]
+    assert [(group.name, set(group.modules("consumer"))) for group in graph.groups] == [("a", {"b", "unused"})]
+
+
+def test_attention_whose_weights_nothing_reads(tmp_path: Path) -> None:
+    def forward(net: Net, x: Tensor) -> Tensor:
+        y, _ = net.attention(x, x, x)
+        return net.head(net.mlp(x + y).mean(1))
+
+    mlp = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+    parts = dict(attention=nn.MultiheadAttention(8, 2, batch_first=True), mlp=mlp, head=nn.Linear(8, 3))
+    graph = half_and_exported(Net(forward, **parts), torch.randn(8, 12, 8), tmp_path)
+    assert [(group.name, group.width) for group in graph.groups] == [("mlp.0", 16), ("mlp.2", 8)]
+
+
 def test_waves_gated_in_halves(tmp_path: Path) -> None:
     """WaveNet's block, and the gated linear unit, which is the same without the tangent."""
 
@@ -206,6 +273,11 @@ REFUSED = {
     "channels padded": (around(2, Call(lambda x: F.pad(x, (0, 0, 1, 1))), 10), (2, 30), "operator pad"),
     "indices": (around(2, Call(lambda x: torch.max(x, 2)[1].float().unsqueeze(2))), (2, 30), "getitem"),
     "over channels": (around(2, Call(lambda x: x * x.mean(1, keepdim=True))), (2, 30), "operator mean"),
+    "a single number": (
+        nn.Sequential(nn.Flatten(), nn.Linear(60, 1), nn.Flatten(0)),
+        (2, 30),
+        r"\(1,\): return \(N, 1\)",
+    ),
     "recurrent": (Net(lambda net, x: net.a(x)[0], a=nn.GRU(5, 8, batch_first=True)), (20, 5), "GRU"),
     "no channels first": (
         nn.Sequential(nn.Flatten(1, 2), nn.Unflatten(1, (5, 6)), nn.Conv1d(5, 4, 1)),
@@ -241,10 +313,15 @@ def test_a_signal_is_normalised_by_channel(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     Path("nets.py").write_text("from torch import nn\ndef make(): return nn.Conv1d(3, 8, 3)\n")
     loaded = load_model("nets.py:make", input_shape=(3, 30))
-    assert (loaded.mean, loaded.std) == ((0.0,) * 3, (1.0,) * 3)  # ImageNet's are of images
+    assert (loaded.mean, loaded.std) == ((0.0,), (1.0,))  # ImageNet's are of images
     loaded = load_model("nets.py:make", input_shape=(3, 30), mean=(1.0, 2.0, 3.0), std=(2.0,))
     found = loaded.normalised(torch.ones(2, 3, 30))
     torch.testing.assert_close(found[0, :, 0], torch.tensor([0.0, -0.5, -1.0]))
+    Path("tcn.py").write_text("from torch import nn\ndef make(): return nn.Linear(3, 8)\n")
+    sequence = load_model("tcn.py:make", input_shape=(30, 3), mean=(1.0, 2.0, 3.0), std=(2.0,))
+    torch.testing.assert_close(sequence.normalised(torch.ones(2, 30, 3))[0, 5], torch.tensor([0.0, -0.5, -1.0]))
+    with pytest.raises(UserError, match="mean must have 1 or 3 or 30 finite values"):
+        load_model("tcn.py:make", input_shape=(30, 3), mean=(1.0, 2.0))
 
 
 @pytest.mark.parametrize("file_format", FORMATS)

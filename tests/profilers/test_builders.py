@@ -41,6 +41,7 @@ REFERENCE_ACTIVATIONS = {
     "silu": F.silu,
     "gelu": F.gelu,
     "tanh": torch.tanh,
+    "elu": F.elu,
 }
 
 
