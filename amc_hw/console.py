@@ -217,6 +217,7 @@ class Progress:
     then."""
 
     FIRST_S, EVERY_S = 5.0, 30.0
+    TELLING = 3  #: of the first ones, before what is left is told early: they take longer than others
 
     def __init__(self) -> None:
         self.start, self.said = time.monotonic(), ""
@@ -237,7 +238,7 @@ class Progress:
             if done == 0 and text != self.said:
                 self.said = text
                 click.echo(text, err=True)
-            elif done and now - self.last >= (self.wait if left else self.EVERY_S):
+            elif done and now - self.last >= (self.wait if made >= self.TELLING else self.EVERY_S):
                 self.wait = self.EVERY_S
                 click.echo(f"{done}/{total}{left and f', {left}'}: {text}", err=True)
             else:

@@ -1177,9 +1177,8 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(
         now[0] += 10
     assert capsys.readouterr().err.splitlines() == [
         "begun",
-        "1/8, 70 s left: best accuracy 0.9",
-        "4/8, 40 s left: best accuracy 0.9",
-        "7/8, 10 s left: best accuracy 0.9",
+        "3/8, 50 s left: best accuracy 0.9",
+        "6/8, 20 s left: best accuracy 0.9",
     ]
 
 
@@ -1196,7 +1195,16 @@ def test_the_time_that_is_left_is_of_what_was_done_since_the_clock_was_set(
         now[0] += 10
         progress(done, 200, "epoch 3")
     said = capsys.readouterr().err.splitlines()
-    assert said == ["102/200, 980 s left: epoch 2", "epoch 2 ended", "107/200, 930 s left: epoch 3"]
+    assert said == ["103/200, 970 s left: epoch 2", "epoch 2 ended", "107/200, 930 s left: epoch 3"]
+
+
+def test_what_is_left_is_told_early_where_it_can_be(now: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress()
+    for done in range(40):
+        progress(done, 400, "begun" if done == 0 else "best accuracy 0.9")
+        now[0] += 1
+    said = capsys.readouterr().err.splitlines()
+    assert said == ["begun", "5/400, 395 s left: best accuracy 0.9", "35/400, 365 s left: best accuracy 0.9"]
 
 
 def test_debug_shows_where(here: Path, amc_hw: Run) -> None:
