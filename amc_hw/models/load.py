@@ -58,9 +58,10 @@ class LoadedModel:
     """A module in eval mode on the CPU, with what is needed to run it.
 
     `input_shape` is that of one input, (C, H, W) of an image, (C, L) of a signal, (L, C) of a sequence, (C,) of a
-    vector; `mean` and `std` have a value each for its first axis, of images in [0, 1]; `example_inputs` are tensors
-    with a batch of 1; `checkpoint_sha256` is null for a module with random weights; `file` is the spec with the path
-    at which its file was found, where that is another; `asked` is the input shape where the caller named it.
+    vector; `mean` and `std` are of images in [0, 1] by channel, of what else is read by its first or its last axis, or
+    one number; `example_inputs` are tensors with a batch of 1; `checkpoint_sha256` is null for a module with random
+    weights; `file` is the spec with the path at which its file was found, where that is another; `asked` is the input
+    shape where the caller named it.
     """
 
     spec: str
