@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from amc_hw.compare import CompareConfig, compare, plan_compare
-from amc_hw.data import DATASETS
+from amc_hw.data import named_path
 from amc_hw.errors import DeviceError, FailedError, TableError, UserError
 from amc_hw.evaluate import Evaluator, check_expected, warn_of_guessing
 from amc_hw.export import FORMATS, MARK, RUNTIME_OF, SUFFIXES, export_int8, export_network
@@ -48,7 +48,7 @@ from amc_hw.subject import (
     read_table,
 )
 from amc_hw.tables import export_csv, list_tables, merge_tables, plot_table, show_table
-from amc_hw.task import OwnTask, Task, load_task
+from amc_hw.task import Task, load_task
 from amc_hw.weights import drawn, folded_weights
 from profilers import import_log as import_logs
 from profilers.device import DTYPES, device_names, load_device
@@ -136,8 +136,7 @@ def check_there(
 ) -> None:
     """UserError where a file or folder that one of these names is not there."""
     specs = [parse_spec(text) for text in (model, data, evaluate, calibrate) if text]
-    named = [spec.name if spec.is_file else spec.path for spec in specs if spec.is_file or spec.name in DATASETS]
-    for path in (checkpoint, *named):
+    for path in (checkpoint, *map(named_path, specs)):
         if path is not None and not Path(path).expanduser().exists():
             raise UserError(f"there is no {str(path)!r} here")
 
@@ -542,10 +541,9 @@ def export(
     )
     calibrate = calibrate if data is None else None
     task = load_task(pruned.model, data=data or images, evaluate=evaluate, calibrate=calibrate)
+    loaded = replace(pruned.model, module=pruned.module)
     network = pruned.graph.op_graph(pruned.widths, batch=batch)
-    about = _about(pruned.model, network, task, file_format)
-    inputs = None if int8 else task.inputs(CHECK_IMAGES)
-    return _export(pruned.module, pruned.graph, network, task, inputs, about, file_format, out, int8_io=int8_io)
+    return _export(loaded, pruned.graph, network, task, file_format, out, int8=int8, int8_io=int8_io)
 
 
 def export_unpruned(
@@ -574,10 +572,7 @@ def export_unpruned(
     named = int8 or any((data, evaluate, calibrate))
     task = load_task(loaded, data=data, evaluate=evaluate, calibrate=calibrate) if named else None
     network = graph.op_graph(batch=batch)
-    about = _about(loaded, network, task, file_format)
-    random = drawn((example.shape[1:] for example in loaded.example_inputs), CHECK_IMAGES)
-    inputs = None if int8 else random if task is None else task.inputs(CHECK_IMAGES)
-    return _export(loaded.module, graph, network, task, inputs, about, file_format, out, int8_io=int8_io)
+    return _export(loaded, graph, network, task, file_format, out, int8=int8, int8_io=int8_io)
 
 
 def _check_named(out: Path, file_format: str, *, int8: bool, int8_io: bool) -> None:
@@ -600,30 +595,31 @@ def _about(loaded: LoadedModel, network: OpGraph, task: Task | None, file_format
         shapes = {name: [*shape[1:], shape[0]] if len(shape) == 3 else shape for name, shape in shapes.items()}
     inputs = {name: [batch, *shape] for name, shape in shapes.items()}
     about: dict[str, Any] = {"model": loaded.spec, "layout": layout, "inputs": inputs}
-    if isinstance(task, OwnTask) and task.yields:
+    in_unit_range = True if task is None else task.in_unit_range
+    if in_unit_range is None:
         return about
-    labelled = task.labelled if isinstance(task, OwnTask) else task
-    unit = len(loaded.input_shape) == 3 and getattr(labelled, "unit_range", True)
+    unit = in_unit_range and len(loaded.input_shape) == 3
     return about | ({"range": [0, 1]} if unit else {}) | {"mean": list(loaded.mean), "std": list(loaded.std)}
 
 
 def _export(
-    module: nn.Module,
+    loaded: LoadedModel,
     graph: LayerGraph,
     network: OpGraph,
     task: Task | None,
-    inputs: Sequence[Tensor] | None,
-    about: dict[str, Any],
     file_format: str,
     out: Path,
     *,
+    int8: bool,
     int8_io: bool,
 ) -> dict[str, Any]:
-    """inputs: that a float file is checked on; None for an int8 file, which is calibrated on those of its task."""
+    """Without a task a float file is checked on random inputs."""
+    module, about = loaded.module, _about(loaded, network, task, file_format)
     told = {name: value for name, value in about.items() if name != "model"}
-    if inputs is not None:
+    if task is None or not int8:
+        random = drawn((example.shape[1:] for example in loaded.example_inputs), CHECK_IMAGES)
+        inputs = random if task is None else task.inputs(CHECK_IMAGES)
         return export_network(module, graph, network, inputs, file_format=file_format, out=out, about=about) | told
-    assert task is not None
     inputs = task.inputs(INT8_IMAGES)
     found, running = export_int8(
         module, graph, network, inputs, file_format=file_format, out=out, about=about, int8_io=int8_io

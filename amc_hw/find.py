@@ -69,10 +69,9 @@ MOST_RUNS = 1_000_000  #: of a burst in a fresh process, which is as long as `mi
 class SearchConfig:
     """One budget, in milliseconds or as a share of the unpruned cost; where the run is kept (None: a folder of its own
     in `runs`); how long to search. data, evaluate, calibrate: as of `amc_hw.task.load_task`; the default network needs
-    none of them. eval_device: where the
-    networks are scored, as torch names it. workers: processes that score policies; with more than one, methods that
-    learn propose as many before they learn, so a search is reproducible for a given number. fallback: uniform policies
-    take part in the end, too."""
+    none of them. eval_device: where the networks are scored, as torch names it. workers: processes that score policies;
+    with more than one, methods that learn propose as many before they learn, so a search is reproducible for a given
+    number. fallback: uniform policies take part in the end, too."""
 
     out: Path | None = None
     data: str | None = None

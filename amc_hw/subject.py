@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from amc_hw.data import DATASETS
+from amc_hw.data import named_path
 from amc_hw.errors import UserError
 from amc_hw.graph import LayerGraph, build_graph, width_grid
 from amc_hw.models import LoadedModel, load_model
@@ -106,7 +106,7 @@ def found_near(text: str, path: Path, policy: Policy) -> str:
     UserError where there is none; a warning where none is as it was.
     """
     spec = parse_spec(text)
-    named = spec.name if spec.is_file else spec.path if spec.name in DATASETS else None
+    named = named_path(spec)
     if named is None:
         return text
     places = [Path(named).expanduser(), *(folder / named for folder in path.resolve().parents)]

@@ -54,6 +54,10 @@ class Task(Protocol):
 
     split: str  #: what the score that is reported at the end was computed on
 
+    @property
+    def in_unit_range(self) -> bool | None:
+        """Whether inputs, not normalised, lie in [0, 1]; None where they come from a function of the user's own."""
+
     def inputs(self, limit: int) -> tuple[Tensor, ...]:
         """At most `limit` inputs to refit with, as the network takes them: (N, ...) for every input it has."""
 
@@ -205,12 +209,11 @@ class Classification:
         if len(model.example_inputs) > 1:
             raise UserError(f"{model.spec} takes {len(model.example_inputs)} inputs: give --evaluate and --calibrate")
         self.model, self.splits, self.seed, self.device = model, splits, seed, device
-        self.unit_range = True  #: whether images, not normalised, lie in [0, 1]
         self.val = self._held_out(val_images)
 
     def _held_out(self, limit: int) -> tuple[Tensor, Tensor]:
         images, labels = load_tensors(self.splits.val, limit=limit, seed=self.seed)
-        self.unit_range = bool(images.min() >= 0 and images.max() <= 1)
+        self.in_unit_range = bool(images.min() >= 0 and images.max() <= 1)
         return self._ready(images).to(self.device), labels.to(self.device)
 
     def _ready(self, images: Tensor) -> Tensor:
@@ -282,9 +285,8 @@ class OwnTask:
         self.split = "evaluate" if labelled is None or evaluate is not None else labelled.split
 
     @property
-    def yields(self) -> bool:
-        """Whether inputs come from a function of the user's own."""
-        return self._calibrate is not None
+    def in_unit_range(self) -> bool | None:
+        return None if self._calibrate is not None or self.labelled is None else self.labelled.in_unit_range
 
     def inputs(self, limit: int) -> tuple[Tensor, ...]:
         if self._calibrate is None:

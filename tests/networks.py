@@ -31,6 +31,17 @@ class Net(nn.Module):
         return self.function(self, x)
 
 
+class Call(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, call) -> None:
+        super().__init__()
+        self.call = call
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(x)
+
+
 def halved(graph: LayerGraph) -> list[int]:
     """Half the channels of every group, or as near below as its blocks allow; one block at least."""
     return [max(1, group.width // 2 // group.block) * group.block for group in graph.groups]

@@ -285,10 +285,12 @@ class Images(Shapes):
         ceil: bool = False,
         exclude_pad: bool = False,
     ) -> None:
-        given, signal = (kernel, stride, padding), self._form(node.all_input_nodes[0]) == "signal"
-        across = (1, 1, 0) if signal else (None, None, None)  # of a row
-        pairs = map(pair_of, given, across)
-        window: dict[str, Any] = dict(zip(("kernel", "stride", "padding"), pairs, strict=True))
+        one, none = (1, 0) if self._form(node.all_input_nodes[0]) == "signal" else (None, None)  # across a row
+        window: dict[str, Any] = {
+            "kernel": pair_of(kernel, one),
+            "stride": pair_of(stride, one),
+            "padding": pair_of(padding, none),
+        }
         channels, height, width = self._image(node.all_input_nodes[0])
         plain = OpSpec(kind, (channels,), height, width, channels, **window)
         ceil = ceil and (plain.out_height, plain.out_width) != self._out_image(node)[1:]

@@ -139,7 +139,7 @@ def load_model(
         built = _build(spec)
         module = built.module.cpu().eval()
         digest = None if checkpoint is None else load_checkpoint(module, checkpoint)
-        if bad := not_finite(module, module.state_dict()):
+        if checkpoint is None and (bad := not_finite(module, module.state_dict())):
             raise UserError(f"{str(spec)!r} has weights that are no finite numbers: {bad[0]}")
         shape, inputs = _inputs(spec, built, input_shape)
     fallback = (IMAGENET_MEAN, IMAGENET_STD) if len(shape) == shape[0] == 3 else ((0.0,), (1.0,))

@@ -14,23 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from profilers.builders.tflite import build
-from profilers.builders.tflite_writer import SIGNATURE, labelled
+from profilers.builders.tflite import build as build
+from profilers.builders.tflite_writer import SIGNATURE
+from profilers.builders.tflite_writer import labelled as labelled
 from profilers.errors import DeviceError
 from profilers.ops import OpGraph
-
-__all__ = [
-    "SUFFIX",
-    "build",
-    "labelled",
-    "loaded",
-    "lower",
-    "profile_ops",
-    "quantization",
-    "quantized",
-    "session",
-    "version",
-]
 
 SUFFIX = ".tflite"
 

@@ -14,22 +14,10 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from profilers.builders.onnx import build, labelled
+from profilers.builders.onnx import build as build
+from profilers.builders.onnx import labelled as labelled
 from profilers.errors import UserError
 from profilers.ops import OpGraph, fuse_adds
-
-__all__ = [
-    "SUFFIX",
-    "build",
-    "labelled",
-    "loaded",
-    "lower",
-    "profile_ops",
-    "quantization",
-    "quantized",
-    "session",
-    "version",
-]
 
 SUFFIX = ".onnx"
 WARM_RUNS, LEAST_RUNS = 3, 10

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from networks import Net, frozen_of, half_and_exported, kinds
+from networks import Call, Net, frozen_of, half_and_exported, kinds
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -127,15 +127,6 @@ def test_the_largest_of_all_positions_is_a_pooling(tmp_path: Path, largest: str)
     graph = half_and_exported(net, torch.randn(4, 3, 8, 7), tmp_path)
     assert kinds(graph) == ["conv", "max_pool", "flatten", "linear"]
     assert [group.name for group in graph.groups] == ["a"]
-
-
-class Call(nn.Module):
-    def __init__(self, call) -> None:
-        super().__init__()
-        self.call = call
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.call(x)
 
 
 def test_a_gate_of_means_and_largest_values_is_pruned(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from networks import FORMATS, Net, frozen_of, half_and_exported, kinds
+from networks import FORMATS, Call, Net, frozen_of, half_and_exported, kinds
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -41,15 +41,6 @@ def around(into: int, between: nn.Module, out: int | None = None, *, norm: bool 
     """Something between two convolutions of 8 channels. out: that it gives."""
     norms = [nn.BatchNorm1d(8)] if norm else []
     return nn.Sequential(nn.Conv1d(into, 8, 3), *norms, nn.ReLU(), between, nn.Conv1d(out or 8, 4, 1))
-
-
-class Call(nn.Module):
-    def __init__(self, call) -> None:
-        super().__init__()
-        self.call = call
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.call(x)
 
 
 class Gate(nn.Module):
