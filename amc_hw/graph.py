@@ -354,7 +354,7 @@ class _Couplings:
         if kind in PRODUCER_KINDS:
             if op.module is None:
                 out = self._new(op.op.out_channels)
-                for labels in (first, out):
+                for labels in (first, out) if op.constants else ():
                     self._fix(labels, f"the weights of {op.name} are computed from others")
                 return out
             made = self._producers.get(op.module)

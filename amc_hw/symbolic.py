@@ -7,7 +7,7 @@ import inspect
 import operator
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +32,7 @@ Asked = set[tuple[str, tuple[int, ...]]]  #: names of nodes, and dimensions of t
 #: What may be asked of a tensor without a look at its values.
 SIZE_METHODS = ("size", "dim", "ndimension", "numel", "is_floating_point")
 SIZE_ATTRIBUTES = ("shape", "ndim", "dtype", "device", "is_cuda")
+CHUNKS = (torch.chunk, "chunk")
 MAKERS = ("zeros", "ones", "full", "arange", "linspace", "eye")  #: calls that make tensors of numbers alone
 FACTS = (
     "device",
@@ -81,11 +82,23 @@ class _Tracer(fx.Tracer):
     record_stack_traces = True
     proxy_buffer_attributes = True  # whose methods may be given sizes
 
-    def __init__(self, examples: Sequence[torch.Tensor], constants: Mapping[str, Any]) -> None:
+    def __init__(self, examples: Sequence[torch.Tensor]) -> None:
         super().__init__()
-        self.examples, self.constants = list(examples), constants
+        self.examples = list(examples)
         self.asked: Asked = set()
         self.values: dict[fx.Node, Any] = {}
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        """forward(), and a traced value for every example; what else it takes keeps its default."""
+        root: Any = self.root
+        names = [
+            each.name
+            for each in inspect.signature(root.forward).parameters.values()
+            if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)
+        ]
+        names += [f"input_{place}" for place in range(len(names), len(self.examples))]
+        given = names[: len(self.examples)]
+        return root.forward, [self.create_proxy("placeholder", name, (), {}) for name in given]
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
@@ -107,8 +120,9 @@ class _Tracer(fx.Tracer):
         if isinstance(value, torch.Tensor) and key == slice(0):
             raise fx.proxy.TraceError(f"len({node.name}) of a tensor is a number, not a traced one: use .shape[0]")
         if isinstance(value, tuple | list) and all(isinstance(part, torch.Tensor) for part in value):
-            # how many parts there are
-            asked: Asked | None = {(each.name, tuple(range(self._rank(each) or 0))) for each in node.all_input_nodes}
+            # how many parts there are; equal chunks remain as many
+            sources = [] if self._is_chunks(node, value) else node.all_input_nodes
+            asked: Asked | None = {(each.name, tuple(range(self._rank(each) or 0))) for each in sources}
         else:
             asked = None if isinstance(value, torch.Tensor) else sizes_asked(node, self._rank, key)
         if asked is None:
@@ -131,6 +145,12 @@ class _Tracer(fx.Tracer):
                     break
         return self.values[node]
 
+    def _is_chunks(self, node: fx.Node, parts: Sequence[torch.Tensor]) -> bool:
+        """Whether parts are as many equal ones as the network's code wants."""
+        given = [*node.args[1:], *node.kwargs.values()]
+        wanted = node.kwargs.get("chunks", given[0] if given else None)
+        return node.target in CHUNKS and len({part.shape for part in parts}) == 1 and len(parts) == wanted
+
     def _of_buffers(self, node: fx.Node) -> bool:
         """Whether a node depends on buffers alone, which no training changes."""
         if node.op == "get_attr":
@@ -144,8 +164,7 @@ class _Tracer(fx.Tracer):
     @torch.no_grad()
     def _run(self, node: fx.Node) -> Any:
         if node.op == "placeholder":
-            constant = _constant(node, self.constants)
-            return self.constants[constant] if constant else self.examples.pop(0).clone()
+            return self.examples.pop(0).clone()
         return self._interpreter.run_node(node)
 
     @cached_property
@@ -206,19 +225,17 @@ def _untraced() -> Iterator[None]:
 def trace_fx(module: nn.Module, examples: Sequence[torch.Tensor]) -> tuple[fx.GraphModule, Asked]:
     """The fx graph of a module in eval mode, and what its code asked of sizes to get there.
 
-    examples: a tensor for every input; where the code branches on sizes, theirs decide. Arguments of forward() that
-    have a default keep it. UserError where torch.fx cannot trace the module.
+    examples: a tensor for every input, in the order of forward()'s arguments; where the code branches on sizes, theirs
+    decide. UserError where torch.fx cannot trace the module.
     """
     parameters = inspect.signature(module.forward).parameters.values()
     if needed := [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]:
         name = type(module).__name__
         raise UserError(f"forward() of {name} needs the keyword argument {needed[0]!r}: give a factory that wraps it")
-    constants = {p.name: p.default for p in parameters if p.default is not p.empty}
-    tracer, apart = _Tracer(examples, constants), _apart(module)
+    tracer, apart = _Tracer(examples), _apart(module)
     try:
         with _sized(tracer):
-            graph = tracer.trace(apart, constants or None)
-        _drop_constants(graph, constants)
+            graph = tracer.trace(apart)
         return fx.GraphModule(apart, graph), tracer.asked
     except Exception as error:  # tracing runs the user's forward: anything can be raised
         frames = [(each.filename, each.lineno) for each in traceback.extract_tb(error.__traceback__)]
@@ -254,17 +271,6 @@ def _apart(module: nn.Module) -> nn.Module:
             f"{type(module).__name__} cannot be copied ({one_line(error)}), and pruning works on copies: keep locks, "
             "files and lists of tensors with gradients out of the network"
         ) from error
-
-
-def _drop_constants(graph: fx.Graph, constants: Mapping[str, Any]) -> None:
-    """Without the inputs that are constants, and what torch.fx adds to check that they are."""
-    doomed = {node for node in graph.nodes if node.op == "placeholder" and _constant(node, constants)}
-    for node in graph.nodes:
-        if node.all_input_nodes and doomed.issuperset(node.all_input_nodes):
-            doomed.add(node)
-    for node in reversed(list(graph.nodes)):
-        if node in doomed:
-            graph.erase_node(node)
 
 
 def sizes_asked(node: fx.Node, rank: Callable[[fx.Node], int | None], key: Any = slice(None)) -> Asked | None:
@@ -320,12 +326,6 @@ def asks_for_size(node: fx.Node) -> bool:
 def readers(node: fx.Node) -> list[fx.Node]:
     """What reads a tensor's values."""
     return [user for user in node.users if not asks_for_size(user)]
-
-
-def _constant(node: fx.Node, constants: Mapping[str, Any]) -> str | None:
-    """The argument that a placeholder stands for, if that keeps its default."""
-    name = str(node.target)
-    return next((each for each in (name, name.rpartition("_")[0]) if each in constants), None)
 
 
 def own_tensors(part: nn.Module) -> dict[str, torch.Tensor]:

@@ -18,7 +18,9 @@ from amc_hw.lowering.calls import (
     FRAME,
     IDENTITY_MODULES,
     KIND_OF,
+    MEANS,
     STOCHASTIC_DEPTH,
+    SUMS,
     VIEWS,
     shape_of,
 )
@@ -39,6 +41,7 @@ def trace_ops(module: nn.Module, *examples: torch.Tensor) -> TracedOps:
     """The operators of `module` for example inputs, (N, C, H, W) or (N, C) each, in execution order."""
     graph_module, asked = trace_fx(module, examples)
     _spell_out_gates(graph_module)
+    _spell_out_sums(graph_module)
     _turn_parameters(graph_module)
     try:
         with torch.no_grad():
@@ -50,7 +53,7 @@ def trace_ops(module: nn.Module, *examples: torch.Tensor) -> TracedOps:
         told = f"{reason}, {place}" if place else reason
         raise UserError(f"{name} fails on an input of shape {shapes}: {told}") from error
     _read_what_is_written(graph_module, type(module).__name__)
-    return Lowering(graph_module, len(examples), asked).run()
+    return Lowering(graph_module, asked).run()
 
 
 def _spell_out_gates(graph_module: fx.GraphModule) -> None:
@@ -69,6 +72,29 @@ def _spell_out_gates(graph_module: fx.GraphModule) -> None:
         for made in (halves, first, second, gate):
             made.meta = dict(node.meta)
         node.op, node.target, node.args, node.kwargs = "call_function", operator.mul, (first, gate), {}
+
+
+def _spell_out_sums(graph_module: fx.GraphModule) -> None:
+    """The sum or the mean of tensors that are stacked for it, as additions."""
+    graph = graph_module.graph
+    for stack in [node for node in graph.nodes if node.target is torch.stack]:
+        parts, dim = (*stack.args, *stack.kwargs.values(), 0)[:2]
+        for node in [user for user in stack.users if user.target in (*SUMS, *MEANS)]:
+            along: Any = (*node.args[1:], *node.kwargs.values())
+            if along not in ((dim,), ([dim],), ((dim,),)) or not isinstance(parts, list | tuple):
+                continue
+            with graph.inserting_before(node):
+                total = parts[0]
+                for part in parts[1:]:
+                    total = graph.call_function(operator.add, (total, part))
+                    total.meta = dict(node.meta)
+                if node.target in MEANS:
+                    total = graph.call_function(operator.truediv, (total, len(parts)))
+                    total.meta = dict(node.meta)
+            node.replace_all_uses_with(total)
+            graph.erase_node(node)
+        if not stack.users:
+            graph.erase_node(stack)
 
 
 def _turn_parameters(graph_module: fx.GraphModule) -> None:

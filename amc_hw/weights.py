@@ -53,6 +53,9 @@ def folded_weights(module: nn.Module, graph: LayerGraph) -> dict[str, dict[str, 
         elif layer.op.kind == "prepend":
             rows = [constant(module).reshape(-1, layer.op.out_channels) for constant in layer.constants]
             weights[layer.name] = {"value": _float32(torch.cat(rows))}
+        elif layer.op.kind == "channel_map":
+            index = np.arange(layer.op.out_channels) - layer.start
+            weights[layer.name] = {"index": np.where((index >= 0) & (index < layer.op.in_channels[0]), index, -1)}
         elif layer.op.kind == "take_token":
             weights[layer.name] = {"start": np.array(layer.start)}
         elif layer.op.kind == "attention":

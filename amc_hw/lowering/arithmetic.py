@@ -32,6 +32,8 @@ class Arithmetic(Attention):
             self._on_scores(node, kind, scored[0], others, number_first=operands[0] not in self.scores)
         elif len(tensors) == 2:
             self._binary(node, kind)
+        elif not self.expanded.keys().isdisjoint(tensors):
+            raise self._unsupported(node)
         elif len(tensors) == 1 and isinstance(others[0], int | float):
             self._and_number(node, kind, tensors[0], float(others[0]), number_first=operands[0] is others[0])
         elif len(tensors) == 1 and isinstance(others[0], fx.Node) and kind in ("add", "mul"):
@@ -82,17 +84,18 @@ class Arithmetic(Attention):
             return
         if len(tensors) != 2 or len(sources) != 2 or kind == "div":
             raise self._unsupported(node)
-        seen = [self._seen(source) for source in tensors]
-        if seen[0].axes == seen[1].axes:
+        own = {source: shape_of(self.expanded.get(source, source)) or () for source in tensors}
+        image, gate = sorted(tensors, key=lambda source: -math.prod(own[source]))
+        if own[image] != shape_of(node):
+            raise self._unsupported(node)
+        if self.axes[image] == self.axes[gate]:
             self._emit(node, kind)  # images of other sides by their positions alone: as tokens
             return
-        tensors.sort(key=lambda source: -math.prod(shape_of(source) or ()))  # the image, then its gate
-        image, gate = tensors
         channels = self._seen(image).channels
         positions = (1,) * (len(self.axes[image]) - 2)
-        if kind != "mul" or self._form(image) not in PLAIN or (shape_of(gate) or ())[1:] != (channels, *positions):
+        if kind != "mul" or self._form(image) not in PLAIN or own[gate][1:] != (channels, *positions):
             raise self._unsupported(node)
-        self._emit(node, "scale", sources=tensors)
+        self._emit(node, "scale", sources=[image, gate])
 
     def _and_constant(self, node: fx.Node, kind: str, source: fx.Node, constant: fx.Node) -> None:
         """A product with a parameter of one number per channel, or with what is computed of parameters; either with

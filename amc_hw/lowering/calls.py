@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from amc_hw.padding import Pads, in_plane
-from amc_hw.symbolic import own_line
+from amc_hw.symbolic import CHUNKS, own_line
 
 ACTIVATION_MODULES: dict[type[nn.Module], str] = {
     nn.ReLU: "relu",
@@ -59,6 +59,7 @@ SQUARES: tuple[Any, ...] = (operator.pow, torch.pow, "pow", torch.square, "squar
 CLIPS: tuple[Any, ...] = (torch.clamp, "clamp", "clamp_", torch.clip, "clip", F.hardtanh)
 NEGATIONS: tuple[Any, ...] = (operator.neg, torch.neg, "neg")
 MEANS: tuple[Any, ...] = (torch.mean, "mean")
+SUMS: tuple[Any, ...] = (torch.sum, "sum")
 LARGEST: tuple[Any, ...] = (torch.amax, "amax")
 #: With a dimension: of a tuple, whose second part tells where they are.
 MAXIMA: tuple[Any, ...] = (torch.max, "max")
@@ -68,11 +69,13 @@ REGROUPS: tuple[Any, ...] = (
     *(torch.flatten, "flatten", torch.unsqueeze, "unsqueeze", torch.squeeze, "squeeze"),
     *("unflatten", torch.unflatten, "view_as", "reshape_as"),
 )
+#: What makes a tensor as large as another, which sums and products do by themselves.
+EXPANSIONS: tuple[Any, ...] = ("expand", "expand_as", "broadcast_to", torch.broadcast_to)
 #: Of a parameter: another shape of the same numbers.
 SAME_NUMBERS: tuple[Any, ...] = (*RESHAPES, *REGROUPS)
 PERMUTES: tuple[Any, ...] = (torch.permute, "permute")
 TRANSPOSES: tuple[Any, ...] = (torch.transpose, "transpose", torch.swapaxes, "swapaxes", "swapdims")
-SPLITS: tuple[Any, ...] = (torch.chunk, "chunk", torch.split, "split", torch.unbind, "unbind", "tensor_split")
+SPLITS: tuple[Any, ...] = (*CHUNKS, torch.split, "split", torch.unbind, "unbind", "tensor_split")
 #: What may share its memory with what it reads.
 VIEWS: tuple[Any, ...] = (*SAME_NUMBERS, *PERMUTES, *TRANSPOSES, *SPLITS, operator.getitem, "contiguous")
 PRODUCTS: tuple[Any, ...] = (operator.matmul, torch.matmul, "matmul", "__matmul__", torch.bmm, "bmm")

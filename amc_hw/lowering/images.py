@@ -248,9 +248,12 @@ class Images(Shapes):
         sides = [self._number(side, node) for side in ((sides,) * 2 if isinstance(sides, int) else sides)]
         while sides and not any(sides[-2:]):
             sides = sides[:-2]
+        plane = {"image": 4, "signal": 2}.get(self._form(source), 0)
         if not sides:
             self._same(node, source)
-        elif len(sides) > {"image": 4, "signal": 2}.get(self._form(source), 0) or mode != "constant":
+        elif plane and len(sides) == plane + 2 and not any(sides[:plane]) and min(sides) >= 0 and not value:
+            self._more_channels(node, source, *sides[plane:])
+        elif len(sides) > plane or mode != "constant":
             raise self._unsupported(node)
         elif max(sides) <= 0:
             self._crop(node, source, around([-side for side in sides]))
@@ -259,19 +262,35 @@ class Images(Shapes):
         else:
             self.padded[node] = source, around(sides)
 
+    def _more_channels(self, node: fx.Node, source: fx.Node, before: int, after: int) -> None:
+        """Channels of zeros before and behind those of an image, pixels left out before by the same operator: a
+        shortcut of option A (He et al., CVPR 2016, section 4.2)."""
+        out, stride = self._seen(source).channels + before + after, (1, 1)
+        name, image = self._alone_before(source), source.all_input_nodes[0]
+        skips = self.ops[name] if name and self.ops[name].inputs == (self.value.get(image),) else None
+        if skips is not None and (skips.op.kind, skips.op.kernel) == ("max_pool", (1, 1)):
+            stride, source = skips.op.stride, image
+            del self.ops[skips.name]
+        self._emit(node, "channel_map", sources=[source], out_channels=out, stride=stride, start=before)
+        self.fixed[self.value[source]] = self.fixed[self.value[node]] = f"given channels of zeros at {node.name}"
+
     def _pool_function(self, node: fx.Node) -> None:
-        names = ("input", "kernel_size", "stride", "padding")
-        arguments = dict(zip(names, node.args, strict=False), **node.kwargs)
-        known = {*names, "ceil_mode", "count_include_pad"}
+        kind = POOL_FUNCTIONS[node.target]
+        last = ("dilation", "ceil_mode", "return_indices") if kind == "max_pool" else ("ceil_mode", "count_include_pad")
+        arguments = dict(
+            zip(("input", "kernel_size", "stride", "padding", *last), node.args, strict=False), **node.kwargs
+        )
         odd = arguments.get("dilation", 1) not in (1, (1, 1)) or arguments.get("return_indices")
-        if (set(arguments) - known - {"dilation", "return_indices"}) or odd or len(node.args) > len(names):
+        if odd or arguments.get("divisor_override") or len(node.args) > 4 + len(last):
             raise self._unsupported(node)
         kernel, padding = arguments["kernel_size"], arguments.get("padding", 0)
         kernel = self._ask(kernel) if isinstance(kernel, fx.Node) else kernel
         if not isinstance(kernel, int | tuple | list):
             raise self._unsupported(node)
-        kind, ceil = POOL_FUNCTIONS[node.target], bool(arguments.get("ceil_mode"))
-        options = {"ceil": ceil, "exclude_pad": not arguments.get("count_include_pad", True)}
+        options = {
+            "ceil": bool(arguments.get("ceil_mode")),
+            "exclude_pad": not arguments.get("count_include_pad", True),
+        }
         self._pool(node, kind, kernel, arguments.get("stride") or kernel, padding, **options)
 
     def _pool(
@@ -292,6 +311,10 @@ class Images(Shapes):
             "padding": pair_of(padding, none),
         }
         channels, height, width = self._image(node.all_input_nodes[0])
+        reaches = [reach >= size for reach, size in zip(window["kernel"], (height, width), strict=True)]
+        if ceil and kind == "avg_pool" and all(reaches) and not any(window["padding"]):  # of the pixels that there are
+            self._emit(node, "global_avg_pool")
+            return
         plain = OpSpec(kind, (channels,), height, width, channels, **window)
         ceil = ceil and (plain.out_height, plain.out_width) != self._out_image(node)[1:]
         if ceil and kind == "avg_pool":
@@ -327,8 +350,12 @@ class Images(Shapes):
         elif not any(size % to for size, to in zip(before[2:], after[2:], strict=True)):
             window = tuple(size // to for size, to in zip(before[2:], after[2:], strict=True))
             self._pool(node, kind, window, window, 0)
+        elif not any(to % size for size, to in zip(before[2:], after[2:], strict=True)):
+            by = [to // size for size, to in zip(before[2:], after[2:], strict=True)]
+            self._emit(node, "upsample_nearest", stride=in_plane(by, 1))
         else:
-            raise self._unsupported(node)
+            sizes = ("x".join(map(str, shape[2:])) for shape in (before, after))
+            raise self._unsupported(node, f"from {' to '.join(sizes)} its windows are not alike")
 
     def _interpolate(self, node: fx.Node) -> None:
         names = ("input", "size", "scale_factor", "mode", "align_corners", "recompute_scale_factor", "antialias")

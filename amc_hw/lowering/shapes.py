@@ -25,11 +25,11 @@ from amc_hw.lowering.axes import (
     vector_axes,
     whole,
 )
-from amc_hw.lowering.calls import PLAIN, RESHAPES, pair_of, rank_of, shape_of
+from amc_hw.lowering.calls import KIND_OF, PLAIN, RESHAPES, pair_of, rank_of, shape_of
 from amc_hw.lowering.constants import is_constant
 from amc_hw.lowering.values import Values
 from amc_hw.padding import Pads, in_plane
-from amc_hw.symbolic import sizes_asked
+from amc_hw.symbolic import readers, sizes_asked
 
 
 class Shapes(Values):
@@ -105,16 +105,22 @@ class Shapes(Values):
         if form not in ("vector", *PLAIN) or any(not isinstance(each, slice) for each in keys):
             self._indexed(node, source, keys, before)
             return
-        starts = [self._run(node, each, size)[0] for each, size in zip(keys, before, strict=True)]
+        sized = enumerate(zip(keys, before, strict=True))
+        runs = [self._run(node, each, size, stepped=at > 1) for at, (each, size) in sized]
         self._same(node, source)
         if out[0] != before[0]:
             raise self._unsupported(node)
         if out[1] != before[1]:  # else, of fewer channels it is all of them, too
-            self._emit(node, "slice", sources=[source], out_channels=out[1], start=starts[1])
-        if out[2:] != before[2:]:
-            ends = [size - start - left for size, start, left in zip(before[2:], starts[2:], out[2:], strict=True)]
-            cut = in_plane(starts[2:], 0), in_plane(ends, 0)
-            self._crop(node, source if out[1] == before[1] else node, cut)
+            self._emit(node, "slice", sources=[source], out_channels=out[1], start=runs[1].start)
+            source = node
+        steps = in_plane([run.step for run in runs[2:]], 1)
+        starts = [run.start for run in runs[2:]]
+        ends = [size - 1 - run[-1] for run, size in zip(runs[2:], before[2:], strict=True)]
+        if any(starts) or any(end >= step for end, step in zip(in_plane(ends, 0), steps, strict=True)):
+            self._crop(node, source, (in_plane(starts, 0), in_plane(ends, 0)))
+            source = node
+        if steps != (1, 1):  # pooling by windows of one pixel
+            self._emit(node, "max_pool", sources=[source], stride=steps)
 
     def _indexed(self, node: fx.Node, source: fx.Node, keys: list[Any], before: tuple[int, ...]) -> None:
         """One axis cut or taken apart, and axes of one element put in."""
@@ -125,8 +131,8 @@ class Shapes(Values):
         self._same(node, source)
         for dim in cut:
             if isinstance(named[dim], slice):
-                start, count = self._run(node, named[dim], before[dim])
-                self._part(node, source, dim, start, count, dropped=False)
+                kept = self._run(node, named[dim], before[dim])
+                self._part(node, source, dim, kept.start, len(kept), dropped=False)
             else:
                 place = self._number(named[dim], node) % before[dim]
                 self._part(node, source, dim, place, 1, dropped=True, chunks=True)
@@ -184,13 +190,13 @@ class Shapes(Values):
             keys += [slice(None)] * (len(shape) - named)
         return keys
 
-    def _run(self, node: fx.Node, key: slice, size: int) -> tuple[int, int]:
-        """The first element that a slice keeps of `size`, and how many."""
+    def _run(self, node: fx.Node, key: slice, size: int, *, stepped: bool = False) -> range:
+        """The elements that a slice keeps of `size`. stepped: it may leave some out between them."""
         ends = [None if end is None else self._number(end, node) for end in (key.start, key.stop, key.step)]
         kept = range(size)[slice(*ends)]
-        if kept.step != 1:
+        if kept.step != 1 and not stepped:
             raise self._unsupported(node)
-        return kept.start, len(kept)
+        return kept
 
     def _crop(self, node: fx.Node, source: fx.Node, cut: Pads) -> None:
         before, after = cut
@@ -242,11 +248,7 @@ class Shapes(Values):
                 continue
             if axis != whole(CHANNELS, seen.channels) and of_dim(axis, CHANNELS):
                 self.fixed.setdefault(seen.name, f"divided at {node.name}")
-            elif isinstance(size, int) and size != -1:
-                why = f"reshaped to {size} channels at {node.name}: torch.flatten(x, 1) takes any number"
-                self.fixed.setdefault(seen.name, why)
-            if isinstance(size, fx.Node):
-                self._counts(node, seen.name, size)
+            self._given(node, seen.name, size, "reshaped to", "torch.flatten(x, 1)")
         if node.target in ("view_as", "reshape_as"):
             self._counted_alike(node, seen.name, node.args[1])  # type: ignore[arg-type]
         flat = BATCH, whole(CHANNELS, seen.channels) + whole(POSITIONS, seen.positions)
@@ -254,6 +256,31 @@ class Shapes(Values):
             self._shuffled(node)
         elif not (seen.name in self.ops and self.ops[seen.name].op.kind == "global_avg_pool"):
             self._emit(node, "flatten", sources=[source], out_channels=out[1])
+
+    def _given(self, node: fx.Node, name: str, size: Any, done: str, better: str) -> None:
+        """The size that the code gives an axis of a value's channels. better: what takes any."""
+        if isinstance(size, int) and size != -1:
+            why = f"{done} {size} channels at {node.name}: {better} takes any number"
+            self.fixed.setdefault(name, why)
+        if isinstance(size, fx.Node):
+            self._counts(node, name, size)
+
+    def _expand(self, node: fx.Node) -> None:
+        """Repeated to the size of what it is added to or multiplied by."""
+        source = node.all_input_nodes[0]
+        seen, sizes = self._seen(source), self._listed(node)
+        if any(reader.target not in KIND_OF for reader in readers(node)):
+            raise self._unsupported(node, "only sums and products read what is repeated")
+        self._same(node, source)
+        self.expanded[node] = source
+        if node.target == "expand_as":
+            self._counted_alike(node, seen.name, node.args[1])  # type: ignore[arg-type]
+            return
+        for size, axis in zip(sizes[::-1], seen.axes[::-1], strict=False):
+            if has(axis, IMAGES) and isinstance(size, int) and size != -1:
+                raise self._unsupported(node, f"it is for a batch of {size}")
+            if has(axis, CHANNELS):
+                self._given(node, seen.name, size, "repeated to", "expand_as")
 
     def _sizes_of(self, node: fx.Node, rank: int) -> tuple[Any, ...]:
         """Sizes that the code gives the axes of a reshaped tensor, None where it gives none."""

@@ -74,10 +74,10 @@ class TracedOps:
 class Values:
     """Operators, and which of them every node of an fx graph has its tensor from."""
 
-    def __init__(self, graph_module: fx.GraphModule, examples: int, asked: Asked) -> None:
+    def __init__(self, graph_module: fx.GraphModule, asked: Asked) -> None:
         self.root = graph_module
         self.modules = dict(graph_module.named_modules())
-        self.graph, self.examples, self.asked = graph_module.graph, examples, asked
+        self.graph, self.asked = graph_module.graph, asked
         self.ops: dict[str, TracedOp] = {}
         self.value: dict[fx.Node, str] = {}  # fx node -> name of the operator whose output it is
         self.axes: dict[fx.Node, Axes] = {}  # of these
@@ -88,6 +88,7 @@ class Values:
         self.scores: dict[fx.Node, Scores] = {}  # of an attention, before their product with the values
         self.attended: set[fx.Node] = set()  # tuples of what an attention gives, and its weights
         self.halved: dict[fx.Node, tuple[fx.Node, int]] = {}  # mean over one side: the image, dimension of the other
+        self.expanded: dict[fx.Node, fx.Node] = {}  # as large as another tensor: what was repeated
         self.padded: dict[fx.Node, tuple[fx.Node, Pads]] = {}  # zero-padded: the image, what is around it
         self.parameters: dict[fx.Node, str] = {}
         self.rigid: set[fx.Node] = set()  # of those, that the network's code gives a shape of so many channels

@@ -18,6 +18,7 @@ from amc_hw.lowering.calls import (
     ADAPTIVE_POOLS,
     CLIPS,
     DROPOUTS,
+    EXPANSIONS,
     IDENTITY_FUNCTIONS,
     IDENTITY_MODULES,
     KIND_OF,
@@ -194,8 +195,6 @@ class Lowering(Arithmetic, Images):
 
     def _input(self, node: fx.Node) -> None:
         shape = shape_of(node)
-        if shape is None and len(self.input_shapes) >= self.examples:
-            return  # an argument that keeps its default
         if shape is None or len(shape) not in (2, 3, 4):
             known = "(N, C, H, W), (N, C, L), (N, L, C) or (N, C)"
             raise UserError(f"the network's input {node.name!r} is no {known} tensor")
@@ -395,6 +394,8 @@ class Lowering(Arithmetic, Images):
             self._mean(node)
         elif target in (*RESHAPES, *REGROUPS):
             self._reshape(node)
+        elif target in EXPANSIONS:
+            self._expand(node)
         elif target in PERMUTES:
             named: Any = node.kwargs.get("dims")
             self._permute(node, list(self._listed(node) if named is None else named))

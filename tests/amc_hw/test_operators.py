@@ -422,11 +422,12 @@ def test_channels_that_others_have_several_times_over_go_with_them(tmp_path: Pat
         assert (macs.cost(widths), params.cost(widths)) == (graph.macs(widths), graph.params(widths))
 
 
-def test_equal_chunks_keep_the_same_channels(tmp_path: Path) -> None:
+@pytest.mark.parametrize("listed", [False, True])
+def test_equal_chunks_keep_the_same_channels(tmp_path: Path, listed: bool) -> None:
     """As in YOLOv8's C2f: two halves, of which one goes on, and all of them together at last."""
 
     def forward(net, x):
-        first, second = net.a(x).chunk(2, dim=1)
+        first, second = list(net.a(x).chunk(2, 1)) if listed else net.a(x).chunk(2, dim=1)
         third = second + F.relu(net.b(second))
         return net.c(torch.cat([first, second, third], 1))
 
@@ -804,6 +805,8 @@ def test_code_that_computes_with_the_number_of_images_cannot_be_traced(asks) -> 
         lambda net, x: net.c((lambda m: m.mean(2) if m.shape[1] == 8 else m.mean(2) * 2)(net.a(x).mean(2))),
         lambda net, x: net.b(F.relu(net.a(x)) if net.a.weight.shape[0] == 8 else net.a(x)),
         lambda net, x: (lambda y: (torch._assert(y.shape[1] == 8, "eight"), net.b(y))[1])(net.a(x)),
+        lambda net, x: (lambda y: net.b(y) * len(y.split(4, 1)))(net.a(x)),
+        lambda net, x: (lambda y: net.b(y) * len(y.chunk(3, 1)))(net.a(x)),
     ],
 )
 def test_channels_are_frozen_however_they_are_asked_for(forward) -> None:

@@ -261,7 +261,7 @@ REFUSED = {
     "reversed": (around(2, Reversed(8, 8, 3)), (2, 30), "computes something else than a convolution"),
     "circular": (around(2, nn.Conv1d(8, 8, 3, padding=1, padding_mode="circular")), (2, 30), "only zero padding"),
     "one image": (nn.Sequential(nn.Conv2d(1, 4, 3)), (10, 30), "a Conv2d of what is no image"),
-    "channels padded": (around(2, Call(lambda x: F.pad(x, (0, 0, 1, 1))), 10), (2, 30), "operator pad"),
+    "channels and samples padded": (around(2, Call(lambda x: F.pad(x, (1, 0, 1, 1))), 10), (2, 30), "operator pad"),
     "indices": (around(2, Call(lambda x: torch.max(x, 2)[1].float().unsqueeze(2))), (2, 30), "getitem"),
     "over channels": (around(2, Call(lambda x: x * x.mean(1, keepdim=True))), (2, 30), "operator mean"),
     "a single number": (

@@ -1,0 +1,271 @@
+"""Blocks in the words in which they are published and copied from one network to the next."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from networks import Call, Net, frozen_of, half_and_exported, kinds
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from amc_hw.errors import UnsupportedOperatorError
+from amc_hw.graph import build_graph
+from amc_hw.weights import check_reading
+
+IMAGE = torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+
+
+class SELayer(nn.Module):
+    """Squeeze and excitation (Hu et al., CVPR 2018) as most copies of it have it."""
+
+    def __init__(self, channels: int, call) -> None:
+        super().__init__()
+        self.avg_pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Sequential(
+            nn.Linear(channels, channels // 4), nn.ReLU(inplace=True), nn.Linear(channels // 4, channels), nn.Sigmoid()
+        )
+        self.call = call
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, _, _ = x.size()
+        y = self.avg_pool(x).view(b, c)
+        y = self.fc(y).view(b, c, 1, 1)
+        return self.call(x, y)
+
+
+def around(between: nn.Module, *, read: int = 16, out: int = 16) -> nn.Module:
+    """A block between two convolutions, all of them on images."""
+    first, last = nn.Conv2d(3, read, 3, padding=1), nn.Conv2d(out, 4, 1)
+    return nn.Sequential(first, nn.BatchNorm2d(read), nn.ReLU(), between, last)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, y: x * y.expand_as(x),
+        lambda x, y: y.expand_as(x) * x,
+        lambda x, y: torch.mul(x, y.expand(*x.size())),
+        lambda x, y: x * y.expand(-1, -1, x.size(2), x.size(3)),
+        lambda x, y: x * torch.broadcast_to(y, x.shape),
+    ],
+)
+def test_a_gate_that_is_repeated_for_every_pixel(tmp_path: Path, call) -> None:
+    graph = half_and_exported(around(SELayer(16, call)), IMAGE, tmp_path)
+    assert [group.name for group in graph.groups] == ["0", "3.fc.0"]
+    assert kinds(graph) == ["conv", "global_avg_pool", "linear", "linear", "activation", "scale", "conv"] or kinds(
+        graph
+    ) == ["conv", "global_avg_pool", "linear", "linear", "scale", "conv"]
+
+
+def test_channels_that_a_gate_is_repeated_to_by_a_number_are_frozen() -> None:
+    graph = build_graph(around(SELayer(16, lambda x, y: x * y.expand(-1, 16, 12, 12))).eval(), (3, 12, 12))
+    assert frozen_of(graph)["0"].startswith("repeated to 16 channels at expand: expand_as takes any number")
+
+
+@pytest.mark.parametrize(
+    ("call", "why"),
+    [
+        (lambda x, y: F.relu(y.expand_as(x)), "expand_as .* only sums and products read what is repeated"),
+        (lambda x, y: x * y.expand(1, -1, -1, -1), "expand .* it is for a batch of 1"),
+        (lambda x, y: x * (2 * y.expand_as(x)), "operator mul .* is not supported in this form"),
+        (lambda x, y: y * y.expand_as(x), "operator mul .* is not supported in this form"),
+    ],
+)
+def test_other_repetitions_are_refused(call, why: str) -> None:
+    with pytest.raises(UnsupportedOperatorError, match=why):
+        build_graph(around(SELayer(16, call)).eval(), (3, 12, 12))
+
+
+@pytest.mark.parametrize(
+    ("call", "wanted"),
+    [
+        (lambda x: x[:, :, ::2, ::2], ["max_pool"]),
+        (lambda x: x[..., 1::2, ::3], ["crop", "max_pool"]),
+        (lambda x: x[:, :, 2:11:4, 1:-1], ["crop", "max_pool"]),
+        (lambda x: x[:, :, :7:5], ["crop", "max_pool"]),
+        (lambda x: x[:, 3:9, ::2, ::2], ["slice", "max_pool"]),
+    ],
+)
+def test_pixels_that_a_slice_leaves_out(tmp_path: Path, call, wanted: list[str]) -> None:
+    out = call(torch.zeros(1, 16, 12, 12)).shape[1]
+    graph = half_and_exported(around(Call(call), out=out), IMAGE, tmp_path)
+    assert kinds(graph) == ["conv", *wanted, "conv"]
+    assert [group.name for group in graph.groups] == (["0"] if out == 16 else [])
+
+
+def test_samples_that_a_slice_leaves_out(tmp_path: Path) -> None:
+    parts = dict(a=nn.Conv1d(3, 8, 3), b=nn.Conv1d(8, 4, 1))
+    graph = half_and_exported(Net(lambda net, x: net.b(net.a(x)[:, :, 1::3]), **parts), torch.randn(4, 3, 21), tmp_path)
+    assert kinds(graph) == ["conv", "crop", "max_pool", "conv"]
+
+
+def test_a_quarter_of_the_pixels_four_times(tmp_path: Path) -> None:
+    """The Focus of YOLOv5."""
+
+    def focus(x: Tensor) -> Tensor:
+        return torch.cat([x[..., ::2, ::2], x[..., 1::2, ::2], x[..., ::2, 1::2], x[..., 1::2, 1::2]], 1)
+
+    graph = half_and_exported(around(Call(focus), out=64), IMAGE, tmp_path)
+    assert [(group.name, group.width) for group in graph.groups] == [("0", 16)]
+
+
+class BasicBlock(nn.Module):
+    """Of a ResNet for CIFAR, whose shortcut is of option A."""
+
+    def __init__(self, before: int, planes: int, stride: int, call) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(before, planes, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.shortcut = Call(call)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        out += self.shortcut(x)
+        return F.relu(out)
+
+
+@pytest.mark.parametrize(
+    ("call", "wanted"),
+    [
+        (lambda x: F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4), "constant", 0), ["channel_map"]),
+        (lambda x: F.pad(x, (0, 0, 0, 0, 0, 8))[:, :, ::2, ::2], ["channel_map", "max_pool"]),
+        (lambda x: F.pad(F.avg_pool2d(x, 2), (0, 0, 0, 0, 0, 8)), ["avg_pool", "channel_map"]),
+    ],
+)
+def test_a_shortcut_that_is_given_channels_of_zeros(tmp_path: Path, call, wanted: list[str]) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), BasicBlock(8, 16, 2, call), nn.Conv2d(16, 4, 1))
+    graph = half_and_exported(net, IMAGE, tmp_path)
+    assert kinds(graph) == ["conv", "conv", "conv", *wanted, "add", "conv"]
+    assert [group.name for group in graph.groups] == ["1.conv1"]
+    assert {why[:23] for name, why in frozen_of(graph).items() if name != "2"} == {"given channels of zeros"}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, y: torch.stack([x, y, x]).sum(dim=0),
+        lambda x, y: torch.sum(torch.stack((x, y), 1), 1),
+        lambda x, y: torch.stack([x, y], dim=-1).mean(-1),
+        lambda x, y: torch.mean(torch.stack([x, y], dim=0), dim=[0]),
+        lambda x, y: sum([x, y]),
+    ],
+)
+def test_tensors_that_are_stacked_to_be_added(tmp_path: Path, call) -> None:
+    """Feature pyramids, and branches of many networks."""
+
+    def forward(net: Net, x: Tensor) -> Tensor:
+        x = F.relu(net.a(x))
+        return net.c(call(x, net.b(x)))
+
+    parts = dict(a=nn.Conv2d(3, 8, 3, padding=1), b=nn.Conv2d(8, 8, 1), c=nn.Conv2d(8, 4, 1))
+    graph = half_and_exported(Net(forward, **parts), IMAGE, tmp_path)
+    assert [(group.name, len(group.modules("producer"))) for group in graph.groups] == [("a", 2)]
+    assert "add" in kinds(graph)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, y: torch.stack([x, y], 2).sum(3),
+        lambda x, y: torch.stack([x, y]).sum(0, keepdim=True)[0],
+        lambda x, y: torch.stack([x, y], 1).flatten(1, 2)[:, :3],
+    ],
+)
+def test_other_stacks_are_refused(call) -> None:
+    net = Net(lambda net, x: net.b(call(net.a(x), x)), a=nn.Conv2d(3, 3, 1), b=nn.Conv2d(3, 2, 1))
+    with pytest.raises(UnsupportedOperatorError, match="operator (stack|sum)"):
+        build_graph(net.eval(), (3, 6, 6))
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_a_classifier_that_wants_more_pixels_than_there_are(tmp_path: Path, size: int) -> None:
+    """VGG on small images: its adaptive pooling repeats pixels."""
+    ends = nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(8 * 16, 10)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.AvgPool2d(12 // size), *ends)
+    graph = half_and_exported(net, IMAGE, tmp_path)
+    assert ("upsample_nearest" in kinds(graph)) == (size < 4)
+    assert [group.name for group in graph.groups] == ["0"]
+
+
+def test_windows_that_are_not_alike_are_refused() -> None:
+    with pytest.raises(UnsupportedOperatorError, match="from 12x12 to 5x5 its windows are not alike"):
+        build_graph(around(nn.AdaptiveAvgPool2d(5)).eval(), (3, 12, 12))
+
+
+@pytest.mark.parametrize("pool", [nn.AvgPool2d(32, ceil_mode=True), nn.AvgPool2d((12, 40), ceil_mode=True)])
+def test_a_window_larger_than_the_image_is_all_of_it(tmp_path: Path, pool: nn.Module) -> None:
+    assert kinds(half_and_exported(around(pool), IMAGE, tmp_path)) == ["conv", "global_avg_pool", "conv"]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: F.avg_pool2d(x, 2, 1, 0, False, True),
+        lambda x: F.avg_pool2d(x, 3, 2, 1, False, False),
+        lambda x: F.max_pool2d(x, 3, 2, 1, 1, True),
+    ],
+)
+def test_options_of_a_pooling_in_their_order(tmp_path: Path, call) -> None:
+    graph = half_and_exported(around(Call(call)), IMAGE, tmp_path)
+    assert [group.name for group in graph.groups] == ["0"]
+
+
+@pytest.mark.parametrize(
+    "call", [lambda x: F.avg_pool2d(x, 2, 2, 0, False, True, 3), lambda x: F.max_pool2d(x, 2, 2, 0, 2)]
+)
+def test_options_of_a_pooling_that_no_runtime_has_are_refused(call) -> None:
+    with pytest.raises(UnsupportedOperatorError, match=r"operator (avg|boolean_dispatch|max)"):
+        build_graph(around(Call(call)).eval(), (3, 12, 12))
+
+
+class Detector(nn.Module):
+    """As YOLO's: forward() takes whatever comes, layers say where they read from, and a list of maps is the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.ModuleList([nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 16, 3, 2, 1), nn.Upsample(scale_factor=2)])
+        self.heads = nn.ModuleList([nn.Conv2d(24, 6, 1), nn.Conv2d(16, 6, 1)])
+
+    def forward(self, x, *args, **kwargs):
+        return self.loss(x, *args, **kwargs) if isinstance(x, dict) else self.predict(x, *args, **kwargs)
+
+    def predict(self, x: Tensor, profile: bool = False, embed=None) -> list[Tensor]:
+        kept = []
+        for part in self.model:
+            x = part(x)
+            kept.append(x)
+        joined = torch.cat([kept[0], x], 1)
+        return [self.heads[0](joined), self.heads[1](kept[1])]
+
+
+def test_a_detector_that_takes_any_arguments(tmp_path: Path) -> None:
+    net = Detector().eval()
+    graph = build_graph(net, (3, 12, 12))
+    check_reading(net, graph, [torch.zeros(1, 3, 12, 12)])
+    assert [group.name for group in graph.groups] == ["model.0", "model.1"]
+    assert len(graph.outputs) == 2
+
+
+class Optional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor, y: Tensor | None = None, *more: Tensor) -> Tensor:
+        x = self.a(x) if y is None else self.a(x) * self.a(y)
+        for each in more:
+            x = x + self.a(each)
+        return self.b(x)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_arguments_are_as_many_as_the_examples(count: int) -> None:
+    net, examples = Optional().eval(), [torch.zeros(1, 3, 4, 4)] * count
+    graph = build_graph(net, (3, 4, 4), examples=examples)
+    check_reading(net, graph, examples)
+    assert len(graph.op_graph().inputs) == count
