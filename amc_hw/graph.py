@@ -21,7 +21,7 @@ from amc_hw.errors import UserError
 from amc_hw.lowering.values import TracedOp, TracedOps
 from amc_hw.symbolic import eval_mode, has_computed_weight, holds_any, own_tensors, shared_tensors
 from amc_hw.tracing import trace_ops
-from profilers.ops import GROUPED_KINDS, PRODUCER_KINDS, SCALAR_KINDS, OpGraph, OpNode, OpSpec
+from profilers.ops import GROUPED_KINDS, ONE_CHANNEL_KINDS, PRODUCER_KINDS, SCALAR_KINDS, OpGraph, OpNode, OpSpec
 
 TOLD = 8  #: of the groups, by name
 
@@ -377,19 +377,24 @@ class _Couplings:
             parts = first.reshape(op.op.groups, -1)
             self._ties += [(parts[0], part) for part in parts[1:]]
             out = parts[op.start]
+        elif kind in ONE_CHANNEL_KINDS:
+            self._fix(first, f"read together at {op.name}")
+            out = self._new(1)
         elif kind in ("slice", "shuffle", "pixel_shuffle"):
             out = _sliced(first, op) if kind == "slice" else first
             out = first[:: op.op.stride[0] * op.op.stride[1]] if kind == "pixel_shuffle" else out
             self._fix(first, f"split or shuffled at {op.name}")
         else:
             out = first
-            for source in op.inputs[1:]:
+            for source in op.inputs[1:] if kind != "mask" else ():
                 self._ties.append((out, self.labels[source]))
             if kind == "grouped_conv":
                 self._blocks.append((op, first))
                 out = np.repeat(first, op.op.out_channels // len(first))
             if kind in ("layer_norm", "group_norm", "softmax", "log_softmax"):
                 self._fix(out, f"normalised together at {op.name}")
+            elif kind == "channel_conv":
+                self._fix(out, f"read together at {op.name}")
             elif kind in ("add_map", "prepend"):
                 self._fix(out, f"added to or put before parameters at {op.name}")
         for module in (None if kind in PRODUCER_KINDS or _is_one_for_all(op) else op.module, op.batch_norm):

@@ -17,7 +17,20 @@ from typing import Any
 TWO_AXIS_KINDS = ("conv", "conv_transpose", "linear", "channel_map", "slice")
 #: Operators that work on vectors (N, C), and on tokens (N, H * W, C), as they do on images (N, C, H, W).
 ANY_RANK_KINDS = (
-    *("add", "sub", "mul", "scale", "add_scalar", "mul_scalar", "concat", "activation", "affine", "prelu", "clip"),
+    *(
+        "add",
+        "sub",
+        "mul",
+        "scale",
+        "shift",
+        "add_scalar",
+        "mul_scalar",
+        "concat",
+        "activation",
+        "affine",
+        "prelu",
+        "clip",
+    ),
     *("layer_norm", "softmax", "log_softmax", "slice", "chunk"),
 )
 #: Operators with one number of their own for the whole tensor.
@@ -30,7 +43,8 @@ NORM_KINDS = ("layer_norm", "group_norm", "instance_norm")
 CONV_KINDS = ("conv", "depthwise_conv", "grouped_conv")
 GROUPED_KINDS = ("depthwise_conv", "grouped_conv")
 #: Operators whose output has the channels of their first input: one axis.
-#: `scale` multiplies an image by one number per channel, its second input (N, C); `affine` multiplies and adds weights
+#: `scale` multiplies an image by one number per channel, its second input (N, C), `shift` adds it; `mask` multiplies
+#: by one number per position, its second input (N, 1, H, W); `affine` multiplies and adds weights
 #: of its own (a batch-norm that nothing folds); `prelu` multiplies what is below zero by a weight per channel;
 #: `layer_norm`, `softmax` and `log_softmax` normalise over the channels at every position, `group_norm` over each of
 #: `groups` groups of channels, `instance_norm` over every channel alone;
@@ -40,7 +54,9 @@ GROUPED_KINDS = ("depthwise_conv", "grouped_conv")
 #: channel) enlarges by `stride`, too, and takes as many times fewer channels; `to_tokens` and `to_image` lay an image
 #: out as tokens, channels last, and back; `add_map` adds a constant for every channel and position; `prepend` puts
 #: `padding[0]` constant tokens before those of an image, `take_token` gives one of them, a vector; `attention` weights
-#: its third input by the softmax of products of the first and the second, in `groups` heads.
+#: its third input by the softmax of products of the first and the second, in `groups` heads; `channel_mean` and
+#: `channel_max` give one channel, of all those that they read; `channel_conv` slides a `kernel` (1, k) over the
+#: channels of an image of one position, zeros around them; `adaptive_avg_pool` averages to any `out_size`.
 ONE_AXIS_KINDS = (
     "depthwise_conv",
     "grouped_conv",
@@ -48,6 +64,8 @@ ONE_AXIS_KINDS = (
     "sub",
     "mul",
     "scale",
+    "shift",
+    "mask",
     "add_scalar",
     "mul_scalar",
     "affine",
@@ -76,14 +94,22 @@ ONE_AXIS_KINDS = (
     "prepend",
     "take_token",
     "attention",
+    "channel_mean",
+    "channel_max",
+    "channel_conv",
+    "adaptive_avg_pool",
 )
 #: `concat` has the sum of its inputs' channels: one axis, the sum.
 KINDS = (*TWO_AXIS_KINDS, *ONE_AXIS_KINDS, "concat")
 #: Operators with weights whose output channels are their own.
 PRODUCER_KINDS = ("conv", "conv_transpose", "linear", "channel_map")
+ONE_CHANNEL_KINDS = ("channel_mean", "channel_max")
 #: Operators that read tokens and give something else.
 _FROM_TOKENS = ("to_image", "take_token", "global_avg_pool")
-ACTIVATIONS = ("none", "relu", "relu6", "hardswish", "hardsigmoid", "sigmoid", "silu", "gelu", "tanh", "elu")
+ACTIVATIONS = (
+    *("none", "relu", "relu6", "hardswish", "hardsigmoid", "sigmoid", "silu", "gelu", "gelu_tanh", "tanh", "elu"),
+    *("softplus", "mish"),
+)
 
 
 @dataclass(frozen=True, order=True)
@@ -99,7 +125,8 @@ class OpSpec:
     Of a transposed convolution `padding` and `padding_end` are cut off its output.
     groups: 1, or in_channels for `depthwise_conv`, or what divides in_channels.
     ceil: the output size of a pooling is rounded up: a last window may reach beyond the padding.
-    out_size: of an `upsample_*` that has no whole factors, (height, width); else (). align_corners: as PyTorch's.
+    out_size: of an `upsample_*` that has no whole factors, or an `adaptive_avg_pool`, (height, width); else ().
+    align_corners: of an `upsample_bilinear`, as PyTorch's.
     exclude_pad: an `avg_pool` divides by the pixels of the image in a window, without those of the padding.
     tokens: the inputs are tokens, (N, height * width, C), not images.
     Of an attention, `kernel` is the window of keys that a query looks at, `dilation` the distance between two of them
@@ -148,8 +175,14 @@ class OpSpec:
         padding = min(*self.padding, *self.padding_end)
         if self.groups < 1 or padding < 0 or min(*self.dilation, self.out_height, self.out_width) < 1:
             raise ValueError(f"impossible groups, padding, dilation or output size: {self}")
-        if self.kind in ("add", "sub", "mul", "scale") and len(set(self.in_channels)) > 1:
+        if self.kind in ("add", "sub", "mul", "scale", "shift") and len(set(self.in_channels)) > 1:
             raise ValueError(f"{self.kind} needs inputs of equal channels: {self}")
+        if (self.kind == "mask" and self.in_channels[1:] != (1,)) or (
+            self.kind in ONE_CHANNEL_KINDS and self.out_channels > 1
+        ):
+            raise ValueError(f"{self.kind} reads or gives one channel: {self}")
+        if self.kind == "channel_conv" and (self.kernel[1] % 2 == 0 or (self.height, self.width) != (1, 1)):
+            raise ValueError(f"a convolution over the channels of one position has an odd kernel: {self}")
         if self.kind == "activation" and self.activation == "none":
             raise ValueError("an activation operator needs an activation")
         if self.kind == "pixel_shuffle" and self.in_channels[0] != self.out_channels * self.stride[0] * self.stride[1]:
@@ -160,8 +193,11 @@ class OpSpec:
             raise ValueError(f"a convolution in groups divides its channels and gives a multiple of them: {self}")
         if self.kind == "chunk" and self.in_channels[0] != self.out_channels * self.groups:
             raise ValueError(f"a chunk is one of equal parts: {self}")
-        if (self.out_size or self.align_corners) and self.kind not in ("upsample_nearest", "upsample_bilinear"):
-            raise ValueError(f"out_size and align_corners are for upsampling: {self}")
+        if self.align_corners and self.kind not in ("upsample_nearest", "upsample_bilinear"):
+            raise ValueError(f"align_corners is for upsampling: {self}")
+        sized = ("upsample_nearest", "upsample_bilinear", "adaptive_avg_pool")
+        if (self.out_size and self.kind not in sized) or (self.kind == "adaptive_avg_pool" and not self.out_size):
+            raise ValueError(f"out_size is for upsampling and adaptive pooling: {self}")
         if (self.keys or self.biased) and self.kind != "attention":
             raise ValueError(f"keys and biased are for attention: {self}")
         if self.kind == "attention" and self._odd_attention():
@@ -230,6 +266,8 @@ class OpSpec:
         if self.kind == "attention":
             height, width = self.keys or self.kernel
             return self.height * self.width * height * width * (self.in_channels[0] + self.out_channels)
+        if self.kind == "channel_conv":
+            return self.in_channels[0] * self.kernel[1]
         if self.kind not in (*CONV_KINDS, "linear"):
             return 0
         per_output = self.in_channels[0] // self.groups * self.kernel[0] * self.kernel[1]
@@ -245,6 +283,8 @@ class OpSpec:
             return self.groups * self.kernel[0] * self.kernel[1] * height * width
         if self.kind in ("affine", "prelu", *NORM_KINDS):
             return (1 if self.kind == "prelu" else 2) * self.out_channels
+        if self.kind == "channel_conv":
+            return self.kernel[1] + 1
         if self.kind not in (*CONV_KINDS, "conv_transpose", "linear"):
             return 0
         return (self.in_channels[0] // self.groups * self.kernel[0] * self.kernel[1] + 1) * self.out_channels
@@ -285,6 +325,9 @@ class OpSpec:
             share, count = divmod(channels, len(self.in_channels))
             parts = tuple(share + (index < count) for index in range(len(self.in_channels)))
             return replace(self, in_channels=parts, out_channels=channels)
+        if self.kind in (*ONE_CHANNEL_KINDS, "mask"):
+            out = 1 if self.kind in ONE_CHANNEL_KINDS else channels
+            return replace(self, in_channels=(channels, *self.in_channels[1:]), out_channels=out)
         groups = channels // self.step if self.kind in GROUPED_KINDS else self.groups
         out = channels * self.height * self.width if self.kind == "flatten" else channels
         out = channels // (self.stride[0] * self.stride[1]) if self.kind == "pixel_shuffle" else out

@@ -258,7 +258,7 @@ def _input_shapes(op: OpSpec) -> list[tuple[int, ...]]:
         sides[1:] = [(op.keys[0], op.keys[1])] * 2
     pairs = zip(op.in_channels, sides, strict=True)
     shapes: list[tuple[int, ...]] = [(h * w, c) if op.tokens else (c, h, w) for c, (h, w) in pairs]
-    if op.kind == "scale":
+    if op.kind in ("scale", "shift"):
         shapes[1] = (op.in_channels[1],)
     return shapes
 

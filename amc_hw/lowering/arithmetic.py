@@ -91,11 +91,13 @@ class Arithmetic(Attention):
         if self.axes[image] == self.axes[gate]:
             self._emit(node, kind)  # images of other sides by their positions alone: as tokens
             return
-        channels = self._seen(image).channels
-        positions = (1,) * (len(self.axes[image]) - 2)
-        if kind != "mul" or self._form(image) not in PLAIN or own[gate][1:] != (channels, *positions):
+        _, channels, *positions = own[image]
+        gates = {("mul", channels): "scale", ("add", channels): "shift", ("mul", 1): "mask"}
+        found = gates.get((kind, own[gate][1]), "")
+        wanted = (1, *positions) if found == "mask" else (channels, *(1 for _ in positions))
+        if not found or self._form(image) not in PLAIN or own[gate][1:] != wanted:
             raise self._unsupported(node)
-        self._emit(node, "scale", sources=[image, gate])
+        self._emit(node, found, sources=[image, gate])
 
     def _and_constant(self, node: fx.Node, kind: str, source: fx.Node, constant: fx.Node) -> None:
         """A product with a parameter of one number per channel, or with what is computed of parameters; either with

@@ -23,6 +23,8 @@ ACTIVATION_MODULES: dict[type[nn.Module], str] = {
     nn.GELU: "gelu",
     nn.Tanh: "tanh",
     nn.ELU: "elu",
+    nn.Softplus: "softplus",
+    nn.Mish: "mish",
 }
 ACTIVATION_FUNCTIONS: dict[Any, str] = {
     F.relu: "relu",
@@ -37,6 +39,8 @@ ACTIVATION_FUNCTIONS: dict[Any, str] = {
     torch.tanh: "tanh",
     F.tanh: "tanh",
     F.elu: "elu",
+    F.softplus: "softplus",
+    F.mish: "mish",
     "relu": "relu",
     "relu_": "relu",
     "sigmoid": "sigmoid",
@@ -150,16 +154,22 @@ def line_of(node: fx.Node) -> str:
     return own_line(FRAME.findall(node.stack_trace or ""))
 
 
-def plain_activation(call: fx.Node) -> bool:
-    """Whether an activation's call changes nothing about it."""
-    given = (*call.args[1:], *(value for name, value in call.kwargs.items() if name not in ("input", "inplace")))
-    return call.target not in (F.gelu, F.elu) or all(value in ("none", 1.0, False) for value in given)
+def called_activation(call: fx.Node) -> str | None:
+    """The activation that a call computes; None for none, and where its options make another one of it."""
+    given = [*call.args[1:], *(value for name, value in call.kwargs.items() if name not in ("input", "inplace"))]
+    if call.target is F.gelu and given == ["tanh"]:
+        return "gelu_tanh"
+    usual = {F.gelu: ("none",), F.elu: (1.0, False), F.softplus: (1.0, 20.0)}
+    odd = call.target in usual and not all(value in usual[call.target] for value in given)
+    return None if odd else ACTIVATION_FUNCTIONS.get(call.target)
 
 
 def activation_of(module: nn.Module) -> str | None:
     """The activation that a module is, or that its forward() calls and nothing else."""
-    odd = (isinstance(module, nn.GELU) and module.approximate != "none") or (
-        isinstance(module, nn.ELU) and module.alpha != 1.0
+    if isinstance(module, nn.GELU) and module.approximate == "tanh":
+        return "gelu_tanh"
+    odd = (isinstance(module, nn.ELU) and module.alpha != 1.0) or (
+        isinstance(module, nn.Softplus) and (module.beta, module.threshold) != (1.0, 20.0)
     )
     if odd:
         return None
@@ -170,5 +180,4 @@ def activation_of(module: nn.Module) -> str | None:
     except Exception:  # the user's code
         return None
     first = nodes[0].op == "placeholder" and nodes[1].args[:1] == (nodes[0],) if len(nodes) == 3 else False
-    plain = first and plain_activation(nodes[1])
-    return ACTIVATION_FUNCTIONS.get(nodes[1].target) if plain else None
+    return called_activation(nodes[1]) if first else None

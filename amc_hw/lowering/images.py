@@ -55,6 +55,9 @@ class Images(Shapes):
 
     def _convolution(self, node: fx.Node, module: Any, name: str) -> None:
         """module: of images or signals, plain or transposed."""
+        if self._reads_channels(node, module):
+            self._channel_convolution(node, module, name)
+            return
         kind, groups = "conv", module.groups
         source, pads = self.padded.get(node.all_input_nodes[0], (node.all_input_nodes[0], NO_PADS))
         taken = ("image", "vector") if len(module.kernel_size) == 2 else ("signal",)
@@ -89,6 +92,24 @@ class Images(Shapes):
             groups=groups,
             module=name,
         )
+
+    def _reads_channels(self, node: fx.Node, module: Any) -> bool:
+        """Whether a layer of signals slides over the channels of an image of one position, (N, 1, C)."""
+        source = node.all_input_nodes[0]
+        if not isinstance(module, nn.Conv1d) or source not in self.value:
+            return False
+        seen = self._seen(source)
+        return seen.positions == 1 < seen.channels and seen.axes == (BATCH, (), whole(CHANNELS, seen.channels))
+
+    def _channel_convolution(self, node: fx.Node, module: nn.Conv1d, name: str) -> None:
+        """Efficient channel attention (Wang et al., CVPR 2020)."""
+        source = node.all_input_nodes[0]
+        channels, (reach,) = self._seen(source).channels, module.kernel_size
+        (_, before), (_, after) = padding_of(module, (1, channels), name)
+        around_it = before == after == reach // 2 and reach % 2 == 1
+        if (module.out_channels, module.stride, module.dilation) != (1, (1,), (1,)) or not around_it:
+            raise UnsupportedOperatorError(f"{name}: over channels only a convolution that gives as many is supported")
+        self._emit(node, "channel_conv", axes=self.axes[source], kernel=(1, reach), module=name)
 
     def _batch_norm(self, node: fx.Node, module: nn.BatchNorm1d | nn.BatchNorm2d, name: str) -> None:
         if module.running_mean is None:
@@ -203,6 +224,9 @@ class Images(Shapes):
         call = node if call is None else call
         source, out, dims = call.all_input_nodes[0], shape_of(node) or (), self._reduced(call)
         rank = len(shape_of(source) or ())
+        if dims == {1}:
+            self._over_channels(node, "channel_max", source)
+            return
         if self._form(source) not in PLAIN or dims != set(range(2, rank)):
             raise self._unsupported(node)
         channels, *window = self._image(source)
@@ -221,6 +245,9 @@ class Images(Shapes):
                 raise self._unsupported(node)
             self._pooled(node, image)
             return
+        if dims == {1} and self._form(source) in PLAIN:
+            self._over_channels(node, "channel_mean", source)
+            return
         seen = self._seen(source)
         averaged = [seen.axes[dim] for dim in dims]
         left = [axis for at, axis in enumerate(seen.axes) if at not in dims and axis]
@@ -230,6 +257,15 @@ class Images(Shapes):
             self.halved[node] = source, 3 if dims == {2} and len(out) == rank else 2
         else:
             raise self._unsupported(node)
+
+    def _over_channels(self, node: fx.Node, kind: str, source: fx.Node) -> None:
+        """One number for every position, of all channels."""
+        if self._form(source) not in PLAIN:
+            raise self._unsupported(node)
+        rank = len(self.axes[source])
+        images, channel, *positions = plain_axes((1, *self._image(source)[1:]), rank)
+        axes = (images, *([channel] if len(shape_of(node) or ()) == rank else []), *positions)
+        self._emit(node, kind, sources=[source], axes=axes, out_channels=1)
 
     def _pooled(self, node: fx.Node, source: fx.Node) -> None:
         """`node` is the mean of `source` over all positions."""
@@ -353,6 +389,8 @@ class Images(Shapes):
         elif not any(to % size for size, to in zip(before[2:], after[2:], strict=True)):
             by = [to // size for size, to in zip(before[2:], after[2:], strict=True)]
             self._emit(node, "upsample_nearest", stride=in_plane(by, 1))
+        elif kind == "avg_pool":
+            self._emit(node, "adaptive_avg_pool", out_size=in_plane(after[2:], 1))
         else:
             sizes = ("x".join(map(str, shape[2:])) for shape in (before, after))
             raise self._unsupported(node, f"from {' to '.join(sizes)} its windows are not alike")

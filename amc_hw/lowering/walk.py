@@ -41,8 +41,8 @@ from amc_hw.lowering.calls import (
     TOLD,
     TRANSPOSES,
     activation_of,
+    called_activation,
     pair_of,
-    plain_activation,
     shape_of,
 )
 from amc_hw.lowering.constants import is_constant
@@ -305,6 +305,8 @@ class Lowering(Arithmetic, Images):
             self._clip(node, module.min_val, module.max_val)
         elif isinstance(module, nn.Softmax | nn.LogSoftmax):
             self._softmax(node, SOFTMAXES[type(module)], module.dim)
+        elif isinstance(module, nn.Softmax2d):
+            self._softmax(node, "softmax", 1)
         elif isinstance(module, nn.MultiheadAttention):
             self._multihead(node, module, name)
         elif isinstance(module, (nn.GroupNorm, *INSTANCE_NORMS)):
@@ -343,9 +345,10 @@ class Lowering(Arithmetic, Images):
                 self._ask(node.args[0])
             return
         if target in ACTIVATION_FUNCTIONS:
-            if not plain_activation(node):
+            activation = called_activation(node)
+            if activation is None:
                 raise self._unsupported(node)
-            self._activation(node, ACTIVATION_FUNCTIONS[target])
+            self._activation(node, activation)
         elif target is F.leaky_relu:
             slope = node.kwargs.get("negative_slope", node.args[1] if len(node.args) > 1 else 0.01)
             self._emit(node, "prelu", numbers=(float(slope),))  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from profilers.builders.weights import Weights, checked_weights, first_channel, map_as_convolution
+from profilers.builders.weights import Weights, averages, checked_weights, first_channel, map_as_convolution
 from profilers.builders.windows import parts_of, windows_of
 from profilers.errors import UnsupportedOperatorError
 from profilers.ops import ANY_RANK_KINDS, CONV_KINDS, SCALAR_KINDS, OpGraph, OpNode, OpSpec
@@ -16,8 +16,15 @@ from profilers.ops import ANY_RANK_KINDS, CONV_KINDS, SCALAR_KINDS, OpGraph, OpN
 OPSET = 17
 #: Read by every ONNX Runtime since 1.14; newer IR versions are refused by the older runtimes that phones have.
 IR_VERSION = 8
-_ACTIVATION_OPS = {"relu": "Relu", "sigmoid": "Sigmoid", "hardswish": "HardSwish", "tanh": "Tanh", "elu": "Elu"}
-_ARITHMETIC = {"add": "Add", "sub": "Sub", "mul": "Mul", "scale": "Mul"}
+_ACTIVATION_OPS = {
+    "relu": "Relu",
+    "sigmoid": "Sigmoid",
+    "hardswish": "HardSwish",
+    "tanh": "Tanh",
+    "elu": "Elu",
+    "softplus": "Softplus",
+}
+_ARITHMETIC = {"add": "Add", "sub": "Sub", "mul": "Mul", "scale": "Mul", "shift": "Add", "mask": "Mul"}
 _AFFINE = ("weight", "bias")
 
 
@@ -75,6 +82,21 @@ class _Writer:
             self.add("Add", f"{name}/plus", [f"{name}/erf", one], f"{name}/plus")
             self.add("Mul", f"{name}/times", [source, f"{name}/plus"], f"{name}/times")
             self.add("Mul", f"{name}/gelu", [f"{name}/times", half], output)
+        elif op.activation == "gelu_tanh":  # x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))
+            parts = [("cubed", 0.044715), ("root", np.sqrt(2 / np.pi)), ("one", 1.0), ("half", 0.5), ("three", 3.0)]
+            values = {key: self.constant(f"{name}/{key}", np.array(value, np.float32)) for key, value in parts}
+            self.add("Pow", f"{name}/cube", [source, values["three"]], f"{name}/cube")
+            self.add("Mul", f"{name}/part", [f"{name}/cube", values["cubed"]], f"{name}/part")
+            self.add("Add", f"{name}/sum", [source, f"{name}/part"], f"{name}/sum")
+            self.add("Mul", f"{name}/inside", [f"{name}/sum", values["root"]], f"{name}/inside")
+            self.add("Tanh", f"{name}/tanh", [f"{name}/inside"], f"{name}/tanh")
+            self.add("Add", f"{name}/plus", [f"{name}/tanh", values["one"]], f"{name}/plus")
+            self.add("Mul", f"{name}/times", [source, f"{name}/plus"], f"{name}/times")
+            self.add("Mul", f"{name}/gelu", [f"{name}/times", values["half"]], output)
+        elif op.activation == "mish":
+            self.add("Softplus", f"{name}/softplus", [source], f"{name}/softplus")
+            self.add("Tanh", f"{name}/tanh", [f"{name}/softplus"], f"{name}/tanh")
+            self.add("Mul", f"{name}/mish", [source, f"{name}/tanh"], output)
         elif op.activation == "hardsigmoid":
             self.add("HardSigmoid", f"{name}/hardsigmoid", [source], output, alpha=1.0 / 6.0, beta=0.5)
         else:
@@ -247,6 +269,21 @@ def _emit(writer: _Writer, node: OpNode, weights: Weights, *, leaves: bool) -> N
         writer.reshape(name, turned, result, (op.batch, op.out_channels, op.height, op.width))
     elif op.kind == "attention":
         _attention(writer, op, name, inputs, result, arrays)
+    elif op.kind == "channel_mean":
+        writer.add("ReduceMean", name, inputs, result, axes=[1], keepdims=1)
+    elif op.kind == "channel_max":
+        writer.add("ReduceMax", name, inputs, result, axes=[1], keepdims=1)
+    elif op.kind == "channel_conv":
+        row = writer.reshape(f"{name}/row", inputs[0], f"{name}/row", (op.batch, 1, 1, op.out_channels))
+        parts = [writer.constant(f"{name}.{part}", arrays[part]) for part in ("weight", "bias")]
+        sides = [0, op.kernel[1] // 2] * 2
+        writer.add("Conv", name, [row, *parts], f"{name}/over", kernel_shape=list(op.kernel), pads=sides)
+        writer.reshape(f"{name}/column", f"{name}/over", result, (op.batch, op.out_channels, 1, 1))
+    elif op.kind == "adaptive_avg_pool":
+        across = writer.constant(f"{name}/across", np.ascontiguousarray(averages(op.width, op.out_width).T))
+        down = writer.constant(f"{name}/down", averages(op.height, op.out_height))
+        writer.add("MatMul", f"{name}/rows", [*inputs, across], f"{name}/rows")
+        writer.add("MatMul", name, [down, f"{name}/rows"], result)
     elif op.kind == "max_pool":
         writer.add("MaxPool", name, inputs, result, **window, ceil_mode=int(op.ceil))
     elif op.kind == "avg_pool":

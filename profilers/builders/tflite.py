@@ -12,17 +12,18 @@ from typing import Any
 import numpy as np
 
 from profilers.builders.tflite_writer import FUSED, Writer
-from profilers.builders.weights import Weights, checked_weights, first_channel, map_as_convolution
+from profilers.builders.weights import Weights, averages, checked_weights, first_channel, map_as_convolution
 from profilers.builders.windows import parts_of, windows_of
 from profilers.errors import DeviceError, UnsupportedOperatorError
 from profilers.ops import GROUPED_KINDS, OpGraph, OpNode, OpSpec
 
-_ARITHMETIC = {"add": "ADD", "sub": "SUB", "mul": "MUL", "scale": "MUL"}
+_ARITHMETIC = {"add": "ADD", "sub": "SUB", "mul": "MUL", "scale": "MUL", "shift": "ADD", "mask": "MUL"}
 #: Kinds whose TFLite operator fuses no activation. (CONCATENATION has the field; XNNPACK ignores what it says.)
 _UNFUSED_KINDS = (
     *("concat", "global_avg_pool", "pad", "flatten", "slice", "chunk", "shuffle", "pixel_shuffle", "prelu", "softmax"),
     *("log_softmax", "clip", "crop", "upsample_nearest", "upsample_bilinear"),
     *("to_tokens", "to_image", "prepend", "take_token", "attention"),
+    *("channel_mean", "channel_max", "channel_conv", "adaptive_avg_pool"),
 )
 _NEVER_NEGATIVE = ("relu", "relu6", "sigmoid", "hardsigmoid")
 
@@ -526,6 +527,41 @@ def _global_avg_pool(network: _Network, node: OpNode, output: str, activation: s
     writer.operator("MEAN", inputs, output, shape, options=("ReducerOptions", {"keepDims": False}))
 
 
+def _over_channels(network: _Network, node: OpNode, output: str, activation: str) -> None:
+    writer, code = network.writer, "MEAN" if node.op.kind == "channel_mean" else "REDUCE_MAX"
+    axis = writer.constant(f"{node.name}/axes", np.array([3]), dtype="INT32")
+    inputs, shape = [network.as_image(node.inputs[0]), axis], network.image_shape(node.op)
+    writer.operator(code, inputs, output, shape, options=("ReducerOptions", {"keepDims": True}))
+
+
+def _channel_conv(network: _Network, node: OpNode, output: str, activation: str) -> None:
+    op, writer, arrays, name = node.op, network.writer, network.weights[node.name], node.name
+    shape = (network.batch, 1, op.out_channels, 1)
+    row = writer.reshape(network.as_image(node.inputs[0]), f"{name}/row", shape)
+    weight = writer.constant(f"{name}.weight", arrays["weight"].transpose(0, 2, 3, 1))
+    bias = writer.constant(f"{name}.bias", arrays["bias"])
+    window = {"padding": writer.schema.Padding.SAME, "strideH": 1, "strideW": 1}
+    options = writer.fusing("Conv2DOptions", "none", **window)
+    over = writer.operator("CONV_2D", [row, weight, bias], f"{name}/over", shape, options=options)
+    writer.reshape(over, output, network.image_shape(op))
+
+
+def _adaptive_avg_pool(network: _Network, node: OpNode, output: str, activation: str) -> None:
+    """Products with the shares of pixels, along either side, which comes last for it."""
+    op, writer, name = node.op, network.writer, node.name
+    source = writer.transpose(
+        network.as_image(node.inputs[0]), f"{name}/rows", (0, 3, 1, 2)
+    )  # the last axis first, twice
+    for side, size, to in (("across", op.width, op.out_width), ("down", op.height, op.out_height)):
+        weight = writer.constant(f"{name}/{side}", averages(size, to))
+        bias = writer.constant(f"{name}/{side}/bias", np.zeros(to))
+        options = writer.fusing("FullyConnectedOptions", "none", keepNumDims=True)
+        shape = (*writer.shapes[source][:-1], to)
+        made = f"{name}/{side}/product"
+        writer.operator("FULLY_CONNECTED", [source, weight, bias], made, shape, version=5, options=options)
+        source = writer.transpose(made, output if side == "down" else f"{name}/columns", (0, 3, 1, 2))
+
+
 def _flatten(network: _Network, node: OpNode, output: str, activation: str) -> None:
     op, writer = node.op, network.writer
     (source,) = node.inputs
@@ -547,6 +583,8 @@ _EMITTERS: dict[str, Callable[[_Network, OpNode, str, str], None]] = {
     "sub": _elementwise,
     "mul": _elementwise,
     "scale": _elementwise,
+    "shift": _elementwise,
+    "mask": _elementwise,
     "add_scalar": _scalar,
     "mul_scalar": _scalar,
     "affine": _affine,
@@ -575,5 +613,9 @@ _EMITTERS: dict[str, Callable[[_Network, OpNode, str, str], None]] = {
     "max_pool": _pool,
     "avg_pool": _pool,
     "global_avg_pool": _global_avg_pool,
+    "channel_mean": _over_channels,
+    "channel_max": _over_channels,
+    "channel_conv": _channel_conv,
+    "adaptive_avg_pool": _adaptive_avg_pool,
     "flatten": _flatten,
 }

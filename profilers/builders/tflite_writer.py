@@ -134,12 +134,18 @@ class Writer:
     def activation(self, activation: str, source: str, output: str) -> str:
         """An activation as operators of its own."""
         shape = self.shapes[source]
-        if activation == "gelu":
-            return self.operator("GELU", [source], output, shape, options=("GeluOptions", {"approximate": False}))
+        if activation in ("gelu", "gelu_tanh"):
+            options = ("GeluOptions", {"approximate": activation == "gelu_tanh"})
+            return self.operator("GELU", [source], output, shape, options=options)
         if activation in ACTIVATION_OPS:
             return self.operator(ACTIVATION_OPS[activation], [source], output, shape)
         if activation == "silu":
             gate = self.operator("LOGISTIC", [source], f"{output}/gate", shape)
+            return self.operator("MUL", [source, gate], output, shape, options=self.fusing("MulOptions", "none"))
+        if activation == "softplus":
+            return self._softplus(source, output)
+        if activation == "mish":
+            gate = self.operator("TANH", [self._softplus(source, f"{output}/softplus")], f"{output}/gate", shape)
             return self.operator("MUL", [source, gate], output, shape, options=self.fusing("MulOptions", "none"))
         if activation == "hardsigmoid":  # relu6(x + 3) / 6
             three = self.constant(f"{output}/three", np.array([3.0]))
@@ -148,6 +154,18 @@ class Writer:
             sixfold = self.operator("ADD", [source, three], f"{output}/sixfold", shape, options=options)
             return self.operator("MUL", [sixfold, sixth], output, shape, options=self.fusing("MulOptions", "none"))
         raise UnsupportedOperatorError(f"{output}: {activation!r} is not an activation that can stand alone")
+
+    def _softplus(self, source: str, output: str) -> str:
+        """log(1 + exp(x)), as relu(x) + log(1 + exp(-|x|)): that overflows nowhere."""
+        shape, one = self.shapes[source], self.constant(f"{output}/one", np.array([1.0]))
+        found = source
+        for code in ("ABS", "NEG", "EXP"):
+            found = self.operator(code, [found], f"{output}/{code.lower()}", shape)
+        options = self.fusing("AddOptions", "none")
+        found = self.operator("ADD", [found, one], f"{output}/plus", shape, options=options)
+        logarithm = self.operator("LOG", [found], f"{output}/log", shape)
+        above = self.operator("RELU", [source], f"{output}/relu", shape)
+        return self.operator("ADD", [above, logarithm], output, shape, options=options)
 
     def fusing(self, table: str, activation: str, **values: Any) -> tuple[str, dict[str, Any]]:
         """Options of an operator that also computes `activation`."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -12,7 +15,7 @@ from profilers.errors import UnsupportedOperatorError
 from profilers.ops import ANY_RANK_KINDS, CONV_KINDS, SCALAR_KINDS, OpGraph, OpNode, OpSpec
 
 LABEL = "node "  #: before a node's name: the profiler takes a bare "2.0" for a mangled C++ name, and shortens it
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
     "relu": F.relu,
     "relu6": F.relu6,
@@ -21,8 +24,11 @@ ACTIVATIONS = {
     "sigmoid": torch.sigmoid,
     "silu": F.silu,
     "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "tanh": torch.tanh,
     "elu": F.elu,
+    "softplus": F.softplus,
+    "mish": F.mish,
 }
 
 
@@ -114,12 +120,21 @@ class Network(nn.Module):
             return kept * (index >= 0).to(x.dtype)[:, None, None]
         if op.kind == "linear":
             return F.linear(x if op.tokens else x.flatten(1), part("weight"), part("bias"))
-        if op.kind == "add":
+        if op.kind in ("add", "shift"):
             return inputs[0] + inputs[1]
         if op.kind == "sub":
             return inputs[0] - inputs[1]
-        if op.kind in ("mul", "scale"):
+        if op.kind in ("mul", "scale", "mask"):
             return inputs[0] * inputs[1]
+        if op.kind == "channel_mean":
+            return x.mean(1, keepdim=True)
+        if op.kind == "channel_max":
+            return x.amax(1, keepdim=True)
+        if op.kind == "channel_conv":
+            over = F.conv1d(x.flatten(1)[:, None], part("weight")[:, :, 0], part("bias"), padding=op.kernel[1] // 2)
+            return over.reshape(x.shape)
+        if op.kind == "adaptive_avg_pool":
+            return F.adaptive_avg_pool2d(x, (op.out_height, op.out_width))
         if op.kind in SCALAR_KINDS:
             value = self.numbers[_key(name, "value")]
             return x + value if op.kind == "add_scalar" else x * value

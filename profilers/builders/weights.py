@@ -29,6 +29,8 @@ def weight_shapes(node: OpNode) -> dict[str, tuple[int, ...]]:
     if op.kind in CONV_KINDS:
         shape = (op.out_channels, op.in_channels[0] // op.groups, *op.kernel)
         return {"weight": shape, "bias": (op.out_channels,)}
+    if op.kind == "channel_conv":
+        return {"weight": (1, 1, *op.kernel), "bias": (1,)}
     if op.kind == "conv_transpose":
         return {"weight": (op.in_channels[0], op.out_channels, *op.kernel), "bias": (op.out_channels,)}
     if op.kind == "linear":
@@ -116,6 +118,14 @@ def map_as_convolution(index: np.ndarray, in_channels: int) -> np.ndarray:
     kept = index >= 0
     weight[np.nonzero(kept)[0], index[kept], 0, 0] = 1.0
     return weight
+
+
+def averages(size: int, to: int) -> np.ndarray:
+    """What an adaptive pooling makes of `size` pixels in a row, (to, size): shares of every pixel (PyTorch)."""
+    places = np.arange(size)
+    starts, ends = np.arange(to) * size // to, -(-(np.arange(to) + 1) * size // to)
+    inside = (places >= starts[:, None]) & (places < ends[:, None])
+    return (inside / inside.sum(1, keepdims=True)).astype(np.float32)
 
 
 def first_channel(op: OpSpec, arrays: Mapping[str, np.ndarray]) -> int:

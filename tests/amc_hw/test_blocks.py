@@ -54,9 +54,7 @@ def around(between: nn.Module, *, read: int = 16, out: int = 16) -> nn.Module:
 def test_a_gate_that_is_repeated_for_every_pixel(tmp_path: Path, call) -> None:
     graph = half_and_exported(around(SELayer(16, call)), IMAGE, tmp_path)
     assert [group.name for group in graph.groups] == ["0", "3.fc.0"]
-    assert kinds(graph) == ["conv", "global_avg_pool", "linear", "linear", "activation", "scale", "conv"] or kinds(
-        graph
-    ) == ["conv", "global_avg_pool", "linear", "linear", "scale", "conv"]
+    assert kinds(graph) == ["conv", "global_avg_pool", "linear", "linear", "scale", "conv"]
 
 
 def test_channels_that_a_gate_is_repeated_to_by_a_number_are_frozen() -> None:
@@ -192,9 +190,154 @@ def test_a_classifier_that_wants_more_pixels_than_there_are(tmp_path: Path, size
     assert [group.name for group in graph.groups] == ["0"]
 
 
-def test_windows_that_are_not_alike_are_refused() -> None:
+@pytest.mark.parametrize("size", [5, (3, 7), (12, 5), 13])
+def test_windows_that_are_not_alike(tmp_path: Path, size) -> None:
+    """Pyramid pooling (Zhao et al., CVPR 2017), and VGG on images of any size."""
+    graph = half_and_exported(around(nn.AdaptiveAvgPool2d(size)), IMAGE, tmp_path)
+    assert kinds(graph) == ["conv", "adaptive_avg_pool", "conv"]
+    assert [group.name for group in graph.groups] == ["0"]
+
+
+def test_samples_in_windows_that_are_not_alike(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Conv1d(3, 8, 3), nn.AdaptiveAvgPool1d(5), nn.Conv1d(8, 4, 1))
+    assert kinds(half_and_exported(net, torch.randn(4, 3, 19), tmp_path)) == ["conv", "adaptive_avg_pool", "conv"]
+
+
+def test_the_largest_of_windows_that_are_not_alike_is_refused() -> None:
     with pytest.raises(UnsupportedOperatorError, match="from 12x12 to 5x5 its windows are not alike"):
-        build_graph(around(nn.AdaptiveAvgPool2d(5)).eval(), (3, 12, 12))
+        build_graph(around(nn.AdaptiveMaxPool2d(5)).eval(), (3, 12, 12))
+
+
+class ChannelAttention(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.avg_pool, self.max_pool = nn.AdaptiveAvgPool2d(1), nn.AdaptiveMaxPool2d(1)
+        self.fc1, self.fc2 = nn.Conv2d(channels, channels // 4, 1), nn.Conv2d(channels // 4, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = [self.fc2(F.relu(self.fc1(pool(x)))) for pool in (self.avg_pool, self.max_pool)]
+        return torch.sigmoid(found[0] + found[1])
+
+
+class SpatialAttention(nn.Module):
+    def __init__(self, largest) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(2, 1, 7, padding=3, bias=False)
+        self.largest = largest
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(self.conv1(torch.cat([torch.mean(x, dim=1, keepdim=True), self.largest(x)], dim=1)))
+
+
+class AttendedBlock(nn.Module):
+    """CBAM (Woo et al., ECCV 2018) in a residual block."""
+
+    def __init__(self, channels: int, largest, apply) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+        self.ca, self.sa = ChannelAttention(channels), SpatialAttention(largest)
+        self.apply_to = apply
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.conv2(F.relu(self.conv1(x)))
+        out = self.ca(out) * out
+        return F.relu(self.apply_to(self.sa(out), out) + x)
+
+
+@pytest.mark.parametrize(
+    "apply", [lambda gate, x: gate * x, lambda gate, x: x * gate.expand_as(x), lambda gate, x: x.mul(gate)]
+)
+@pytest.mark.parametrize(
+    "largest",
+    [
+        lambda x: torch.max(x, dim=1, keepdim=True)[0],
+        lambda x: torch.max(x, 1)[0].unsqueeze(1),
+        lambda x: x.max(dim=1, keepdim=True).values,
+        lambda x: x.amax(1, keepdim=True),
+    ],
+)
+def test_attention_to_places(tmp_path: Path, largest, apply) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), AttendedBlock(16, largest, apply), nn.Conv2d(16, 4, 1))
+    graph = half_and_exported(net, IMAGE, tmp_path)
+    assert {"channel_mean", "channel_max", "mask"} < set(kinds(graph))
+    assert [group.name for group in graph.groups] == ["1.conv1", "1.ca.fc1"]
+    assert frozen_of(graph)["0"].startswith("read together at ")
+
+
+def test_a_context_that_is_added_to_every_pixel(tmp_path: Path) -> None:
+    """As in a global context block (Cao et al., ICCVW 2019), and where ASPP adds what it pooled."""
+
+    def forward(net: Net, x: Tensor) -> Tensor:
+        x = F.relu(net.a(x))
+        return net.c(x + net.b(x.mean((2, 3), keepdim=True)))
+
+    parts = dict(a=nn.Conv2d(3, 16, 3), b=nn.Conv2d(16, 16, 1), c=nn.Conv2d(16, 4, 1))
+    graph = half_and_exported(Net(forward, **parts), IMAGE, tmp_path)
+    assert kinds(graph) == ["conv", "global_avg_pool", "conv", "shift", "conv"]
+    assert [(group.name, group.modules("producer")) for group in graph.groups] == [("a", ("a", "b"))]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda conv, y: conv(y.squeeze(-1).transpose(-1, -2)).transpose(-1, -2).unsqueeze(-1),
+        lambda conv, y: conv(y.view(y.shape[0], 1, -1)).view(y.shape[0], -1, 1, 1),
+        lambda conv, y: conv(y.flatten(1).unsqueeze(1)).squeeze(1)[:, :, None, None],
+    ],
+)
+@pytest.mark.parametrize("reach", [3, 5])
+def test_a_convolution_over_channels(tmp_path: Path, reach: int, call) -> None:
+    """Efficient channel attention (Wang et al., CVPR 2020)."""
+
+    def forward(net: Net, x: Tensor) -> Tensor:
+        x = net.b(F.relu(net.a(x)))
+        gate = torch.sigmoid(call(net.over, F.adaptive_avg_pool2d(x, 1)))
+        return net.c(x * gate.expand_as(x))
+
+    parts = dict(a=nn.Conv2d(3, 16, 3), b=nn.Conv2d(16, 12, 1), c=nn.Conv2d(12, 4, 1))
+    over = nn.Conv1d(1, 1, reach, padding=reach // 2, bias=reach == 5)
+    graph = half_and_exported(Net(forward, **parts, over=over), IMAGE, tmp_path)
+    assert "channel_conv" in kinds(graph) and [group.name for group in graph.groups] == ["a"]
+    assert frozen_of(graph)["b"] == "read together at over"
+    assert graph.params() == 16 * 28 + 12 * 17 + 4 * 13 + reach + 1
+
+
+@pytest.mark.parametrize(
+    "over",
+    [
+        nn.Conv1d(1, 2, 3, padding=1),
+        nn.Conv1d(1, 1, 3),
+        nn.Conv1d(1, 1, 4, padding="same"),
+        nn.Conv1d(1, 1, 3, padding=2, dilation=2),
+        nn.Conv1d(1, 1, 3, padding=1, stride=2),
+    ],
+)
+def test_other_convolutions_over_channels_are_refused(over: nn.Module) -> None:
+    net = Net(lambda net, x: net.over(net.a(x).mean((2, 3))[:, None]).flatten(1), a=nn.Conv2d(3, 16, 3), over=over)
+    with pytest.raises(UnsupportedOperatorError, match="over: over channels only a convolution that gives as many"):
+        build_graph(net.eval(), (3, 12, 12))
+
+
+@pytest.mark.parametrize(
+    ("call", "wanted"),
+    [
+        (nn.Mish(), "mish"),
+        (F.mish, "mish"),
+        (nn.Softplus(), "softplus"),
+        (lambda x: F.softplus(x, beta=1, threshold=20), "softplus"),
+        (nn.GELU(approximate="tanh"), "gelu_tanh"),
+        (lambda x: F.gelu(x, approximate="tanh"), "gelu_tanh"),
+    ],
+)
+def test_activations_of_many_operators(tmp_path: Path, call, wanted: str) -> None:
+    graph = half_and_exported(around(Call(call)), 20 * IMAGE, tmp_path)
+    assert wanted in {op.activation for op in graph.op_graph().ops}
+
+
+@pytest.mark.parametrize("call", [nn.Softplus(beta=2), lambda x: F.softplus(x, 2.0), nn.Softplus(threshold=5)])
+def test_other_softplus_are_refused(call) -> None:
+    with pytest.raises(UnsupportedOperatorError, match=r"(?i)operator softplus"):
+        build_graph(around(Call(call)).eval(), (3, 12, 12))
 
 
 @pytest.mark.parametrize("pool", [nn.AvgPool2d(32, ceil_mode=True), nn.AvgPool2d((12, 40), ceil_mode=True)])
@@ -269,3 +412,14 @@ def test_arguments_are_as_many_as_the_examples(count: int) -> None:
     graph = build_graph(net, (3, 4, 4), examples=examples)
     check_reading(net, graph, examples)
     assert len(graph.op_graph().inputs) == count
+
+
+def test_attention_to_samples(tmp_path: Path) -> None:
+    def forward(net: Net, x: Tensor) -> Tensor:
+        x = net.b(F.relu(net.a(x)))
+        return net.c(x * torch.sigmoid(x.mean(1, keepdim=True) - x.amax(1, keepdim=True)))
+
+    parts = dict(a=nn.Conv1d(3, 8, 3), b=nn.Conv1d(8, 8, 3), c=nn.Conv1d(8, 4, 1))
+    graph = half_and_exported(Net(forward, **parts), torch.randn(4, 3, 20), tmp_path)
+    assert kinds(graph) == ["conv", "conv", "channel_mean", "channel_max", "sub", "mask", "conv"]
+    assert [group.name for group in graph.groups] == ["a"]

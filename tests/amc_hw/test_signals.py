@@ -263,7 +263,7 @@ REFUSED = {
     "one image": (nn.Sequential(nn.Conv2d(1, 4, 3)), (10, 30), "a Conv2d of what is no image"),
     "channels and samples padded": (around(2, Call(lambda x: F.pad(x, (1, 0, 1, 1))), 10), (2, 30), "operator pad"),
     "indices": (around(2, Call(lambda x: torch.max(x, 2)[1].float().unsqueeze(2))), (2, 30), "getitem"),
-    "over channels": (around(2, Call(lambda x: x * x.mean(1, keepdim=True))), (2, 30), "operator mean"),
+    "over channels": (around(2, Call(lambda x: x * x.sum(1, keepdim=True))), (2, 30), "operator sum"),
     "a single number": (
         nn.Sequential(nn.Flatten(), nn.Linear(60, 1), nn.Flatten(0)),
         (2, 30),

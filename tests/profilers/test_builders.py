@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import math
 import sys
 import weakref
 from dataclasses import replace
@@ -40,8 +41,11 @@ REFERENCE_ACTIVATIONS = {
     "sigmoid": torch.sigmoid,
     "silu": F.silu,
     "gelu": F.gelu,
+    "gelu_tanh": lambda x: x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x**3)),
     "tanh": torch.tanh,
     "elu": F.elu,
+    "softplus": lambda x: torch.log1p(torch.exp(x)),
+    "mish": lambda x: x * torch.tanh(torch.log1p(torch.exp(x))),
 }
 
 
@@ -135,10 +139,16 @@ def reference_op(op: OpSpec, inputs: list[torch.Tensor], arrays: dict[str, torch
         return F.pixel_shuffle(x, op.stride[0])
     if op.kind == "sub":
         return inputs[0] - inputs[1]
-    if op.kind in ("add", "mul", "scale"):
+    if op.kind in ("add", "mul", "scale", "shift", "mask"):
         if {value.ndim for value in inputs} == {2, 4}:
             inputs = [value if value.ndim == 4 else value[:, :, None, None] for value in inputs]
-        return inputs[0] + inputs[1] if op.kind == "add" else inputs[0] * inputs[1]
+        return inputs[0] + inputs[1] if op.kind in ("add", "shift") else inputs[0] * inputs[1]
+    if op.kind in ("channel_mean", "channel_max"):
+        return x.mean(1, keepdim=True) if op.kind == "channel_mean" else x.amax(1, keepdim=True)
+    if op.kind == "channel_conv":
+        return F.conv2d(x.movedim(1, 3), arrays["weight"], arrays["bias"], padding="same").movedim(3, 1)
+    if op.kind == "adaptive_avg_pool":
+        return F.adaptive_avg_pool2d(x, op.out_size)
     if op.kind == "concat":
         return torch.cat(inputs, dim=1)
     if op.kind == "max_pool":
@@ -261,14 +271,9 @@ def alone(op: OpSpec) -> OpGraph:
         more = tuple(zip("kv", _input_shapes(op)[1:], strict=False))
         read = ("laid" if op.tokens else OpGraph.INPUT, *(name for name, _ in more))
         return OpGraph((*before, OpNode(f"{op.kind}0", op, read)), image, (f"{op.kind}0",), more)
-    if op.kind == "scale":
-        gate = (("gate", (op.in_channels[1],)),)
-        return OpGraph(
-            (OpNode("scale0", op, (OpGraph.INPUT, "gate")),),
-            (op.in_channels[0], op.height, op.width),
-            ("scale0",),
-            gate,
-        )
+    if op.kind in ("scale", "shift", "mask"):
+        name, image = f"{op.kind}0", (op.in_channels[0], op.height, op.width)
+        return OpGraph((OpNode(name, op, (OpGraph.INPUT, "gate")),), image, (name,), (("gate", _input_shapes(op)[1]),))
     return chain(op, input_shape=(op.in_channels[0], op.height, op.width))
 
 
@@ -352,6 +357,8 @@ SMALL_OPS = {
     "sub": OpSpec("sub", (5, 5), 6, 7, 5),
     "mul": OpSpec("mul", (5, 5), 6, 7, 5),
     "scale": OpSpec("scale", (5, 5), 6, 7, 5),
+    "shift": OpSpec("shift", (5, 5), 6, 7, 5),
+    "mask": OpSpec("mask", (5, 1), 6, 7, 5),
     "add_scalar": OpSpec("add_scalar", (5,), 6, 7, 5),
     "mul_scalar": OpSpec("mul_scalar", (5,), 6, 7, 5),
     "affine": OpSpec("affine", (5,), 6, 7, 5),
@@ -376,6 +383,10 @@ SMALL_OPS = {
     "max_pool": OpSpec("max_pool", (5,), 6, 7, 5, kernel=(2, 2), stride=(2, 2)),
     "avg_pool": OpSpec("avg_pool", (5,), 6, 7, 5, kernel=(3, 3), padding=(1, 1)),
     "global_avg_pool": OpSpec("global_avg_pool", (5,), 6, 7, 5),
+    "adaptive_avg_pool": OpSpec("adaptive_avg_pool", (5,), 6, 7, 5, out_size=(4, 9)),
+    "channel_mean": OpSpec("channel_mean", (5,), 6, 7, 1),
+    "channel_max": OpSpec("channel_max", (5,), 6, 7, 1),
+    "channel_conv": OpSpec("channel_conv", (8,), 1, 1, 8, kernel=(1, 3)),
     "flatten": OpSpec("flatten", (5,), 6, 7, 210),
     "activation": OpSpec("activation", (5,), 6, 7, 5, activation="relu"),
     "linear": linear(210, 9),
@@ -404,7 +415,7 @@ IN_TOKENS = [
     *(
         replace(SMALL_OPS[kind], tokens=True)
         for kind in (*ANY_RANK_KINDS, "add_map", "global_avg_pool")
-        if kind != "scale"
+        if kind not in ("scale", "shift")
     ),
     OpSpec("linear", (5,), 6, 7, 9, tokens=True, activation="gelu"),
     OpSpec("crop", (5,), 42, 1, 5, tokens=True, padding=(1, 0), padding_end=(0, 0)),
