@@ -28,12 +28,13 @@ from amc_hw.find import (
     timed_anew,
 )
 from amc_hw.finetune import LAYER_NORM_LR, PRECISIONS, USUAL_LR, FinetuneConfig, finetune, plan_finetune
-from amc_hw.graph import LayerGraph
+from amc_hw.graph import FrozenGroup, Layer, LayerGraph
 from amc_hw.models import LoadedModel
 from amc_hw.models.checkpoint import not_finite
 from amc_hw.plots import check_picture, save_predictions
 from amc_hw.policy import Policy, load_policy, policy_file
 from amc_hw.pretrain import DEFAULT_DATA, DEFAULT_MODEL, checkpoint_for, data_for
+from amc_hw.refit import count_of
 from amc_hw.report import write_report
 from amc_hw.runs import JOURNAL, Progress, none_better, save_weights, silent
 from amc_hw.search.loop import METHODS
@@ -214,18 +215,9 @@ def describe_graph(
     latency = None if device is None else _operator_ms(graph, device)
     frozen = []
     for group in graph.frozen:
-        touching = [layer for layer in graph.layers if {layer.module, layer.batch_norm} & set(group.modules)]
-        names = {layer.name for layer in touching}
-        frozen.append(
-            {
-                "name": group.name,
-                "width": group.width,
-                "reason": group.reason,
-                "macs_share": sum(layer.op.macs for layer in touching) / max(network.macs, 1),
-                "latency_share": latency
-                and sum(ms for name, ms in latency.items() if name in names) / sum(latency.values()),
-            }
-        )
+        names = {layer.name for layer in _touching(graph, group)}
+        share = latency and sum(ms for name, ms in latency.items() if name in names) / sum(latency.values())
+        frozen.append(_frozen_row(graph, group) | {"latency_share": share})
     return {
         "model": model,
         "groups": [
@@ -242,6 +234,15 @@ def describe_graph(
         "macs": network.macs,
         "params": graph.params(),
     }
+
+
+def _touching(graph: LayerGraph, group: FrozenGroup) -> list[Layer]:
+    return [layer for layer in graph.layers if {layer.module, layer.batch_norm} & set(group.modules)]
+
+
+def _frozen_row(graph: LayerGraph, group: FrozenGroup) -> dict[str, Any]:
+    share = sum(layer.op.macs for layer in _touching(graph, group)) / max(graph.macs(), 1)
+    return {"name": group.name, "width": group.width, "reason": group.reason, "macs_share": share}
 
 
 def check_network(
@@ -285,9 +286,7 @@ def check_network(
         "model": subject.model.spec,
         **found,
         "groups": len(subject.graph.groups),
-        "frozen": [
-            {"name": group.name, "width": group.width, "reason": group.reason} for group in subject.graph.frozen
-        ],
+        "frozen": [_frozen_row(subject.graph, group) for group in subject.graph.frozen],
         "macs": network.macs,
         "params": subject.graph.params(),
         "smallest_macs": subject.graph.macs([grid[0] for grid in subject.grids]),
@@ -549,11 +548,11 @@ def export(
 def export_unpruned(
     model: str,
     *,
-    checkpoint: str | Path | None,
+    checkpoint: str | Path | None = None,
     file_format: str,
     out: str | Path,
     batch: int = 1,
-    data: str | None,
+    data: str | None = None,
     evaluate: str | None = None,
     calibrate: str | None = None,
     input_shape: Sequence[int] | None = None,
@@ -620,9 +619,20 @@ def _export(
         random = drawn((example.shape[1:] for example in loaded.example_inputs), CHECK_IMAGES)
         inputs = random if task is None else task.inputs(CHECK_IMAGES)
         return export_network(module, graph, network, inputs, file_format=file_format, out=out, about=about) | told
-    inputs = task.inputs(INT8_IMAGES)
+    inputs = task.inputs(INT8_IMAGES + CHECK_IMAGES)
+    count = count_of(inputs)
+    cut = min(INT8_IMAGES, count - count // 8)
+    calibrated, others = (tuple(part[places] for part in inputs) for places in (slice(cut), slice(cut, None)))
     found, running = export_int8(
-        module, graph, network, inputs, file_format=file_format, out=out, about=about, int8_io=int8_io
+        module,
+        graph,
+        network,
+        calibrated,
+        others=others if count > cut else None,
+        file_format=file_format,
+        out=out,
+        about=about,
+        int8_io=int8_io,
     )
     if found["rms_diff"] > ROUGH:
         warnings.warn(
@@ -665,7 +675,8 @@ def save_pruned(module: nn.Module, policy: str | Path, out: str | Path) -> Path:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FailedError(f"cannot write in {out}: {error.strerror}") from None
-    save_weights(out / found.policy.weights, weights)
+    wanted.update(weights)  # and keeps the versions of its modules
+    save_weights(out / found.policy.weights, wanted)
     found.policy.save(target)
     return target
 

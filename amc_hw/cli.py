@@ -235,7 +235,7 @@ def _blocks(group: dict[str, Any]) -> str:
 
 def _locked(frozen: dict[str, Any]) -> str:
     text = f"; it is read or written by {frozen['macs_share']:.1%} of the MACs"
-    return text if frozen["latency_share"] is None else f"{text}, {frozen['latency_share']:.1%} of the latency"
+    return text if frozen.get("latency_share") is None else f"{text}, {frozen['latency_share']:.1%} of the latency"
 
 
 @cli.command()
@@ -266,7 +266,7 @@ def _check_lines(r: dict[str, Any]) -> list[str]:
     else:
         table = f"{r['table']} has all that a search needs"
     lines = [
-        f"groups      {r['groups']} to prune, {len(r['frozen'])} frozen (amc-hw graph says why)",
+        f"groups      {r['groups']} to prune, {len(r['frozen'])} frozen{_most_locked(r['frozen'])}",
         f"MMACs       {r['macs'] / 1e6:.1f}; {r['smallest_macs'] / 1e6:.1f} with all groups at their smallest",
         f"table       {table}",
     ]
@@ -278,6 +278,15 @@ def _check_lines(r: dict[str, Any]) -> list[str]:
         *lines,
         f"search      {_search_time(r)}: {r['search_minutes']:.0f} minutes",
     ]
+
+
+def _most_locked(frozen: list[dict[str, Any]]) -> str:
+    """Which frozen group locks most, but for outputs: that cannot be helped."""
+    helped = [each for each in frozen if each["reason"] != "network output"]
+    if not helped:
+        return " (amc-hw graph says why)"
+    most = max(helped, key=lambda each: float(each["macs_share"]))
+    return f", most of all {most['name']}: {most['reason']}{_locked(most)} (amc-hw graph tells all)"
 
 
 def _search_time(r: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -156,7 +157,7 @@ class Evaluator:
         if not any(isinstance(part, BATCH_NORMS) for part in small.modules()):
             return small
         before = self.task.score(small)
-        statistics = {name: value.clone() for name, value in small.state_dict().items()}
+        statistics = copy.deepcopy(small.state_dict())  # with the versions of its modules
         reestimate_batch_norm(small, self.calibration)
         if self.task.score(small) < before:
             small.load_state_dict(statistics)

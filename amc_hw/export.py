@@ -106,25 +106,26 @@ def export_int8(
     *,
     file_format: str,
     out: Path,
+    others: Inputs | None = None,
     about: Mapping[str, Any] | None = None,
     int8_io: bool = False,
 ) -> tuple[dict[str, Any], Running]:
     """As `export_network`, quantized to int8 and calibrated on `inputs`; the written model comes back as a module, too.
 
-    int8_io: its inputs and outputs are int8, too. `max_abs_diff` from PyTorch's float outputs is reported, and
-    `rms_diff`, the root of the mean square difference over that of these outputs, of several outputs the largest; no
-    file is refused for it.
+    others: inputs that it is compared on; what it was calibrated on flatters it. int8_io: its inputs and outputs are
+    int8, too. `max_abs_diff` from PyTorch's float outputs is reported, and `rms_diff`, the root of the mean square
+    difference over that of these outputs, of several outputs the largest; no file is refused for it.
     """
     if file_format not in RUNTIME_OF:
         raise UserError(f"int8 is for {' and '.join(RUNTIME_OF)}, not for {file_format}")
     module.eval()
     runtime, batch = load_runtime(RUNTIME_OF[file_format]), network.nodes[0].op.batch
-    chunks = _whole_batches(inputs, batch)
+    calibrated, chunks = _whole_batches(inputs, batch), _whole_batches(inputs if others is None else others, batch)
     expected = [[part.astype(np.float64) for part in _outputs(module(*chunk))] for chunk in chunks]
     right = _joined(expected)
     _require_finite(right)
     model, outputs = _as_model(module, graph, network, chunks[0], runtime, about)
-    samples = [[part.numpy() for part in as_read(network, chunk)] for chunk in chunks]
+    samples = [[part.numpy() for part in as_read(network, chunk)] for chunk in calibrated]
     data = runtime.quantized(model, samples, int8_io=int8_io)
     running = Running(runtime, data, network, module(*chunks[0]))
     off = _joined(
@@ -134,7 +135,7 @@ def export_int8(
     if not all(np.isfinite(part).all() for part in off):
         raise FailedError(f"the int8 {file_format} file's outputs are not finite")
     difference, largest = (max(float(np.abs(part).max()) for part in parts) for parts in (off, right))
-    named = {"outputs": outputs, "images": batch * len(chunks)}
+    named = {"outputs": outputs, "images": batch * len(chunks), "calibration_images": batch * len(calibrated)}
     if int8_io:
         named["quantization"] = {name: list(pair) for name, pair in runtime.quantization(data).items()}
     sizes = [max(np.mean(np.square(part)), np.finfo(np.float32).tiny) for part in right]

@@ -20,6 +20,7 @@ from torch import nn
 from amc_hw.env import REWARDS
 from amc_hw.errors import UserError
 from amc_hw.evaluate import REFITS, Evaluator, check_expected, check_refit, warn_of_guessing
+from amc_hw.models.checkpoint import put_back
 from amc_hw.policy import Policy
 from amc_hw.pretrain import data_for
 from amc_hw.prune import slice_channels
@@ -259,7 +260,7 @@ class _Search:
             return self.evaluator.final(widths)
         module = slice_channels(self.model.module, self.graph, self.evaluator.kept(widths))
         state = self.workers(widths, "final")
-        module.load_state_dict({name: torch.from_numpy(value) for name, value in state.items()})
+        put_back(module, {name: torch.from_numpy(value) for name, value in state.items()})
         return module
 
     def finish_ahead(self, policies: Sequence[tuple[int, ...]]) -> None:

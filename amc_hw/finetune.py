@@ -28,7 +28,7 @@ from amc_hw.data import Splits, load_data, load_tensors
 from amc_hw.errors import FailedError, UserError
 from amc_hw.images import ImageFiles, TensorImages
 from amc_hw.models import load_model
-from amc_hw.models.checkpoint import checkpoint_sha256
+from amc_hw.models.checkpoint import checkpoint_sha256, put_back
 from amc_hw.runs import JOURNAL, Journal, Progress, alone_in, record_command, save_json, save_weights, silent
 from amc_hw.subject import Pruned, found_near, open_pruned
 from amc_hw.task import Classification, check_labels
@@ -273,7 +273,7 @@ class _Run:
         module: nn.Module = self.accelerator.unwrap_model(self.module).cpu().eval()
         accuracy, kept, weights = self.best
         if self.accelerator.is_main_process:
-            module.load_state_dict(weights)
+            put_back(module, weights)
             if kept == 0:
                 warnings.warn(
                     f"no epoch was better than the policy was before (held-out accuracy {accuracy:.4f}): its weights "

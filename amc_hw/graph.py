@@ -366,8 +366,10 @@ class _Couplings:
                     self._fix(labels, f"grouped convolution {op.module}")
         elif kind == "concat":
             out = np.concatenate([self.labels[source] for source in op.inputs])
-        elif kind == "flatten":
-            out = np.repeat(first, op.op.height * op.op.width)
+        elif kind in ("flatten", "rows_to_channels"):
+            out = np.repeat(first, op.op.out_channels // len(first))
+        elif kind == "unflatten":
+            out = self._new(op.op.out_channels)
         elif kind == "attention":
             for source in op.inputs:
                 self._fix(self.labels[source], f"read by attention at {op.name}")
@@ -391,10 +393,8 @@ class _Couplings:
             if kind == "grouped_conv":
                 self._blocks.append((op, first))
                 out = np.repeat(first, op.op.out_channels // len(first))
-            if kind in ("layer_norm", "group_norm", "softmax", "log_softmax"):
+            if kind in ("layer_norm", "l2_norm", "group_norm", "softmax", "log_softmax"):
                 self._fix(out, f"normalised together at {op.name}")
-            elif kind == "channel_conv":
-                self._fix(out, f"read together at {op.name}")
             elif kind in ("add_map", "prepend"):
                 self._fix(out, f"added to or put before parameters at {op.name}")
         for module in (None if kind in PRODUCER_KINDS or _is_one_for_all(op) else op.module, op.batch_norm):

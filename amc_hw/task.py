@@ -6,6 +6,7 @@ Images with labels make a classification task; a user's own functions make any o
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
@@ -209,6 +210,13 @@ class Classification:
         if len(model.example_inputs) > 1:
             raise UserError(f"{model.spec} takes {len(model.example_inputs)} inputs: give --evaluate and --calibrate")
         self.model, self.splits, self.seed, self.device = model, splits, seed, device
+        if model.assumed:
+            warnings.warn(
+                f"{model.spec} names no mean and std: images are normalised as ImageNet's (mean "
+                f"{' '.join(map(str, model.mean))}, std {' '.join(map(str, model.std))}); set net.mean and net.std in "
+                "the factory, (0, 0, 0) and (1, 1, 1) for images as they are",
+                stacklevel=2,
+            )
         self.val = self._held_out(val_images)
 
     def _held_out(self, limit: int) -> tuple[Tensor, Tensor]:

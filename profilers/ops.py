@@ -31,7 +31,7 @@ ANY_RANK_KINDS = (
         "prelu",
         "clip",
     ),
-    *("layer_norm", "softmax", "log_softmax", "slice", "chunk"),
+    *("layer_norm", "l2_norm", "softmax", "log_softmax", "slice", "chunk"),
 )
 #: Operators with one number of their own for the whole tensor.
 SCALAR_KINDS = ("add_scalar", "mul_scalar")
@@ -55,8 +55,9 @@ GROUPED_KINDS = ("depthwise_conv", "grouped_conv")
 #: out as tokens, channels last, and back; `add_map` adds a constant for every channel and position; `prepend` puts
 #: `padding[0]` constant tokens before those of an image, `take_token` gives one of them, a vector; `attention` weights
 #: its third input by the softmax of products of the first and the second, in `groups` heads; `channel_mean` and
-#: `channel_max` give one channel, of all those that they read; `channel_conv` slides a `kernel` (1, k) over the
-#: channels of an image of one position, zeros around them; `adaptive_avg_pool` averages to any `out_size`.
+#: `channel_max` give one channel, of all those that they read; `adaptive_avg_pool` averages to any `out_size`;
+#: `l2_norm` divides by the root of the sum of the squares over the channels; `unflatten` lays a vector out as an image
+#: of `out_size`, `rows_to_channels` the rows of every channel as channels, one row.
 ONE_AXIS_KINDS = (
     "depthwise_conv",
     "grouped_conv",
@@ -71,6 +72,7 @@ ONE_AXIS_KINDS = (
     "affine",
     "prelu",
     "layer_norm",
+    "l2_norm",
     "group_norm",
     "instance_norm",
     "softmax",
@@ -96,8 +98,9 @@ ONE_AXIS_KINDS = (
     "attention",
     "channel_mean",
     "channel_max",
-    "channel_conv",
     "adaptive_avg_pool",
+    "unflatten",
+    "rows_to_channels",
 )
 #: `concat` has the sum of its inputs' channels: one axis, the sum.
 KINDS = (*TWO_AXIS_KINDS, *ONE_AXIS_KINDS, "concat")
@@ -108,7 +111,7 @@ ONE_CHANNEL_KINDS = ("channel_mean", "channel_max")
 _FROM_TOKENS = ("to_image", "take_token", "global_avg_pool")
 ACTIVATIONS = (
     *("none", "relu", "relu6", "hardswish", "hardsigmoid", "sigmoid", "silu", "gelu", "gelu_tanh", "tanh", "elu"),
-    *("softplus", "mish"),
+    *("softplus", "mish", "abs", "exp"),
 )
 
 
@@ -181,8 +184,6 @@ class OpSpec:
             self.kind in ONE_CHANNEL_KINDS and self.out_channels > 1
         ):
             raise ValueError(f"{self.kind} reads or gives one channel: {self}")
-        if self.kind == "channel_conv" and (self.kernel[1] % 2 == 0 or (self.height, self.width) != (1, 1)):
-            raise ValueError(f"a convolution over the channels of one position has an odd kernel: {self}")
         if self.kind == "activation" and self.activation == "none":
             raise ValueError("an activation operator needs an activation")
         if self.kind == "pixel_shuffle" and self.in_channels[0] != self.out_channels * self.stride[0] * self.stride[1]:
@@ -195,9 +196,10 @@ class OpSpec:
             raise ValueError(f"a chunk is one of equal parts: {self}")
         if self.align_corners and self.kind not in ("upsample_nearest", "upsample_bilinear"):
             raise ValueError(f"align_corners is for upsampling: {self}")
-        sized = ("upsample_nearest", "upsample_bilinear", "adaptive_avg_pool")
-        if (self.out_size and self.kind not in sized) or (self.kind == "adaptive_avg_pool" and not self.out_size):
-            raise ValueError(f"out_size is for upsampling and adaptive pooling: {self}")
+        always = ("adaptive_avg_pool", "unflatten")
+        sized = (*always, "upsample_nearest", "upsample_bilinear")
+        if (self.out_size and self.kind not in sized) or (self.kind in always and not self.out_size):
+            raise ValueError(f"out_size is for upsampling, adaptive pooling and unflattening: {self}")
         if (self.keys or self.biased) and self.kind != "attention":
             raise ValueError(f"keys and biased are for attention: {self}")
         if self.kind == "attention" and self._odd_attention():
@@ -235,6 +237,8 @@ class OpSpec:
         return self._out_size(1, self.width)
 
     def _out_size(self, axis: int, size: int) -> int:
+        if self.kind == "rows_to_channels" and axis == 0:
+            return 1
         if self.kind in ("flatten", "global_avg_pool", "take_token") or (self.kind == "linear" and not self.tokens):
             return 1
         if self.kind == "prepend":
@@ -266,8 +270,6 @@ class OpSpec:
         if self.kind == "attention":
             height, width = self.keys or self.kernel
             return self.height * self.width * height * width * (self.in_channels[0] + self.out_channels)
-        if self.kind == "channel_conv":
-            return self.in_channels[0] * self.kernel[1]
         if self.kind not in (*CONV_KINDS, "linear"):
             return 0
         per_output = self.in_channels[0] // self.groups * self.kernel[0] * self.kernel[1]
@@ -283,8 +285,6 @@ class OpSpec:
             return self.groups * self.kernel[0] * self.kernel[1] * height * width
         if self.kind in ("affine", "prelu", *NORM_KINDS):
             return (1 if self.kind == "prelu" else 2) * self.out_channels
-        if self.kind == "channel_conv":
-            return self.kernel[1] + 1
         if self.kind not in (*CONV_KINDS, "conv_transpose", "linear"):
             return 0
         return (self.in_channels[0] // self.groups * self.kernel[0] * self.kernel[1] + 1) * self.out_channels
@@ -310,7 +310,8 @@ class OpSpec:
             return replace(self, in_channels=(self.step,), out_channels=self.out_channels // self.groups, groups=1)
         if self.kind == "chunk":
             return replace(self, in_channels=(self.groups,), out_channels=1)
-        if self.groups > 1 or self.kind in ("pixel_shuffle", "attention"):  # such channels keep their widths: alone
+        alone = ("pixel_shuffle", "attention", "unflatten")  # whose channels keep their widths
+        if self.groups > 1 or self.kind in alone:
             return self
         ones = (1,) * len(self.in_channels)
         return replace(self, in_channels=ones, out_channels=1, groups=1)
@@ -330,6 +331,7 @@ class OpSpec:
             return replace(self, in_channels=(channels, *self.in_channels[1:]), out_channels=out)
         groups = channels // self.step if self.kind in GROUPED_KINDS else self.groups
         out = channels * self.height * self.width if self.kind == "flatten" else channels
+        out = channels * self.height if self.kind == "rows_to_channels" else out
         out = channels // (self.stride[0] * self.stride[1]) if self.kind == "pixel_shuffle" else out
         out = channels * self.out_channels // self.in_channels[0] if self.kind in ("grouped_conv", "chunk") else out
         return replace(self, in_channels=(channels,) * len(self.in_channels), out_channels=out, groups=groups)

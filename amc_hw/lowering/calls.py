@@ -29,6 +29,7 @@ ACTIVATION_MODULES: dict[type[nn.Module], str] = {
 ACTIVATION_FUNCTIONS: dict[Any, str] = {
     F.relu: "relu",
     torch.relu: "relu",
+    torch.relu_: "relu",
     F.relu6: "relu6",
     F.hardswish: "hardswish",
     F.hardsigmoid: "hardsigmoid",
@@ -44,11 +45,20 @@ ACTIVATION_FUNCTIONS: dict[Any, str] = {
     "relu": "relu",
     "relu_": "relu",
     "sigmoid": "sigmoid",
+    "sigmoid_": "sigmoid",
+    torch.sigmoid_: "sigmoid",
     "tanh": "tanh",
+    "tanh_": "tanh",
+    torch.tanh_: "tanh",
+    torch.abs: "abs",
+    "abs": "abs",
+    torch.exp: "exp",
+    "exp": "exp",
 }
 IDENTITY_MODULES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d)
 DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d)
 IDENTITY_FUNCTIONS: tuple[Any, ...] = ("contiguous", "clone", "detach")
+CASTS: tuple[Any, ...] = ("float", "to", "type_as")
 #: Of torchvision, by name: to import it takes as long as PyTorch does, and many networks do without.
 STOCHASTIC_DEPTH = ("torchvision.ops.stochastic_depth", "stochastic_depth")
 #: What is computed of two operands, by the kind that it is for tensors; quotients are of a number only.
@@ -123,7 +133,7 @@ AS_IT_LIES = ("add", "sub", "mul", "add_scalar", "mul_scalar", "activation", "af
 #: Operators over tokens, one by one or all of them.
 OVER_TOKENS = ("prepend", "take_token", "crop", "add_map")
 #: Operators over the channels of images, of tokens and of vectors.
-OVER_CHANNELS = ("linear", "layer_norm", "softmax", "log_softmax", "concat", "slice", "chunk")
+OVER_CHANNELS = ("linear", "layer_norm", "l2_norm", "softmax", "log_softmax", "concat", "slice", "chunk")
 #: Forms of tensors whose channels come first and whose positions follow.
 PLAIN = ("image", "signal")
 

@@ -53,26 +53,25 @@ def _is_layer_norm(layer: nn.LayerNorm, *, channels_first: bool) -> bool:
 class Images(Shapes):
     """What layers of images, of tokens and of vectors are as operators."""
 
-    def _convolution(self, node: fx.Node, module: Any, name: str) -> None:
-        """module: of images or signals, plain or transposed."""
-        if self._reads_channels(node, module):
+    def _convolution(self, node: fx.Node, module: Any, name: str, *, source: fx.Node | None = None) -> None:
+        """module: of images or signals, plain or transposed. source: what it reads, where that is not the node's."""
+        if source is None and self._reads_channels(node, module):
             self._channel_convolution(node, module, name)
             return
-        kind, groups = "conv", module.groups
-        source, pads = self.padded.get(node.all_input_nodes[0], (node.all_input_nodes[0], NO_PADS))
+        kind, groups, read = "conv", module.groups, source or node.all_input_nodes[0]
+        source, pads = self.padded.get(read, (read, NO_PADS))
         taken = ("image", "vector") if len(module.kernel_size) == 2 else ("signal",)
         if self._form(source) not in taken:
             raise UnsupportedOperatorError(f"{name}: a {type(module).__name__} of what is no {taken[0]}")
         if isinstance(module, TRANSPOSED):
-            source = node.all_input_nodes[0]
-            kind = "conv_transpose"
+            source, kind = read, "conv_transpose"
             before, more = in_plane(module.padding, 0), in_plane(module.output_padding, 0)  # type: ignore[arg-type]
             after = before[0] - more[0], before[1] - more[1]
             if groups > 1 or min(after) < 0:
                 odd = "groups" if groups > 1 else "more output padding than padding"
                 raise UnsupportedOperatorError(f"{name}: a transposed convolution with {odd} is not supported")
         else:
-            _, height, width = self._out_image(node.all_input_nodes[0])
+            _, height, width = self._out_image(read)
             own = padding_of(module, (height, width), name)
             before, after = ((own[end][0] + pads[end][0], own[end][1] + pads[end][1]) for end in (0, 1))
             if groups == module.in_channels == module.out_channels:  # one channel, too, which pruning may have left
@@ -104,12 +103,14 @@ class Images(Shapes):
     def _channel_convolution(self, node: fx.Node, module: nn.Conv1d, name: str) -> None:
         """Efficient channel attention (Wang et al., CVPR 2020)."""
         source = node.all_input_nodes[0]
-        channels, (reach,) = self._seen(source).channels, module.kernel_size
-        (_, before), (_, after) = padding_of(module, (1, channels), name)
-        around_it = before == after == reach // 2 and reach % 2 == 1
-        if (module.out_channels, module.stride, module.dilation) != (1, (1,), (1,)) or not around_it:
+        channels, axes = self._seen(source).channels, self.axes[source]
+        if shape_of(node) != shape_of(source):
             raise UnsupportedOperatorError(f"{name}: over channels only a convolution that gives as many is supported")
-        self._emit(node, "channel_conv", axes=self.axes[source], kernel=(1, reach), module=name)
+        row = plain_axes((1, 1, channels), 3)
+        self._emit(node, "unflatten", sources=[source], axes=row, out_channels=1, out_size=(1, channels))
+        self.fixed[self.value[source]] = f"read together at {node.name}"
+        self._convolution(node, module, name, source=node)
+        self._emit(node, "flatten", sources=[node], axes=axes, out_channels=channels)
 
     def _batch_norm(self, node: fx.Node, module: nn.BatchNorm1d | nn.BatchNorm2d, name: str) -> None:
         if module.running_mean is None:
@@ -180,6 +181,16 @@ class Images(Shapes):
         else:
             self._emit(node, "instance_norm", module=name)
 
+    def _normalize(self, node: fx.Node) -> None:
+        """Channels over their length."""
+        source, named = node.all_input_nodes[0], ("input", "p", "dim", "eps")
+        given: dict[str, Any] = {"p": 2.0, "dim": 1} | dict(zip(named, node.args, strict=False)) | dict(node.kwargs)
+        rank = len(shape_of(node) or ())
+        plain = given["p"] == 2 and isinstance(given["dim"], int) and given.get("out") is None
+        if not plain or given["dim"] % rank != self._channel_axis(source):
+            raise self._unsupported(node, "only channels are normalised, by the root of their squares' sum")
+        self._emit(node, "l2_norm")
+
     def _softmax(self, node: fx.Node, kind: str, dim: Any) -> None:
         rank, source = len(shape_of(node) or ()), node.all_input_nodes[0]
         scores = self.scores.get(source)
@@ -227,6 +238,9 @@ class Images(Shapes):
         if dims == {1}:
             self._over_channels(node, "channel_max", source)
             return
+        if self._form(source) == "image" and dims in ({2}, {3}):
+            self._over_side(node, "max_pool", source, dims)
+            return
         if self._form(source) not in PLAIN or dims != set(range(2, rank)):
             raise self._unsupported(node)
         channels, *window = self._image(source)
@@ -255,8 +269,19 @@ class Images(Shapes):
             self._pooled(node, source)
         elif self._form(source) == "image" and dims in ({2}, {3}) and all(u.target in MEANS for u in readers(node)):
             self.halved[node] = source, 3 if dims == {2} and len(out) == rank else 2
+        elif self._form(source) == "image" and dims in ({2}, {3}):
+            self._over_side(node, "avg_pool", source, dims)
         else:
             raise self._unsupported(node)
+
+    def _over_side(self, node: fx.Node, kind: str, source: fx.Node, dims: set[int]) -> None:
+        """One number for every column of an image, or for every row: a signal where that side is dropped."""
+        channels, height, width = self._image(source)
+        size, window = ((channels, 1, width), (height, 1)) if dims == {2} else ((channels, height, 1), (1, width))
+        axes = plain_axes(size, len(shape_of(node) or ()))
+        self._emit(node, kind, sources=[source], axes=axes, kernel=window, stride=window)
+        if dims == {3} and len(axes) == 3:  # a column, which as tokens is as good as a row
+            self.value[node] = self._as_tokens(node)
 
     def _over_channels(self, node: fx.Node, kind: str, source: fx.Node) -> None:
         """One number for every position, of all channels."""

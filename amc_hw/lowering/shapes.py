@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from amc_hw.errors import UnsupportedOperatorError
 from amc_hw.lowering.axes import (
@@ -16,6 +17,7 @@ from amc_hw.lowering.axes import (
     POSITIONS,
     Axes,
     has,
+    joined,
     of_dim,
     plain_axes,
     reshaped,
@@ -25,7 +27,7 @@ from amc_hw.lowering.axes import (
     vector_axes,
     whole,
 )
-from amc_hw.lowering.calls import KIND_OF, PLAIN, RESHAPES, pair_of, rank_of, shape_of
+from amc_hw.lowering.calls import KIND_OF, PLAIN, POOL_MODULES, RESHAPES, pair_of, rank_of, shape_of
 from amc_hw.lowering.constants import is_constant
 from amc_hw.lowering.values import Values
 from amc_hw.padding import Pads, in_plane
@@ -48,7 +50,7 @@ class Shapes(Values):
         elif {self._channel_axis(part) for part in parts} != {dim} or len(
             {self._beside(dim, each) for each in parts}
         ) > 1:
-            raise self._unsupported(node)
+            raise self._unsupported(node, "only channels are joined: return the parts, and join them outside")
         else:
             channels = sum(self._seen(part).channels for part in parts)
             self._emit(node, "concat", sources=list(parts), out_channels=channels)
@@ -123,10 +125,11 @@ class Shapes(Values):
             self._emit(node, "max_pool", sources=[source], stride=steps)
 
     def _indexed(self, node: fx.Node, source: fx.Node, keys: list[Any], before: tuple[int, ...]) -> None:
-        """One axis cut or taken apart, and axes of one element put in."""
+        """One axis cut or taken apart, and axes of one element put in or dropped."""
         named = [key for key in keys if key is not None]
-        cut = [at for at, key in enumerate(named) if key != slice(None)]
-        if len(cut) > 1:
+        single = [at for at, key in enumerate(named) if not isinstance(key, slice) and self.axes[source][at] == ()]
+        cut = [at for at, key in enumerate(named) if key != slice(None) and at not in single]
+        if len(cut) > 1 or not all(self._number(named[at], node) in (0, -1) for at in single):
             raise self._unsupported(node)
         self._same(node, source)
         for dim in cut:
@@ -137,9 +140,11 @@ class Shapes(Values):
                 place = self._number(named[dim], node) % before[dim]
                 self._part(node, source, dim, place, 1, dropped=True, chunks=True)
         axes, place = list(self.axes[node]), 0
-        for key in keys:
+        for at, key in enumerate(keys):
             if key is None:
                 axes.insert(place, ())
+            elif sum(each is not None for each in keys[:at]) in single:
+                del axes[place]
             place += key is None or isinstance(key, slice)
         self.axes[node] = tuple(axes)
 
@@ -251,11 +256,36 @@ class Shapes(Values):
             self._given(node, seen.name, size, "reshaped to", "torch.flatten(x, 1)")
         if node.target in ("view_as", "reshape_as"):
             self._counted_alike(node, seen.name, node.args[1])  # type: ignore[arg-type]
-        flat = BATCH, whole(CHANNELS, seen.channels) + whole(POSITIONS, seen.positions)
-        if form not in PLAIN or axes != flat:
+        channels = whole(CHANNELS, seen.channels)
+        flat = BATCH, channels + whole(POSITIONS, seen.positions)
+        rows = (BATCH, channels + seen.axes[2], seen.axes[3]) if form == "image" and seen.axes[2] else None
+        if form == "vector" and self._is_unfolded(node):
+            sizes = in_plane(out[2:], 1)
+            laid = plain_axes((out[1], *sizes), len(out))
+            self._emit(node, "unflatten", axes=laid, out_channels=out[1], out_size=sizes)
+            self.fixed[self.value[node]] = f"made of a vector at {node.name}"
+        elif axes == rows:
+            row = plain_axes((out[1], 1, out[2]), 3)
+            self._emit(node, "rows_to_channels", sources=[source], axes=row, out_channels=out[1])
+        elif form not in PLAIN or axes != flat:
             self._shuffled(node)
         elif not (seen.name in self.ops and self.ops[seen.name].op.kind == "global_avg_pool"):
             self._emit(node, "flatten", sources=[source], out_channels=out[1])
+
+    def _is_unfolded(self, node: fx.Node) -> bool:
+        """Whether a vector that was divided is read as an image, or as a signal by a layer of such."""
+        seen, shape = self._seen(node), shape_of(node) or ()
+        divided = joined(tuple(part for axis in seen.axes[1:] for part in axis))
+        if len(shape) not in (3, 4) or divided != whole(CHANNELS, seen.channels):
+            return False
+        if 1 in (shape[1], math.prod(shape[2:])):
+            return False
+        return len(shape) == 4 or any(map(self._reads_signal, readers(node)))
+
+    def _reads_signal(self, node: fx.Node) -> bool:
+        """Whether a layer takes the channels of (N, C, L) for its first axis."""
+        part = self.modules[str(node.target)] if node.op == "call_module" else None
+        return isinstance(part, (nn.Conv1d, nn.ConvTranspose1d, nn.BatchNorm1d)) or type(part) in POOL_MODULES
 
     def _given(self, node: fx.Node, name: str, size: Any, done: str, better: str) -> None:
         """The size that the code gives an axis of a value's channels. better: what takes any."""

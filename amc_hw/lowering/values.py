@@ -130,7 +130,7 @@ class Values:
         if sources is None:
             sources = [source for source in node.all_input_nodes if source in self.value]
         form = self._form(sources[0])
-        anyhow = kind in (*AS_IT_LIES, "global_avg_pool", "channel_conv")
+        anyhow = kind in (*AS_IT_LIES, "global_avg_pool", "unflatten")
         anyhow = anyhow or (kind in ("slice", "chunk") and axes is not None)
         inputs = self._as_they_lie(sources) if anyhow else self._laid_out(kind, sources, form)
         kind = "conv" if kind == "linear" and form == "last" else kind

@@ -16,6 +16,7 @@ from amc_hw.lowering.calls import (
     ACTIVATION_FUNCTIONS,
     ACTIVATION_MODULES,
     ADAPTIVE_POOLS,
+    CASTS,
     CLIPS,
     DROPOUTS,
     EXPANSIONS,
@@ -77,6 +78,13 @@ def _drops(node: fx.Node) -> bool:
     """Whether a call of F.dropout drops anything in eval mode."""
     given: dict[str, Any] = dict(zip(("input", "p", "training"), node.args, strict=False), **node.kwargs)
     return bool(given.get("training", True) and given.get("p", 0.5))
+
+
+def _changes_nothing(node: fx.Node) -> bool:
+    """Whether a call gives what it is given, in eval mode."""
+    if node.target in CASTS:
+        return bool(node.meta["tensor_meta"].dtype == node.all_input_nodes[0].meta["tensor_meta"].dtype)
+    return node.target in (*DROPOUTS, *IDENTITY_FUNCTIONS) or origin(node.target) == STOCHASTIC_DEPTH
 
 
 class Lowering(Arithmetic, Images):
@@ -237,11 +245,6 @@ class Lowering(Arithmetic, Images):
         known = (*REGROUPS, *RESHAPES, operator.getitem)
         return before is not None and node.target in known and after == (before[0], 1, *before[1:])
 
-    def _reads_signal(self, node: fx.Node) -> bool:
-        """Whether a layer takes the channels of (N, C, L) for its first axis."""
-        part = self.modules[str(node.target)] if node.op == "call_module" else None
-        return isinstance(part, (nn.Conv1d, nn.ConvTranspose1d, nn.BatchNorm1d)) or type(part) in POOL_MODULES
-
     def _reads_sequence(self, node: fx.Node) -> bool:
         """Whether a call takes the channels of (N, L, C) for its last axis."""
         before, after = shape_of(node.all_input_nodes[0]), shape_of(node)
@@ -262,8 +265,10 @@ class Lowering(Arithmetic, Images):
         elif value not in self.value or not (self._form(value) in ("vector", *PLAIN) or self._are_tokens(value)):
             shape = shape_of(value) or ()
             what = "an image, a signal, a sequence or a vector of channels"
-            instead = ": return (N, 1)" if len(shape) == 1 else ""
-            raise UnsupportedOperatorError(f"the network's output {value.name} is not {what}, but {shape}{instead}")
+            instead = "(N, 1)" if len(shape) == 1 else "what the layers give, and reshape that outside"
+            raise UnsupportedOperatorError(
+                f"the network's output {value.name} is not {what}, but {shape}: return {instead}"
+            )
         else:
             name = self._as_tokens(value) if self._are_tokens(value) else self._as_image(value)
             if name in (*self.outputs, *self.input_shapes):
@@ -357,8 +362,10 @@ class Lowering(Arithmetic, Images):
             self._softmax(node, SOFTMAXES[target], dim)
         elif target in DROPOUTS and _drops(node):
             raise self._unsupported(node, "it drops in eval mode, too: give it training=self.training")
-        elif target in (*DROPOUTS, *IDENTITY_FUNCTIONS) or origin(target) == STOCHASTIC_DEPTH:
+        elif _changes_nothing(node):
             self._same(node)
+        elif target is F.normalize:
+            self._normalize(node)
         elif target in KIND_OF:
             self._arithmetic(node, KIND_OF[target])
         elif target in SQUARES:

@@ -44,6 +44,14 @@ def load_checkpoint(module: nn.Module, file: str | Path) -> str:
     return digest
 
 
+def put_back(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Into a module what a state dict of its own held: the versions of modules, by which some are loaded, are its
+    own."""
+    state = module.state_dict()
+    state.update(weights)
+    module.load_state_dict(state)
+
+
 def not_finite(module: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
     """Which of a module's parameters and running statistics are not finite in `weights`; a mask may hold -inf."""
     names = {name for name, _ in module.named_parameters()}

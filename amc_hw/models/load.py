@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, remove_spectral_norm, remove_weight_norm
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from amc_hw.errors import UserError
 from amc_hw.models.checkpoint import load_checkpoint, not_finite
@@ -61,7 +64,7 @@ class LoadedModel:
     vector; `mean` and `std` are of images in [0, 1] by channel, of what else is read by its first or its last axis, or
     one number; `example_inputs` are tensors with a batch of 1; `checkpoint_sha256` is null for a module with random
     weights; `file` is the spec with the path at which its file was found, where that is another; `asked` is the input
-    shape where the caller named it.
+    shape where the caller named it; `assumed`: images are normalised as ImageNet's because a factory names nothing.
     """
 
     spec: str
@@ -73,6 +76,7 @@ class LoadedModel:
     checkpoint_sha256: str | None
     file: str | None = None
     asked: tuple[int, ...] | None = None
+    assumed: bool = False
 
     @property
     def found(self) -> str:
@@ -139,6 +143,7 @@ def load_model(
         built = _build(spec)
         module = built.module.cpu().eval()
         digest = None if checkpoint is None else load_checkpoint(module, checkpoint)
+        _make_plain(module)
         if checkpoint is None and (bad := not_finite(module, module.state_dict())):
             raise UserError(f"{str(spec)!r} has weights that are no finite numbers: {bad[0]}")
         shape, inputs = _inputs(spec, built, input_shape)
@@ -148,7 +153,22 @@ def load_model(
     if not all(value > 0 for value in loaded_std):
         raise UserError(f"std of {str(spec)!r} must be above 0, not {loaded_std}")
     asked = None if input_shape is None else shape
-    return LoadedModel(str(spec), module, shape, loaded_mean, loaded_std, inputs, digest, asked=asked)
+    own = all(each is None for each in (mean, built.mean, std, built.std)) and has_own_weights(str(spec))
+    ends = {"asked": asked, "assumed": own and fallback[0] == IMAGENET_MEAN}
+    return LoadedModel(str(spec), module, shape, loaded_mean, loaded_std, inputs, digest, **ends)  # type: ignore[arg-type]
+
+
+def _make_plain(module: nn.Module) -> None:
+    """Weights that are computed of others, as by weight norms, become parameters: such can be pruned."""
+    for part in module.modules():
+        if parametrize.is_parametrized(part):
+            for name in list(part.parametrizations):  # type: ignore[arg-type]
+                parametrize.remove_parametrizations(part, name)
+        for hook in list(part._forward_pre_hooks.values()):  # as they were made before PyTorch 1.9
+            if isinstance(hook, WeightNorm):
+                remove_weight_norm(part, hook.name)
+            elif isinstance(hook, SpectralNorm):
+                remove_spectral_norm(part, hook.name)
 
 
 def _build(spec: Spec) -> _Built:
@@ -214,6 +234,9 @@ def _from_factory(spec: Spec) -> _Built:
     known = [*MODELS, *_LIBRARIES]
     made = call_factory(spec, kind="model", known=known)
     module, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    module = getattr(module, "_orig_mod", module)  # as torch.compile wraps it
+    if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        module = module.module
     if not isinstance(module, nn.Module):
         raise UserError(f"{str(spec)!r} returned a {type(made).__name__}, not a module or (module, example inputs)")
     if inputs is not None:
@@ -276,8 +299,8 @@ def _per_channel(name: str, *candidates: Sequence[float] | None, shape: tuple[in
     element of its first or its last axis."""
     values = next(candidate for candidate in candidates if candidate is not None)
     try:
-        numbers = tuple(float(value) for value in values)
-    except (TypeError, ValueError):
+        numbers = tuple(torch.as_tensor(values, dtype=torch.float64).flatten().tolist())
+    except (TypeError, ValueError, RuntimeError):
         numbers = ()
     if len(shape) == 3 and len(numbers) == 1:
         numbers *= shape[0]

@@ -23,6 +23,8 @@ _ACTIVATION_OPS = {
     "tanh": "Tanh",
     "elu": "Elu",
     "softplus": "Softplus",
+    "abs": "Abs",
+    "exp": "Exp",
 }
 _ARITHMETIC = {"add": "Add", "sub": "Sub", "mul": "Mul", "scale": "Mul", "shift": "Add", "mask": "Mul"}
 _AFFINE = ("weight", "bias")
@@ -273,12 +275,10 @@ def _emit(writer: _Writer, node: OpNode, weights: Weights, *, leaves: bool) -> N
         writer.add("ReduceMean", name, inputs, result, axes=[1], keepdims=1)
     elif op.kind == "channel_max":
         writer.add("ReduceMax", name, inputs, result, axes=[1], keepdims=1)
-    elif op.kind == "channel_conv":
-        row = writer.reshape(f"{name}/row", inputs[0], f"{name}/row", (op.batch, 1, 1, op.out_channels))
-        parts = [writer.constant(f"{name}.{part}", arrays[part]) for part in ("weight", "bias")]
-        sides = [0, op.kernel[1] // 2] * 2
-        writer.add("Conv", name, [row, *parts], f"{name}/over", kernel_shape=list(op.kernel), pads=sides)
-        writer.reshape(f"{name}/column", f"{name}/over", result, (op.batch, op.out_channels, 1, 1))
+    elif op.kind == "l2_norm":
+        writer.add("LpNormalization", name, inputs, result, axis=channel_axis, p=2)
+    elif op.kind in ("unflatten", "rows_to_channels"):
+        writer.reshape(name, inputs[0], result, (op.batch, op.out_channels, op.out_height, op.out_width))
     elif op.kind == "adaptive_avg_pool":
         across = writer.constant(f"{name}/across", np.ascontiguousarray(averages(op.width, op.out_width).T))
         down = writer.constant(f"{name}/down", averages(op.height, op.out_height))

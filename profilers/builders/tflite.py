@@ -23,7 +23,7 @@ _UNFUSED_KINDS = (
     *("concat", "global_avg_pool", "pad", "flatten", "slice", "chunk", "shuffle", "pixel_shuffle", "prelu", "softmax"),
     *("log_softmax", "clip", "crop", "upsample_nearest", "upsample_bilinear"),
     *("to_tokens", "to_image", "prepend", "take_token", "attention"),
-    *("channel_mean", "channel_max", "channel_conv", "adaptive_avg_pool"),
+    *("channel_mean", "channel_max", "adaptive_avg_pool", "l2_norm", "unflatten", "rows_to_channels"),
 )
 _NEVER_NEGATIVE = ("relu", "relu6", "sigmoid", "hardsigmoid")
 
@@ -143,26 +143,46 @@ def _is_same(op: OpSpec, axis: int) -> bool:
     return out == -(-size // op.stride[axis]) and total // 2 == op.padding[axis]
 
 
-def _padded(network: _Network, node: OpNode, *, fill: float = 0.0, same: bool = True) -> tuple[str, dict[str, Any]]:
-    """A node's input, padded by an operator of its own where no scheme pads alike, and the window's options."""
+def _padded(network: _Network, node: OpNode, *, edges: bool = False, same: bool = True) -> tuple[str, dict[str, Any]]:
+    """A node's input, padded by operators of its own where no scheme pads alike, and the window's options.
+
+    edges: by the image's own edges, not zeros.
+    """
     op, writer = node.op, network.writer
     source = network.as_image(node.inputs[0])
     vertical, horizontal = _pads_read(op, 0), _pads_read(op, 1)
     scheme = "VALID"
     if same and (any(op.padding) or op.padding_end) and _is_same(op, 0) and _is_same(op, 1):
         scheme = "SAME"
+    elif any((*vertical, *horizontal)) and edges:
+        source = _with_edges(writer, source, f"{node.name}/below", 1, vertical)
+        source = _with_edges(writer, source, f"{node.name}/beside", 2, horizontal)
     elif any((*vertical, *horizontal)):
         batch, height, width, channels = writer.shapes[source]
         shape = (batch, height + sum(vertical), width + sum(horizontal), channels)
         pads = writer.constant(f"{node.name}/pads", np.array([(0, 0), vertical, horizontal, (0, 0)]), dtype="INT32")
-        if fill == 0.0:
-            source = writer.operator("PAD", [source, pads], f"{node.name}/padded", shape)
-        else:
-            value = writer.constant(f"{node.name}/fill", np.array([fill]))
-            inputs = [source, pads, value]
-            source = writer.operator("PADV2", inputs, f"{node.name}/padded", shape)
+        source = writer.operator("PAD", [source, pads], f"{node.name}/padded", shape)
     padding = getattr(writer.schema.Padding, scheme)
     return source, {"padding": padding, "strideH": op.stride[0], "strideW": op.stride[1]}
+
+
+def _with_edges(writer: Writer, source: str, name: str, axis: int, counts: tuple[int, int]) -> str:
+    """An image with its first row or column so many times before it, and its last one behind it."""
+    if not any(counts):
+        return source
+    shape = list(writer.shapes[source])
+    last, edge = shape[axis] - 1, [1 if place == axis else size for place, size in enumerate(shape)]
+    ends = [("first", 0, counts[0]), ("last", last, counts[1])]
+    first, end = (
+        [writer.cut(source, f"{name}/{what}", tuple(at if place == axis else 0 for place in range(4)), tuple(edge))]
+        * count
+        if count
+        else []
+        for what, at, count in ends
+    )
+    shape[axis] += sum(counts)
+    options = writer.fusing("ConcatenationOptions", "none", axis=axis)
+    return writer.operator("CONCATENATION", [*first, source, *end], name, tuple(shape), options=options)
 
 
 # One function per kind: (network, node, name of the output, activation to fuse)
@@ -336,7 +356,7 @@ def _shuffle(network: _Network, node: OpNode, output: str, activation: str) -> N
 def _clip(network: _Network, node: OpNode, output: str, activation: str) -> None:
     writer, (source,), arrays = network.writer, node.inputs, network.weights[node.name]
     shape = writer.shapes[source]
-    bounds = [(code, arrays[key].reshape(1)) for code, key in (("MAXIMUM", "low"), ("MINIMUM", "high"))]
+    bounds = [(code, arrays[key].reshape(())) for code, key in (("MAXIMUM", "low"), ("MINIMUM", "high"))]
     bounds = [(code, bound) for code, bound in bounds if np.isfinite(bound).all()]
     for place, (code, bound) in enumerate(bounds, 1):
         constant = writer.constant(f"{node.name}/{code.lower()}", bound)
@@ -493,10 +513,11 @@ def _pool(network: _Network, node: OpNode, output: str, activation: str) -> None
     if op.dilation != (1, 1) or (op.kind == "avg_pool" and op.ceil):
         raise UnsupportedOperatorError(f"{node.name}: TFLite has no such pooling: {op}")
     if op.kind == "max_pool":
-        # A zero never wins over what an activation made non-negative, and XNNPACK takes PAD but not PADV2.
+        # A zero never wins over what an activation made non-negative. Any window has the edge that it reaches beyond:
+        # twice, that does not win either, and unlike the least of all numbers it can be quantized.
         zero = network.activation_of(node.inputs[0]) in _NEVER_NEGATIVE
         code = "MAX_POOL_2D"
-        source, window = _padded(network, node, fill=0.0 if zero else float(np.finfo(np.float32).min))
+        source, window = _padded(network, node, edges=not zero)
     else:  # SAME leaves the padding out of the mean
         code = "AVERAGE_POOL_2D"
         source, window = _padded(network, node, same=op.exclude_pad)
@@ -534,18 +555,6 @@ def _over_channels(network: _Network, node: OpNode, output: str, activation: str
     writer.operator(code, inputs, output, shape, options=("ReducerOptions", {"keepDims": True}))
 
 
-def _channel_conv(network: _Network, node: OpNode, output: str, activation: str) -> None:
-    op, writer, arrays, name = node.op, network.writer, network.weights[node.name], node.name
-    shape = (network.batch, 1, op.out_channels, 1)
-    row = writer.reshape(network.as_image(node.inputs[0]), f"{name}/row", shape)
-    weight = writer.constant(f"{name}.weight", arrays["weight"].transpose(0, 2, 3, 1))
-    bias = writer.constant(f"{name}.bias", arrays["bias"])
-    window = {"padding": writer.schema.Padding.SAME, "strideH": 1, "strideW": 1}
-    options = writer.fusing("Conv2DOptions", "none", **window)
-    over = writer.operator("CONV_2D", [row, weight, bias], f"{name}/over", shape, options=options)
-    writer.reshape(over, output, network.image_shape(op))
-
-
 def _adaptive_avg_pool(network: _Network, node: OpNode, output: str, activation: str) -> None:
     """Products with the shares of pixels, along either side, which comes last for it."""
     op, writer, name = node.op, network.writer, node.name
@@ -560,6 +569,23 @@ def _adaptive_avg_pool(network: _Network, node: OpNode, output: str, activation:
         made = f"{name}/{side}/product"
         writer.operator("FULLY_CONNECTED", [source, weight, bias], made, shape, version=5, options=options)
         source = writer.transpose(made, output if side == "down" else f"{name}/columns", (0, 3, 1, 2))
+
+
+def _l2_norm(network: _Network, node: OpNode, output: str, activation: str) -> None:
+    writer, (source,) = network.writer, node.inputs
+    writer.operator("L2_NORMALIZATION", [source], output, writer.shapes[source], options=("L2NormOptions", {}))
+
+
+def _unflatten(network: _Network, node: OpNode, output: str, activation: str) -> None:
+    op, writer = node.op, network.writer
+    apart = writer.reshape(node.inputs[0], f"{node.name}/apart", (network.batch, op.out_channels, *op.out_size))
+    writer.transpose(apart, output, (0, 2, 3, 1))
+
+
+def _rows_to_channels(network: _Network, node: OpNode, output: str, activation: str) -> None:
+    writer = network.writer
+    turned = writer.transpose(network.as_image(node.inputs[0]), f"{node.name}/turned", (0, 2, 3, 1))  # (N, W, C, H)
+    writer.reshape(turned, output, network.image_shape(node.op))
 
 
 def _flatten(network: _Network, node: OpNode, output: str, activation: str) -> None:
@@ -615,7 +641,9 @@ _EMITTERS: dict[str, Callable[[_Network, OpNode, str, str], None]] = {
     "global_avg_pool": _global_avg_pool,
     "channel_mean": _over_channels,
     "channel_max": _over_channels,
-    "channel_conv": _channel_conv,
     "adaptive_avg_pool": _adaptive_avg_pool,
+    "l2_norm": _l2_norm,
+    "unflatten": _unflatten,
+    "rows_to_channels": _rows_to_channels,
     "flatten": _flatten,
 }

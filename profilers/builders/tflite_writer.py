@@ -20,6 +20,8 @@ ACTIVATION_OPS = {
     "sigmoid": "LOGISTIC",
     "tanh": "TANH",
     "elu": "ELU",
+    "abs": "ABS",
+    "exp": "EXP",
 }
 
 

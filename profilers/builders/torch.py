@@ -29,6 +29,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "elu": F.elu,
     "softplus": F.softplus,
     "mish": F.mish,
+    "abs": torch.abs,
+    "exp": torch.exp,
 }
 
 
@@ -130,9 +132,12 @@ class Network(nn.Module):
             return x.mean(1, keepdim=True)
         if op.kind == "channel_max":
             return x.amax(1, keepdim=True)
-        if op.kind == "channel_conv":
-            over = F.conv1d(x.flatten(1)[:, None], part("weight")[:, :, 0], part("bias"), padding=op.kernel[1] // 2)
-            return over.reshape(x.shape)
+        if op.kind == "l2_norm":
+            return F.normalize(x, dim=channels)
+        if op.kind == "unflatten":
+            return x.reshape(len(x), op.out_channels, *op.out_size)
+        if op.kind == "rows_to_channels":
+            return x.flatten(1, 2)[:, :, None]
         if op.kind == "adaptive_avg_pool":
             return F.adaptive_avg_pool2d(x, (op.out_height, op.out_width))
         if op.kind in SCALAR_KINDS:

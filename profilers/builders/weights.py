@@ -29,8 +29,6 @@ def weight_shapes(node: OpNode) -> dict[str, tuple[int, ...]]:
     if op.kind in CONV_KINDS:
         shape = (op.out_channels, op.in_channels[0] // op.groups, *op.kernel)
         return {"weight": shape, "bias": (op.out_channels,)}
-    if op.kind == "channel_conv":
-        return {"weight": (1, 1, *op.kernel), "bias": (1,)}
     if op.kind == "conv_transpose":
         return {"weight": (op.in_channels[0], op.out_channels, *op.kernel), "bias": (op.out_channels,)}
     if op.kind == "linear":

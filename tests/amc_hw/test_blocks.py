@@ -297,7 +297,8 @@ def test_a_convolution_over_channels(tmp_path: Path, reach: int, call) -> None:
     parts = dict(a=nn.Conv2d(3, 16, 3), b=nn.Conv2d(16, 12, 1), c=nn.Conv2d(12, 4, 1))
     over = nn.Conv1d(1, 1, reach, padding=reach // 2, bias=reach == 5)
     graph = half_and_exported(Net(forward, **parts, over=over), IMAGE, tmp_path)
-    assert "channel_conv" in kinds(graph) and [group.name for group in graph.groups] == ["a"]
+    assert kinds(graph)[2:6] == ["global_avg_pool", "unflatten", "depthwise_conv", "flatten"]
+    assert [group.name for group in graph.groups] == ["a"]
     assert frozen_of(graph)["b"] == "read together at over"
     assert graph.params() == 16 * 28 + 12 * 17 + 4 * 13 + reach + 1
 
@@ -307,8 +308,6 @@ def test_a_convolution_over_channels(tmp_path: Path, reach: int, call) -> None:
     [
         nn.Conv1d(1, 2, 3, padding=1),
         nn.Conv1d(1, 1, 3),
-        nn.Conv1d(1, 1, 4, padding="same"),
-        nn.Conv1d(1, 1, 3, padding=2, dilation=2),
         nn.Conv1d(1, 1, 3, padding=1, stride=2),
     ],
 )
@@ -423,3 +422,148 @@ def test_attention_to_samples(tmp_path: Path) -> None:
     graph = half_and_exported(Net(forward, **parts), torch.randn(4, 3, 20), tmp_path)
     assert kinds(graph) == ["conv", "conv", "channel_mean", "channel_max", "sub", "mask", "conv"]
     assert [group.name for group in graph.groups] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("call", "wanted"),
+    [
+        (lambda x: x.mean(2), "avg_pool"),
+        (lambda x: torch.mean(x, dim=3), "avg_pool"),
+        (lambda x: x.max(dim=2)[0], "max_pool"),
+        (lambda x: x.amax(3), "max_pool"),
+    ],
+)
+def test_one_number_for_every_row_or_column_is_a_signal(tmp_path: Path, call, wanted: str) -> None:
+    """Networks of sounds do away with frequencies before they look along time."""
+    parts = dict(a=nn.Conv2d(3, 8, 3), b=nn.Conv1d(8, 6, 3), c=nn.Conv1d(6, 4, 1))
+    net = Net(lambda net, x: net.c(F.relu(net.b(call(F.relu(net.a(x)))))), **parts)
+    graph = half_and_exported(net, torch.randn(4, 3, 12, 10), tmp_path)
+    assert kinds(graph)[:2] == ["conv", wanted] and [group.name for group in graph.groups] == ["a", "b"]
+
+
+@pytest.mark.parametrize("dim", [2, 3, -1])
+def test_one_number_for_every_row_or_column_of_an_image(tmp_path: Path, dim: int) -> None:
+    def forward(net: Net, x: Tensor) -> Tensor:
+        x = net.a(x)
+        return net.c(F.relu(net.b(x.mean(dim, keepdim=True))))
+
+    parts = dict(a=nn.Conv2d(3, 8, 3), b=nn.Conv2d(8, 6, 1), c=nn.Conv2d(6, 4, 1))
+    graph = half_and_exported(Net(forward, **parts), torch.randn(4, 3, 12, 10), tmp_path)
+    assert kinds(graph) == ["conv", "avg_pool", "conv", "conv"]
+
+
+def test_a_pooling_of_sounds_that_adds_the_largest_and_the_mean(tmp_path: Path) -> None:
+    """PANNs (Kong et al., 2020), whose code writes into what it reads."""
+
+    def forward(net: Net, x: Tensor) -> Tensor:
+        x = F.relu_(net.n(net.a(x)))
+        x = torch.mean(x, dim=3)
+        largest, _ = torch.max(x, dim=2)
+        return net.c(F.relu_(net.b(largest + torch.mean(x, dim=2))))
+
+    parts = dict(a=nn.Conv2d(1, 8, 3), n=nn.BatchNorm2d(8), b=nn.Linear(8, 6), c=nn.Linear(6, 4))
+    graph = half_and_exported(Net(forward, **parts), torch.randn(4, 1, 20, 16), tmp_path)
+    assert [group.name for group in graph.groups] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: x.view(x.size(0), x.size(1) * x.size(2), x.size(3)),
+        lambda x: x.flatten(1, 2),
+        lambda x: x.reshape(x.shape[0], -1, x.shape[-1]),
+    ],
+)
+def test_rows_become_channels(tmp_path: Path, call) -> None:
+    """Networks that read text or speech: what an image has below each other is one step of a signal."""
+    parts = dict(a=nn.Conv2d(1, 8, 3, padding=1), b=nn.Conv1d(8 * 5, 6, 3), c=nn.Conv1d(6, 4, 1))
+    net = Net(lambda net, x: net.c(F.relu(net.b(call(F.relu(net.a(x)))))), **parts)
+    graph = half_and_exported(net, torch.randn(4, 1, 5, 14), tmp_path)
+    assert kinds(graph) == ["conv", "rows_to_channels", "conv", "conv"]
+    assert [(group.name, group.width) for group in graph.groups] == [("a", 8), ("b", 6)]
+    assert graph.op_graph([3, 6]).ops[1].out_channels == 15
+
+
+@pytest.mark.parametrize("middle", [nn.Unflatten(1, (6, 3, 2)), Call(lambda x: x.view(-1, 6, 3, 2))])
+def test_a_vector_becomes_an_image(tmp_path: Path, middle: nn.Module) -> None:
+    """Decoders and generators."""
+    encoder = nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 4 * 4, 10), nn.ReLU()
+    decoder = nn.Linear(10, 36), nn.ReLU(), middle, nn.ConvTranspose2d(6, 8, 2, 2), nn.ReLU(), nn.Conv2d(8, 3, 1)
+    graph = half_and_exported(nn.Sequential(*encoder, *decoder), torch.randn(4, 3, 9, 9), tmp_path)
+    assert "unflatten" in kinds(graph) and [group.name for group in graph.groups] == ["0", "3", "8"]
+
+
+def test_a_vector_becomes_a_signal(tmp_path: Path) -> None:
+    parts = dict(a=nn.Linear(7, 12), b=nn.Linear(12, 40), c=nn.ConvTranspose1d(8, 6, 2, 2), d=nn.Conv1d(6, 2, 1))
+    net = Net(lambda net, x: net.d(F.relu(net.c(net.b(F.relu(net.a(x))).view(-1, 8, 5)))), **parts)
+    graph = half_and_exported(net, torch.randn(16, 7), tmp_path)
+    assert [group.name for group in graph.groups] == ["a", "c"]
+
+
+@pytest.mark.parametrize(
+    "call", [lambda x: x[:, :, 0, 0], lambda x: x[..., 0, -1], lambda x: x[:, None, :, 0, 0][:, 0]]
+)
+def test_the_only_pixel_is_taken_by_its_place(tmp_path: Path, call) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), Call(call), nn.Linear(8, 4))
+    assert [group.name for group in half_and_exported(net, IMAGE, tmp_path).groups] == ["0"]
+
+
+@pytest.mark.parametrize("call", [lambda x: x[:, :, 0, 0], lambda x: x[:, :, 2]])
+def test_one_pixel_of_many_is_refused(call) -> None:
+    with pytest.raises(UnsupportedOperatorError, match="operator getitem"):
+        build_graph(nn.Sequential(nn.Conv2d(3, 8, 3), Call(call)).eval(), (3, 12, 12))
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (3,)])
+def test_an_embedding_of_length_one(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    layer = nn.Conv2d if len(shape) == 3 else nn.Linear
+    more = (1,) if len(shape) == 3 else ()
+    parts = dict(a=layer(3, 8, *more), b=layer(8, 6, *more))
+    net = Net(lambda net, x: F.normalize(net.b(F.relu(net.a(x))), p=2, dim=1), **parts)
+    graph = half_and_exported(net, torch.randn(8, *shape), tmp_path)
+    assert kinds(graph)[-1] == "l2_norm" and [group.name for group in graph.groups] == ["a"]
+
+
+@pytest.mark.parametrize("call", [lambda x: F.normalize(x, dim=2), lambda x: F.normalize(x, p=1.0)])
+def test_other_lengths_are_refused(call) -> None:
+    with pytest.raises(UnsupportedOperatorError, match="only channels are normalised, by the root"):
+        build_graph(around(Call(call)).eval(), (3, 12, 12))
+
+
+def test_twins_whose_difference_is_judged(tmp_path: Path) -> None:
+    net = Net(
+        lambda net, x: net.c(torch.abs(net.b(F.relu(net.a(x[:, :1]))) - net.b(F.relu(net.a(x[:, 1:]))))),
+        **dict(a=nn.Conv2d(1, 8, 3), b=nn.Conv2d(8, 6, 1), c=nn.Conv2d(6, 2, 1)),
+    )
+    graph = half_and_exported(net, torch.randn(4, 2, 8, 8), tmp_path)
+    assert [group.name for group in graph.groups] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [torch.exp, lambda x: x.float().exp(), lambda x: x.to(torch.float32).abs(), lambda x: x.tanh_(), torch.sigmoid_],
+)
+def test_functions_of_every_element(tmp_path: Path, call) -> None:
+    graph = half_and_exported(around(Call(call)), IMAGE, tmp_path)
+    assert [group.name for group in graph.groups] == ["0"]
+
+
+def test_other_types_are_refused() -> None:
+    with pytest.raises(UnsupportedOperatorError, match="operator to "):
+        build_graph(around(Call(lambda x: x.to(torch.float64).float())).eval(), (3, 12, 12))
+
+
+@pytest.mark.parametrize(
+    ("forward", "why"),
+    [
+        (
+            lambda net, x: net.a(x).permute(0, 2, 3, 1).reshape(x.shape[0], -1, 4),
+            r"1, \d+, 4.: return what",
+        ),
+        (lambda net, x: torch.cat([net.a(x).flatten(2), net.b(x).flatten(2)], 2), "only channels are joined: return"),
+    ],
+)
+def test_what_detectors_do_after_their_layers_is_left_to_the_caller(forward, why: str) -> None:
+    net = Net(forward, a=nn.Conv2d(3, 8, 3), b=nn.Conv2d(3, 8, 3, stride=2))
+    with pytest.raises(UnsupportedOperatorError, match=why):
+        build_graph(net.eval(), (3, 12, 12))

@@ -225,7 +225,7 @@ class Averaged(nn.Module):
     def __init__(self, dims: tuple[int | tuple[int, ...], ...], *, keepdim: bool = False) -> None:
         super().__init__()
         self.dims, self.keepdim = dims, keepdim
-        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(64 if dims == (3,) else 8, 5)
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.a(x))
@@ -257,8 +257,8 @@ def test_the_dimensions_of_a_mean_may_be_named(name: str) -> None:
     same_when_sliced(Named(), torch.randn(2, 3, 8, 8))
 
 
-@pytest.mark.parametrize("dims", [((1, 2),), (1, 1), (3,), (3, 1)])
-def test_a_mean_over_channels_or_over_one_side_is_refused(dims: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("dims", [((1, 2),), (1, 1), (3, 1)])
+def test_a_mean_over_channels_and_a_side_is_refused(dims: tuple[int, ...]) -> None:
     with pytest.raises(UnsupportedOperatorError, match="mean"):
         build_graph(Averaged(dims), (3, 8, 8))
 

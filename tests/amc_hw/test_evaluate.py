@@ -18,6 +18,7 @@ from amc_hw.evaluate import SEARCH_ROWS, Evaluator, check_expected, fold_batch_n
 from amc_hw.graph import LayerGraph, build_graph
 from amc_hw.images import TensorImages, load_tensors
 from amc_hw.models import LoadedModel
+from amc_hw.models.checkpoint import put_back
 from amc_hw.prune import keep_channels, slice_channels
 from amc_hw.refit import reestimate_batch_norm, refit_faithful, refit_fast
 from amc_hw.task import FAR, SEARCH_IMAGES, Classification, Task, accuracy, distortion
@@ -240,6 +241,34 @@ def test_final_network_takes_new_statistics_where_they_help_and_the_refits_where
         helped.append(after > before)
         assert before != after and accuracy(evaluator.final(widths), *evaluator.task.val) == max(before, after)
     assert set(helped) == {True, False}
+
+
+class Versioned(nn.Sequential):
+    """Loads by the version of its state dict, as torchvision's MNASNet does."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state: dict, prefix: str, metadata: dict, *rest) -> None:
+        if metadata.get("version") != 2:
+            raise ValueError("version should be set to 2")
+        super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+
+def test_a_network_that_is_loaded_by_its_version_gets_its_statistics_back(
+    splits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = Versioned(*network()).eval()
+    model = LoadedModel("versioned", net, SHAPE, (0.3,) * 3, (0.4,) * 3, (torch.zeros(1, *SHAPE),), None)
+    evaluator = Evaluator(model, build_graph(net, SHAPE), Classification(model, splits), calibration_images=40)
+    scores = iter([0.9, 0.1])  # with new statistics worse
+    monkeypatch.setattr(evaluator.task, "score", lambda module: next(scores))
+    final = evaluator.final((6, 9))
+    assert torch.equal(final[1].running_mean, net[1].running_mean[evaluator.kept((6, 9))["0"]])
+    weights = {name: torch.full_like(value, 3) for name, value in final.state_dict().items()}
+    with pytest.raises(ValueError, match="version"):
+        final.load_state_dict(weights)
+    put_back(final, weights)
+    assert all(bool((value == 3).all()) for value in final.state_dict().values())
 
 
 def test_widths_that_do_not_fit_are_refused(evaluator: Evaluator) -> None:

@@ -193,6 +193,42 @@ def test_an_int8_file_says_what_it_reads_too(tmp_path: Path, file_format: str) -
 
 
 @pytest.mark.parametrize("file_format", FORMAT_PARAMS[1:])
+def test_an_int8_file_is_compared_on_other_inputs_than_it_was_calibrated_on(tmp_path: Path, file_format: str) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten()).eval()
+    graph = build_graph(net, (3, 8, 8))
+    more = {"file_format": file_format, "out": tmp_path / "net"}
+    flattered, _ = export_int8(net, graph, graph.op_graph(), images(12)[..., :8, :8], **more)
+    others = 2 * images(7, seed=3)[..., :8, :8]  # beyond the ranges that were seen
+    found, running = export_int8(net, graph, graph.op_graph(), images(12)[..., :8, :8], others=others, **more)
+    with torch.no_grad():
+        off, right = running(others) - net(others), net(others)
+    assert found["rms_diff"] == pytest.approx(float(off.norm() / right.norm()), rel=1e-3)
+    assert found["rms_diff"] > 3 * flattered["rms_diff"]
+    assert [(each["images"], each["calibration_images"]) for each in (flattered, found)] == [(12, 12), (7, 12)]
+
+
+INT8_LAYERS = {
+    "a padded pooling of both signs": nn.Sequential(nn.SiLU(), nn.MaxPool2d(3, 2, 1)),
+    "rounded up": nn.Sequential(nn.LeakyReLU(0.1), nn.MaxPool2d(3, 2, ceil_mode=True)),
+    "clipped": nn.Hardtanh(-0.5, 1.5),
+    "clipped to a unit": nn.Hardtanh(0.0, 1.0),
+    "mish": nn.Mish(),
+    "softplus": nn.Softplus(),
+    "to any size": nn.AdaptiveAvgPool2d(4),
+}
+
+
+@pytest.mark.parametrize("file_format", FORMAT_PARAMS[1:])
+@pytest.mark.parametrize("what", INT8_LAYERS)
+def test_layers_that_are_several_operators_are_quantized(tmp_path: Path, what: str, file_format: str) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), INT8_LAYERS[what], nn.Conv2d(8, 4, 1)).eval()
+    graph, drawn = build_graph(net, (3, 12, 12)), torch.randn(16, 3, 12, 12)
+    found, _ = export_int8(net, graph, graph.op_graph(), drawn, file_format=file_format, out=tmp_path / "net")
+    assert 0 < found["rms_diff"] < 0.04
+
+
+@pytest.mark.parametrize("file_format", FORMAT_PARAMS[1:])
 def test_a_network_of_infinite_outputs_is_not_quantized(tmp_path: Path, file_format: str) -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
     nn.init.constant_(net[2].weight, float("inf"))

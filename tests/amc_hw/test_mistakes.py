@@ -1224,11 +1224,32 @@ def test_a_policy_is_measured_in_the_dtype_that_it_was_searched_for_unless_asked
 def test_check_without_data_says_what_it_can(here: Path, amc_hw: Run) -> None:
     """A network of random weights, too: what is frozen, and what profiling takes."""
     done = amc_hw("check", *TINY)
-    assert done.code == 0 and "groups      3 to prune" in done.out and "has all that a search needs" in done.out
+    assert done.code == 0 and "groups      3 to prune, 1 frozen (amc-hw graph says why)" in done.out
+    assert "has all that a search needs" in done.out
     assert "accuracy    not known, nor what a search takes: no --data, nor --evaluate and --calibrate" in done.out
     found = json.loads(amc_hw("check", "--device", "fake", "--model", "plain20", "--json").out)
     assert found["accuracy"] is None and found["search_minutes"] is None and found["measurements_missing"] > 0
     assert "there is no file 'typo.py'" in amc_hw("check", "--device", "fake", "--model", "typo.py:make").mistake
+
+
+def test_check_names_the_frozen_group_that_locks_most(here: Path, amc_hw: Run) -> None:
+    Path("net.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    input_shape = (3, 8, 8)\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.a, self.b, self.c = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 3, 2, 1), nn.Linear(64, 5)\n"
+        "    def forward(self, x):\n"
+        "        return self.c(self.b(self.a(x)).view(-1, 64))\n"
+    )
+    done = amc_hw("check", "--device", "fake", "--model", "net.py:Net")
+    share = (8 * 4 * 9 * 16 + 64 * 5) / (3 * 8 * 64 + 8 * 4 * 9 * 16 + 64 * 5)
+    told = "groups      1 to prune, 2 frozen, most of all b: reshaped to 64 channels at view: torch.flatten(x, 1)"
+    assert (
+        f"{told} takes any number; it is read or written by {share:.1%} of the MACs (amc-hw graph tells all)"
+        in done.out
+    )
 
 
 def test_a_search_from_python_needs_data_as_the_command_does(here: Path) -> None:

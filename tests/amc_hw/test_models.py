@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 import sys
 import tarfile
 import types
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from amc_hw.data import Splits
 from amc_hw.errors import UserError
+from amc_hw.graph import build_graph
+from amc_hw.images import TensorImages
 from amc_hw.models import MODELS, ChannelMap, load_model
 from amc_hw.models.checkpoint import load_checkpoint
+from amc_hw.task import Classification
 
 DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 CHECKPOINTS = {
@@ -448,6 +454,90 @@ def test_factories(nets: str) -> None:
     assert "returned a int, not a module" in fails(f"{nets}:number")
     assert "not tensors" in fails(f"{nets}:words")
     assert "the options of bare are channels" in fails(f"{nets}:bare?depth=3")
+
+
+def test_images_of_a_factory_that_names_no_normalisation_are_normalised_aloud(nets: str) -> None:
+    part = TensorImages(torch.rand(20, 3, 16, 16), torch.arange(20) % 5)
+    data = Splits("drawn", part, part, part, tuple("abcde"))
+    unsaid = load_model(f"{nets}:bare", input_shape=(3, 16, 16))
+    with pytest.warns(UserWarning, match=r"nets.py:bare names no mean and std: images are .* \(mean 0.485 0.456 0.406"):
+        Classification(unsaid, data)
+    said = [
+        load_model(f"{nets}:bare", input_shape=(3, 16, 16), mean=(0,), std=(1,)),
+        load_model(f"{nets}:with_attributes", input_shape=(3, 16, 16)),
+        load_model("resnet20", input_shape=(3, 16, 16)),
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for each in said:
+            Classification(each, data)
+    assert unsaid.assumed and not load_model(f"{nets}:bare?channels=1", input_shape=(1, 8, 8)).assumed
+
+
+def test_one_number_is_the_mean_of_all_channels(tmp_path: Path) -> None:
+    (tmp_path / "one.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "def make(tensor='no'):\n"
+        "    net = nn.Conv2d(3, 4, 1)\n"
+        "    net.input_shape, net.mean, net.std = (3, 8, 8), -6.0, 1.5 if tensor == 'no' else torch.tensor(1.5)\n"
+        "    return net\n"
+    )
+    for options in ("", "?tensor=yes"):
+        loaded = load_model(f"{tmp_path / 'one.py'}:make{options}")
+        assert (loaded.mean, loaded.std) == ((-6.0,) * 3, (1.5,) * 3)
+
+
+WRAPPED = """
+import torch, warnings
+from torch import nn
+from torch.nn.utils import parametrizations, weight_norm
+
+def net():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    net.input_shape = (3, 8, 8)
+    return net
+
+def parallel(): return nn.DataParallel(net())
+def compiled(): return torch.compile(net())
+
+def normed():
+    made = net()
+    parametrizations.weight_norm(made[0])
+    parametrizations.spectral_norm(made[2])
+    return made
+
+def hooked():
+    made = net()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        weight_norm(made[0])
+    torch.nn.utils.spectral_norm(made[2])
+    return made
+"""
+
+
+@pytest.mark.parametrize("name", ["parallel", "compiled"])
+def test_a_network_is_taken_out_of_what_runs_it_elsewhere(tmp_path: Path, name: str) -> None:
+    (tmp_path / "wrapped.py").write_text(WRAPPED)
+    loaded = load_model(f"{tmp_path / 'wrapped.py'}:{name}")
+    assert type(loaded.module) is nn.Sequential and loaded.input_shape == (3, 8, 8)
+
+
+@pytest.mark.parametrize("name", ["normed", "hooked"])
+def test_weights_that_norms_compute_become_plain_ones(tmp_path: Path, name: str) -> None:
+    file = tmp_path / "wrapped.py"
+    file.write_text(WRAPPED)
+    spec = importlib.util.spec_from_file_location("wrapped", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    net = getattr(module, name)().eval()
+    torch.save(net.state_dict(), tmp_path / "w.pt")
+    loaded = load_model(f"{file}:{name}", checkpoint=tmp_path / "w.pt")
+    images = torch.randn(4, 3, 8, 8)
+    torch.testing.assert_close(loaded.module(images), net(images))
+    assert set(loaded.module.state_dict()) == {f"{place}.{part}" for place in (0, 2) for part in ("weight", "bias")}
+    assert [group.name for group in build_graph(loaded.module, (3, 8, 8)).groups] == ["0"]
 
 
 def test_a_segmentation_network_of_torchvision_is_built_without_fetching_anything() -> None:

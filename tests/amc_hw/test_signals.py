@@ -271,7 +271,7 @@ REFUSED = {
     ),
     "recurrent": (Net(lambda net, x: net.a(x)[0], a=nn.GRU(5, 8, batch_first=True)), (20, 5), "GRU"),
     "no channels first": (
-        nn.Sequential(nn.Flatten(1, 2), nn.Unflatten(1, (5, 6)), nn.Conv1d(5, 4, 1)),
+        nn.Sequential(nn.Conv1d(3, 8, 1), Call(lambda x: x.transpose(1, 2)), nn.Conv1d(10, 4, 1)),
         (3, 10),
         "Conv1d",
     ),

@@ -45,6 +45,8 @@ REFERENCE_ACTIVATIONS = {
     "tanh": torch.tanh,
     "elu": F.elu,
     "softplus": lambda x: torch.log1p(torch.exp(x)),
+    "abs": torch.abs,
+    "exp": torch.exp,
     "mish": lambda x: x * torch.tanh(torch.log1p(torch.exp(x))),
 }
 
@@ -145,8 +147,12 @@ def reference_op(op: OpSpec, inputs: list[torch.Tensor], arrays: dict[str, torch
         return inputs[0] + inputs[1] if op.kind in ("add", "shift") else inputs[0] * inputs[1]
     if op.kind in ("channel_mean", "channel_max"):
         return x.mean(1, keepdim=True) if op.kind == "channel_mean" else x.amax(1, keepdim=True)
-    if op.kind == "channel_conv":
-        return F.conv2d(x.movedim(1, 3), arrays["weight"], arrays["bias"], padding="same").movedim(3, 1)
+    if op.kind == "l2_norm":
+        return x / x.square().sum(1, keepdim=True).sqrt()
+    if op.kind == "unflatten":
+        return x.reshape(len(x), op.out_channels, *op.out_size)
+    if op.kind == "rows_to_channels":
+        return torch.stack([x[:, c, h] for c in range(x.shape[1]) for h in range(x.shape[2])], 1)[:, :, None]
     if op.kind == "adaptive_avg_pool":
         return F.adaptive_avg_pool2d(x, op.out_size)
     if op.kind == "concat":
@@ -384,9 +390,11 @@ SMALL_OPS = {
     "avg_pool": OpSpec("avg_pool", (5,), 6, 7, 5, kernel=(3, 3), padding=(1, 1)),
     "global_avg_pool": OpSpec("global_avg_pool", (5,), 6, 7, 5),
     "adaptive_avg_pool": OpSpec("adaptive_avg_pool", (5,), 6, 7, 5, out_size=(4, 9)),
+    "l2_norm": OpSpec("l2_norm", (5,), 6, 7, 5),
+    "unflatten": OpSpec("unflatten", (24,), 1, 1, 4, out_size=(2, 3)),
+    "rows_to_channels": OpSpec("rows_to_channels", (5,), 6, 7, 30),
     "channel_mean": OpSpec("channel_mean", (5,), 6, 7, 1),
     "channel_max": OpSpec("channel_max", (5,), 6, 7, 1),
-    "channel_conv": OpSpec("channel_conv", (8,), 1, 1, 8, kernel=(1, 3)),
     "flatten": OpSpec("flatten", (5,), 6, 7, 210),
     "activation": OpSpec("activation", (5,), 6, 7, 5, activation="relu"),
     "linear": linear(210, 9),
@@ -796,11 +804,11 @@ def test_xnnpack_takes_whole_networks(graph: OpGraph) -> None:
 
 
 @needs_litert
-def test_a_padded_max_pool_of_values_of_both_signs_is_the_part_xnnpack_leaves() -> None:
+def test_a_max_pool_of_values_of_both_signs_is_padded_by_the_edges_of_the_image() -> None:
     graph = alone(window_op("max_pool", 4, (8, 8), 3, stride=(2, 2)))
     model = tflite_builder.build(graph, random_weights(graph))
-    assert operators(model) == ["PADV2", "MAX_POOL_2D"]
-    assert not is_wholly_delegated(model)
+    assert operators(model) == [*("SLICE", "CONCATENATION") * 2, "MAX_POOL_2D"]
+    assert is_wholly_delegated(model)
 
 
 @needs_litert
