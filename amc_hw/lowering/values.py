@@ -99,7 +99,7 @@ class Values:
         self.input_shapes: dict[str, tuple[int, ...]] = {}
 
     def _unsupported(
-        self, node: fx.Node, why: str = "it is not among what is read (README, Networks)"
+        self, node: fx.Node, why: str = "it is not among what is read (docs/networks.md)"
     ) -> UnsupportedOperatorError:
         what: Any = node.target
         if node.op == "call_module":
