@@ -368,7 +368,7 @@ class _Couplings:
             out = np.concatenate([self.labels[source] for source in op.inputs])
         elif kind in ("flatten", "rows_to_channels"):
             out = np.repeat(first, op.op.out_channels // len(first))
-        elif kind == "unflatten":
+        elif kind in ("unflatten", "regroup"):
             out = self._new(op.op.out_channels)
         elif kind == "attention":
             for source in op.inputs:

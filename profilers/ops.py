@@ -57,7 +57,8 @@ GROUPED_KINDS = ("depthwise_conv", "grouped_conv")
 #: its third input by the softmax of products of the first and the second, in `groups` heads; `channel_mean` and
 #: `channel_max` give one channel, of all those that they read; `adaptive_avg_pool` averages to any `out_size`;
 #: `l2_norm` divides by the root of the sum of the squares over the channels; `unflatten` lays a vector out as an image
-#: of `out_size`, `rows_to_channels` the rows of every channel as channels, one row.
+#: of `out_size`, `rows_to_channels` the rows of every channel as channels, one row; `join` puts tokens behind each
+#: other, `height` of them in all, `regroup` makes several of each, of as many times fewer channels.
 ONE_AXIS_KINDS = (
     "depthwise_conv",
     "grouped_conv",
@@ -101,6 +102,8 @@ ONE_AXIS_KINDS = (
     "adaptive_avg_pool",
     "unflatten",
     "rows_to_channels",
+    "join",
+    "regroup",
 )
 #: `concat` has the sum of its inputs' channels: one axis, the sum.
 KINDS = (*TWO_AXIS_KINDS, *ONE_AXIS_KINDS, "concat")
@@ -178,7 +181,7 @@ class OpSpec:
         padding = min(*self.padding, *self.padding_end)
         if self.groups < 1 or padding < 0 or min(*self.dilation, self.out_height, self.out_width) < 1:
             raise ValueError(f"impossible groups, padding, dilation or output size: {self}")
-        if self.kind in ("add", "sub", "mul", "scale", "shift") and len(set(self.in_channels)) > 1:
+        if self.kind in ("add", "sub", "mul", "scale", "shift", "join") and len(set(self.in_channels)) > 1:
             raise ValueError(f"{self.kind} needs inputs of equal channels: {self}")
         if (self.kind == "mask" and self.in_channels[1:] != (1,)) or (
             self.kind in ONE_CHANNEL_KINDS and self.out_channels > 1
@@ -239,6 +242,8 @@ class OpSpec:
     def _out_size(self, axis: int, size: int) -> int:
         if self.kind == "rows_to_channels" and axis == 0:
             return 1
+        if self.kind == "regroup":
+            return self.height * self.width * self.in_channels[0] // self.out_channels if axis == 0 else 1
         if self.kind in ("flatten", "global_avg_pool", "take_token") or (self.kind == "linear" and not self.tokens):
             return 1
         if self.kind == "prepend":
@@ -310,7 +315,7 @@ class OpSpec:
             return replace(self, in_channels=(self.step,), out_channels=self.out_channels // self.groups, groups=1)
         if self.kind == "chunk":
             return replace(self, in_channels=(self.groups,), out_channels=1)
-        alone = ("pixel_shuffle", "attention", "unflatten")  # whose channels keep their widths
+        alone = ("pixel_shuffle", "attention", "unflatten", "regroup")  # whose channels keep their widths
         if self.groups > 1 or self.kind in alone:
             return self
         ones = (1,) * len(self.in_channels)

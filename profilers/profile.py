@@ -227,7 +227,7 @@ def _copies(op: OpSpec, count: int) -> OpGraph:
     """`count` copies of an operator side by side: of a product on one input; of any other each on inputs of its own,
     or a runtime would compute it once for all. An addition inside of its kernel is written after it, with one second
     operand for all: the runtime takes it in. Tokens are laid out once."""
-    names, image = [f"copy{index}" for index in range(count)], (op.in_channels[0], op.height, op.width)
+    names, image = [f"copy{index}" for index in range(count)], (op.in_channels[0], *_sides(op)[0])
     if op.fused_add:
         shape = (op.out_channels, op.out_height, op.out_width)
         sizes = (op.out_channels, op.out_channels), *shape[1:], op.out_channels
@@ -253,14 +253,22 @@ def _copies(op: OpSpec, count: int) -> OpGraph:
 
 def _input_shapes(op: OpSpec) -> list[tuple[int, ...]]:
     """Of one image, one for every input of an operator, as `OpGraph.more_inputs` has them."""
-    sides = [(op.height, op.width)] * len(op.in_channels)
-    if op.kind == "attention" and op.keys:
-        sides[1:] = [(op.keys[0], op.keys[1])] * 2
-    pairs = zip(op.in_channels, sides, strict=True)
+    pairs = zip(op.in_channels, _sides(op), strict=True)
     shapes: list[tuple[int, ...]] = [(h * w, c) if op.tokens else (c, h, w) for c, (h, w) in pairs]
     if op.kind in ("scale", "shift"):
         shapes[1] = (op.in_channels[1],)
     return shapes
+
+
+def _sides(op: OpSpec) -> list[tuple[int, int]]:
+    """(Height, width) of every input of an operator."""
+    count = len(op.in_channels)
+    if op.kind == "join":
+        return [(op.height // count + (place < op.height % count), 1) for place in range(count)]
+    sides = [(op.height, op.width)] * count
+    if op.kind == "attention" and op.keys:
+        sides[1:] = [(op.keys[0], op.keys[1])] * 2
+    return sides
 
 
 def _count(op: OpSpec) -> int:

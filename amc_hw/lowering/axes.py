@@ -88,6 +88,13 @@ def token_axes(channels: int, positions: int) -> Axes:
     return BATCH, whole(POSITIONS, positions), whole(CHANNELS, channels)
 
 
+def regrouped(shape: tuple[int, int, int], channels: int) -> Axes:
+    """Of tokens that were each divided into several, of so many channels."""
+    parts = shape[0] // channels
+    each = (Part(CHANNELS, channels, parts),) if parts > 1 else ()
+    return BATCH, (*whole(POSITIONS, shape[1] * shape[2]), *each), whole(CHANNELS, channels)
+
+
 def size_of(axis: Axis) -> int:
     return math.prod(part.size for part in axis)
 

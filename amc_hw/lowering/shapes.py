@@ -20,6 +20,7 @@ from amc_hw.lowering.axes import (
     joined,
     of_dim,
     plain_axes,
+    regrouped,
     reshaped,
     size_of,
     taken,
@@ -47,6 +48,8 @@ class Shapes(Values):
             self._same(node)
         elif is_constant(parts[0]):
             self._prepended(node, dim, list(parts))
+        elif (dim == 1 and all(map(self._are_tokens, parts))) or (dim == 2 and all(map(self._is_row, parts))):
+            self._join(node, list(parts))
         elif {self._channel_axis(part) for part in parts} != {dim} or len(
             {self._beside(dim, each) for each in parts}
         ) > 1:
@@ -54,6 +57,13 @@ class Shapes(Values):
         else:
             channels = sum(self._seen(part).channels for part in parts)
             self._emit(node, "concat", sources=list(parts), out_channels=channels)
+
+    def _join(self, node: fx.Node, parts: list[fx.Node]) -> None:
+        """Positions behind each other: what a detector finds at several scales."""
+        channels, total = self._seen(parts[0]).channels, sum(self._seen(part).positions for part in parts)
+        row = BATCH, whole(CHANNELS, channels), whole(POSITIONS, total)
+        axes = token_axes(channels, total) if self._are_tokens(parts[0]) else row
+        self._emit(node, "join", sources=parts, axes=axes)
 
     def _beside(self, dim: int, node: fx.Node) -> Axes:
         """A tensor's axes but for one."""
@@ -264,6 +274,9 @@ class Shapes(Values):
             laid = plain_axes((out[1], *sizes), len(out))
             self._emit(node, "unflatten", axes=laid, out_channels=out[1], out_size=sizes)
             self.fixed[self.value[node]] = f"made of a vector at {node.name}"
+        elif len(axes) == 3 and axes[2] not in ((), channels) and axes == regrouped(seen.shape, size_of(axes[2])):
+            self._emit(node, "regroup", sources=[source], axes=token_axes(out[2], out[1]), out_channels=out[2])
+            self.fixed.setdefault(self.value[node], f"divided at {node.name}")
         elif axes == rows:
             row = plain_axes((out[1], 1, out[2]), 3)
             self._emit(node, "rows_to_channels", sources=[source], axes=row, out_channels=out[1])

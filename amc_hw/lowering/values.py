@@ -12,7 +12,9 @@ from torch import fx
 
 from amc_hw.errors import UnsupportedOperatorError
 from amc_hw.lowering.axes import (
+    BATCH,
     CHANNELS,
+    POSITIONS,
     Axes,
     Seen,
     image_axes,
@@ -132,11 +134,16 @@ class Values:
         form = self._form(sources[0])
         anyhow = kind in (*AS_IT_LIES, "global_avg_pool", "unflatten")
         anyhow = anyhow or (kind in ("slice", "chunk") and axes is not None)
-        inputs = self._as_they_lie(sources) if anyhow else self._laid_out(kind, sources, form)
+        if kind in ("join", "regroup"):
+            inputs = [self._as_tokens(source) for source in sources]
+        else:
+            inputs = self._as_they_lie(sources) if anyhow else self._laid_out(kind, sources, form)
         kind = "conv" if kind == "linear" and form == "last" else kind
         all_channels, sides = tuple(self._size(name)[0] for name in inputs), self._size(inputs[0])[1:]
-        if kind == "crop" and inputs[0] in self.tokens:
+        if kind in ("crop", "regroup") and inputs[0] in self.tokens:
             sides = math.prod(sides), 1
+        if kind == "join":
+            sides = sum(math.prod(self._size(name)[1:]) for name in inputs), 1
         if inputs[0] in self.tokens:
             sizes["tokens"] = True
         op = OpSpec(kind, all_channels, *sides, sizes.pop("out_channels", all_channels[0]), **sizes)
@@ -213,6 +220,11 @@ class Values:
         """Whether a node's tensor is (N, positions, channels), all of either."""
         seen = self._seen(node)
         return seen.axes == token_axes(seen.channels, seen.positions)
+
+    def _is_row(self, node: fx.Node) -> bool:
+        """Whether a node's tensor is (N, channels, positions), all of either."""
+        seen = self._seen(node)
+        return seen.axes == (BATCH, whole(CHANNELS, seen.channels), whole(POSITIONS, seen.positions))
 
     def _sides(self, seen: Seen) -> tuple[int, int, int]:
         """(C, H, W) of a value; of tokens as the tensor has them."""

@@ -262,6 +262,9 @@ class Lowering(Arithmetic, Images):
             self._outputs(list(value.values()))
         elif not isinstance(value, fx.Node):
             raise UnsupportedOperatorError(f"the network returns {value!r}: only tensors, also in tuples or dicts")
+        elif value in self.value and self._is_row(value) and self._form(value) == "":
+            self.value[value] = self._as_tokens(value)
+            self._outputs(value)
         elif value not in self.value or not (self._form(value) in ("vector", *PLAIN) or self._are_tokens(value)):
             shape = shape_of(value) or ()
             what = "an image, a signal, a sequence or a vector of channels"

@@ -252,8 +252,10 @@ def _emit(writer: _Writer, node: OpNode, weights: Weights, *, leaves: bool) -> N
         bilinear = {"mode": "linear", "coordinate_transformation_mode": aligned}
         mode = nearest if op.kind == "upsample_nearest" else bilinear
         writer.add("Resize", name, [*inputs, "", *to], result, **mode)
-    elif op.kind == "concat":
-        writer.add("Concat", name, inputs, result, axis=channel_axis)
+    elif op.kind in ("concat", "join"):
+        writer.add("Concat", name, inputs, result, axis=channel_axis if op.kind == "concat" else 1)
+    elif op.kind == "regroup":
+        writer.reshape(name, inputs[0], result, (op.batch, op.out_height, op.out_channels))
     elif op.kind == "add_map":
         writer.add("Add", name, [*inputs, writer.constant(f"{name}/value", arrays["value"])], result)
     elif op.kind == "prepend":

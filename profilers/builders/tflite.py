@@ -24,6 +24,7 @@ _UNFUSED_KINDS = (
     *("log_softmax", "clip", "crop", "upsample_nearest", "upsample_bilinear"),
     *("to_tokens", "to_image", "prepend", "take_token", "attention"),
     *("channel_mean", "channel_max", "adaptive_avg_pool", "l2_norm", "unflatten", "rows_to_channels"),
+    *("join", "regroup"),
 )
 _NEVER_NEGATIVE = ("relu", "relu6", "sigmoid", "hardsigmoid")
 
@@ -508,6 +509,17 @@ def _concat(network: _Network, node: OpNode, output: str, activation: str) -> No
     writer.operator("CONCATENATION", operands, output, (*rest, node.op.out_channels), options=options)
 
 
+def _join(network: _Network, node: OpNode, output: str, activation: str) -> None:
+    op, writer = node.op, network.writer
+    shape = (network.batch, op.height, op.out_channels)
+    options = writer.fusing("ConcatenationOptions", "none", axis=1)
+    writer.operator("CONCATENATION", list(node.inputs), output, shape, options=options)
+
+
+def _regroup(network: _Network, node: OpNode, output: str, activation: str) -> None:
+    network.writer.reshape(node.inputs[0], output, (network.batch, node.op.out_height, node.op.out_channels))
+
+
 def _pool(network: _Network, node: OpNode, output: str, activation: str) -> None:
     op, writer = node.op, network.writer
     if op.dilation != (1, 1) or (op.kind == "avg_pool" and op.ceil):
@@ -645,5 +657,7 @@ _EMITTERS: dict[str, Callable[[_Network, OpNode, str, str], None]] = {
     "l2_norm": _l2_norm,
     "unflatten": _unflatten,
     "rows_to_channels": _rows_to_channels,
+    "join": _join,
+    "regroup": _regroup,
     "flatten": _flatten,
 }

@@ -201,6 +201,10 @@ class Network(nn.Module):
             return F.interpolate(x, size, mode="bilinear", align_corners=op.align_corners)
         if op.kind == "concat":
             return torch.cat(inputs, channels)
+        if op.kind == "join":
+            return torch.cat(inputs, 1)
+        if op.kind == "regroup":
+            return x.reshape(len(x), op.out_height, op.out_channels)
         if op.kind == "max_pool":
             return F.max_pool2d(x, op.kernel, op.stride, op.padding, ceil_mode=op.ceil)
         if op.kind == "avg_pool":

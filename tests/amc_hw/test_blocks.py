@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import Call, Net, frozen_of, half_and_exported, kinds
+from networks import FORMATS, Call, Net, frozen_of, half_and_exported, kinds, with_statistics
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from amc_hw.errors import UnsupportedOperatorError
+from amc_hw.export import export_network
 from amc_hw.graph import build_graph
+from amc_hw.prune import keep_channels, slice_channels
 from amc_hw.weights import check_reading
 
 IMAGE = torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(1))
@@ -553,17 +555,54 @@ def test_other_types_are_refused() -> None:
         build_graph(around(Call(lambda x: x.to(torch.float64).float())).eval(), (3, 12, 12))
 
 
+class Heads(nn.Module):
+    """Two scales of a pyramid, whose heads are joined as detectors have it."""
+
+    def __init__(self, call, join) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, stride=2), nn.Conv2d(8, 16, 3, stride=2, padding=1)
+        self.heads = nn.ModuleList([nn.Conv2d(8, 12, 1), nn.Conv2d(16, 12, 1)])
+        self.call, self.join = call, join
+
+    def forward(self, x: Tensor):
+        x = F.relu(self.a(x))
+        maps = [head(each) for head, each in zip(self.heads, (x, F.relu(self.b(x))), strict=True)]
+        return self.join([self.call(each) for each in maps])
+
+
+HEADS = {
+    "boxes of anchors": (lambda x: x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, 4), lambda found: torch.cat(found, 1)),
+    "boxes of one anchor": (lambda x: x.permute(0, 2, 3, 1).flatten(1, 2), lambda found: torch.cat(found, dim=1)),
+    "channels first": (lambda x: x.flatten(2), lambda found: torch.cat(found, 2)),
+    "chances": (lambda x: x.view(x.size(0), 12, -1), lambda found: torch.cat(found, dim=-1).sigmoid()),
+    "turned": (lambda x: x.flatten(2), lambda found: torch.cat(found, 2).transpose(1, 2).softmax(-1)),
+    "apart": (lambda x: x.flatten(2), lambda found: {"large": found[0], "small": found[1]}),
+    "boxes apart": (lambda x: x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, 3), lambda found: found),
+}
+
+
+@pytest.mark.parametrize("what", HEADS)
+def test_the_heads_of_a_detector(tmp_path: Path, what: str) -> None:
+    image = torch.randn(4, 3, 15, 13)
+    net = with_statistics(Heads(*HEADS[what]))
+    graph = build_graph(net, (3, 15, 13))
+    check_reading(net, graph, [image[:1]])
+    assert [group.name for group in graph.groups] == ["a", "b"]
+    small = slice_channels(net, graph, keep_channels(net, graph, [4, 8]))
+    check_reading(small, build_graph(small, (3, 15, 13)), [image[:1]])
+    for file_format in FORMATS:
+        told = export_network(small, graph, graph.op_graph([4, 8]), image, file_format=file_format, out=tmp_path / "n")
+        assert told["max_abs_diff"] < 1e-5
+
+
 @pytest.mark.parametrize(
     ("forward", "why"),
     [
-        (
-            lambda net, x: net.a(x).permute(0, 2, 3, 1).reshape(x.shape[0], -1, 4),
-            r"1, \d+, 4.: return what",
-        ),
-        (lambda net, x: torch.cat([net.a(x).flatten(2), net.b(x).flatten(2)], 2), "only channels are joined: return"),
+        (lambda net, x: net.a(x).unflatten(1, (2, 4)), r"10, 10.: return what the layers give"),
+        (lambda net, x: torch.cat([net.a(x), net.b(x)], 2), "only channels are joined: return the parts"),
     ],
 )
 def test_what_detectors_do_after_their_layers_is_left_to_the_caller(forward, why: str) -> None:
-    net = Net(forward, a=nn.Conv2d(3, 8, 3), b=nn.Conv2d(3, 8, 3, stride=2))
+    net = Net(forward, a=nn.Conv2d(3, 8, 3), b=nn.Conv2d(3, 8, (5, 3)))
     with pytest.raises(UnsupportedOperatorError, match=why):
         build_graph(net.eval(), (3, 12, 12))

@@ -26,7 +26,7 @@ from profilers.builders.tflite_writer import CONSTANT_ALIGNMENT
 from profilers.builders.weights import Weights, random_weights
 from profilers.errors import DeviceError, UnsupportedOperatorError
 from profilers.ops import ACTIVATIONS, ANY_RANK_KINDS, CONV_KINDS, KINDS, OpGraph, OpNode, OpSpec
-from profilers.profile import _input_shapes
+from profilers.profile import _input_shapes, _sides
 
 needs_litert = pytest.mark.skipif(importlib.util.find_spec("ai_edge_litert") is None, reason="LiteRT is not installed")
 FILES = [pytest.param(onnx_builder, id="onnx"), pytest.param(tflite_builder, id="tflite", marks=needs_litert)]
@@ -86,6 +86,10 @@ def reference_op(op: OpSpec, inputs: list[torch.Tensor], arrays: dict[str, torch
         return x + arrays["value"]
     if op.tokens and op.kind == "crop":
         return x[:, op.padding[0] : op.height - op.padding_after[0]]
+    if op.kind == "join":
+        return torch.cat(inputs, 1)
+    if op.kind == "regroup":
+        return torch.stack(x.chunk(op.in_channels[0] // op.out_channels, 2), 2).flatten(1, 2)
     if op.tokens and op.kind == "linear":
         return F.linear(x, arrays["weight"], arrays["bias"])
     if op.tokens:  # as an image of one column
@@ -270,7 +274,7 @@ def chain(*ops: OpSpec, input_shape: tuple[int, int, int]) -> OpGraph:
 
 def alone(op: OpSpec) -> OpGraph:
     """An operator on inputs of its own; tokens are made of an image, but for those of a second input."""
-    image = (op.in_channels[0], op.height, op.width)
+    image = (op.in_channels[0], *_sides(op)[0])
     if op.tokens or op.kind == "attention":
         first = OpNode("laid", OpSpec("to_tokens", image[:1], *image[1:], image[0], batch=op.batch), (OpGraph.INPUT,))
         before = [first] if op.tokens else []
@@ -393,6 +397,8 @@ SMALL_OPS = {
     "l2_norm": OpSpec("l2_norm", (5,), 6, 7, 5),
     "unflatten": OpSpec("unflatten", (24,), 1, 1, 4, out_size=(2, 3)),
     "rows_to_channels": OpSpec("rows_to_channels", (5,), 6, 7, 30),
+    "join": OpSpec("join", (5, 5, 5), 10, 1, 5, tokens=True),
+    "regroup": OpSpec("regroup", (12,), 6, 7, 4, tokens=True),
     "channel_mean": OpSpec("channel_mean", (5,), 6, 7, 1),
     "channel_max": OpSpec("channel_max", (5,), 6, 7, 1),
     "flatten": OpSpec("flatten", (5,), 6, 7, 210),

@@ -345,6 +345,8 @@ ALONE_OPS = [
     OpSpec("l2_norm", (16,), 8, 8, 16),
     OpSpec("unflatten", (16,), 1, 1, 4, out_size=(2, 2)),
     OpSpec("rows_to_channels", (16,), 8, 8, 128),
+    OpSpec("join", (16, 16), 64, 1, 16, tokens=True),
+    OpSpec("regroup", (16,), 8, 8, 4, tokens=True),
     OpSpec("adaptive_avg_pool", (16,), 8, 8, 16, out_size=(3, 3)),
     OpSpec("concat", (8, 8), 8, 8, 16, activation="relu"),
     OpSpec("global_avg_pool", (16,), 8, 8, 16),
