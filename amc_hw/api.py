@@ -620,8 +620,9 @@ def _export(
         inputs = random if task is None else task.inputs(CHECK_IMAGES)
         return export_network(module, graph, network, inputs, file_format=file_format, out=out, about=about) | told
     inputs = task.inputs(INT8_IMAGES + CHECK_IMAGES)
-    count = count_of(inputs)
-    cut = min(INT8_IMAGES, count - count // 8)
+    count, batch = count_of(inputs), network.nodes[0].op.batch
+    aside = -(-max(count // 8, 1) // batch) * batch  # whole batches
+    cut = min(INT8_IMAGES, count - aside) if count >= 2 * batch else count
     calibrated, others = (tuple(part[places] for part in inputs) for places in (slice(cut), slice(cut, None)))
     found, running = export_int8(
         module,

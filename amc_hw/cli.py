@@ -823,8 +823,9 @@ def export(context: click.Context, as_json: bool, policy: Path | None, unpruned:
 
 def _export_lines(r: dict[str, Any]) -> list[str]:
     several = f" ({', '.join(r['outputs'])})" if len(r.get("outputs", ())) > 1 else ""
-    line = f"{r['file']}: {r['bytes']} bytes; on {r['images']} inputs outputs{several}, as large as {r['largest']:.3g},"
-    line += f" differ from PyTorch's by {r['max_abs_diff']:.2g} at most"
+    own = "" if r.get("on_others", True) else " that it was calibrated on"
+    line = f"{r['file']}: {r['bytes']} bytes; on {r['images']} inputs{own} outputs{several},"
+    line += f" as large as {r['largest']:.3g}, differ from PyTorch's by {r['max_abs_diff']:.2g} at most"
     line += f", {100 * r['rms_diff']:.2g}% in the root mean square" if "rms_diff" in r else ""
     if "accuracy" in r:
         line += f"; {_metric(r)} {r['float_accuracy']:.4f} -> {r['accuracy']:.4f} ({r['accuracy_split']})"

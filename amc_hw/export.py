@@ -120,7 +120,8 @@ def export_int8(
         raise UserError(f"int8 is for {' and '.join(RUNTIME_OF)}, not for {file_format}")
     module.eval()
     runtime, batch = load_runtime(RUNTIME_OF[file_format]), network.nodes[0].op.batch
-    calibrated, chunks = _whole_batches(inputs, batch), _whole_batches(inputs if others is None else others, batch)
+    compared = inputs if others is None else others
+    calibrated, chunks = _whole_batches(inputs, batch), _whole_batches(compared, batch)
     expected = [[part.astype(np.float64) for part in _outputs(module(*chunk))] for chunk in chunks]
     right = _joined(expected)
     _require_finite(right)
@@ -135,7 +136,8 @@ def export_int8(
     if not all(np.isfinite(part).all() for part in off):
         raise FailedError(f"the int8 {file_format} file's outputs are not finite")
     difference, largest = (max(float(np.abs(part).max()) for part in parts) for parts in (off, right))
-    named = {"outputs": outputs, "images": batch * len(chunks), "calibration_images": batch * len(calibrated)}
+    seen, of = (min(count_of(part), batch * len(run)) for part, run in ((compared, chunks), (inputs, calibrated)))
+    named = {"outputs": outputs, "images": seen, "calibration_images": of, "on_others": others is not None}
     if int8_io:
         named["quantization"] = {name: list(pair) for name, pair in runtime.quantization(data).items()}
     sizes = [max(np.mean(np.square(part)), np.finfo(np.float32).tiny) for part in right]

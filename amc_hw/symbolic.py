@@ -96,7 +96,7 @@ class _Tracer(fx.Tracer):
             for each in inspect.signature(root.forward).parameters.values()
             if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)
         ]
-        names += [f"input_{place}" for place in range(len(names), len(self.examples))]
+        names += [f"_input_{place}" for place in range(len(names), len(self.examples))]
         given = names[: len(self.examples)]
         return root.forward, [self.create_proxy("placeholder", name, (), {}) for name in given]
 

@@ -212,7 +212,7 @@ class Classification:
         self.model, self.splits, self.seed, self.device = model, splits, seed, device
         if model.assumed:
             warnings.warn(
-                f"{model.spec} names no mean and std: images are normalised as ImageNet's (mean "
+                f"{model.spec} names no {' and '.join(model.assumed)}: images are normalised as ImageNet's (mean "
                 f"{' '.join(map(str, model.mean))}, std {' '.join(map(str, model.std))}); set net.mean and net.std in "
                 "the factory, (0, 0, 0) and (1, 1, 1) for images as they are",
                 stacklevel=2,

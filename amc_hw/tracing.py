@@ -41,7 +41,6 @@ def trace_ops(module: nn.Module, *examples: torch.Tensor) -> TracedOps:
     """The operators of `module` for example inputs, (N, C, H, W) or (N, C) each, in execution order."""
     graph_module, asked = trace_fx(module, examples)
     _spell_out_gates(graph_module)
-    _spell_out_sums(graph_module)
     _turn_parameters(graph_module)
     try:
         with torch.no_grad():
@@ -52,6 +51,7 @@ def trace_ops(module: nn.Module, *examples: torch.Tensor) -> TracedOps:
         reason = one_line(error.__cause__ or error)
         told = f"{reason}, {place}" if place else reason
         raise UserError(f"{name} fails on an input of shape {shapes}: {told}") from error
+    _spell_out_sums(graph_module)
     _read_what_is_written(graph_module, type(module).__name__)
     return Lowering(graph_module, asked).run()
 
@@ -78,10 +78,14 @@ def _spell_out_sums(graph_module: fx.GraphModule) -> None:
     """The sum or the mean of tensors that are stacked for it, as additions."""
     graph = graph_module.graph
     for stack in [node for node in graph.nodes if node.target is torch.stack]:
-        parts, dim = (*stack.args, *stack.kwargs.values(), 0)[:2]
+        known: Any = {"dim": 0} | dict(zip(("tensors", "dim"), stack.args, strict=False)) | dict(stack.kwargs)
+        parts, rank = known["tensors"], len(shape_of(stack) or ())
         for node in [user for user in stack.users if user.target in (*SUMS, *MEANS)]:
-            along: Any = (*node.args[1:], *node.kwargs.values())
-            if along not in ((dim,), ([dim],), ((dim,),)) or not isinstance(parts, list | tuple):
+            given: Any = dict(zip(("input", "dim", "keepdim"), node.args, strict=False)) | dict(node.kwargs)
+            dims = given.get("dim", given.get("axis"))
+            along = [dims] if isinstance(dims, int) else dims
+            plain = set(given) <= {"input", "dim", "axis", "keepdim"} and not given.get("keepdim")
+            if not plain or along is None or [each % rank for each in along] != [known["dim"] % rank]:
                 continue
             with graph.inserting_before(node):
                 total = parts[0]

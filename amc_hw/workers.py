@@ -61,7 +61,7 @@ class Recipe:
         if self.base is not None:
             model = replace(model, module=slice_channels(model.module, graph, self.base.kept_arrays()))
             graph = build_graph(model.module, model.input_shape, examples=model.example_inputs, keep=self.keep)
-        model = replace(model, mean=self.normalisation[0], std=self.normalisation[1], assumed=False)
+        model = replace(model, mean=self.normalisation[0], std=self.normalisation[1], assumed=())
         model.module.load_state_dict(self.state)
         model.module.eval()
         task = load_task(model, **self.task)

@@ -21,7 +21,7 @@ from profilers.targets.adb_runners import delegate_of
 
 #: What TFLite calls an operator, and the kinds that it may be here: a dense layer is often a convolution of one pixel.
 KINDS: Mapping[str, tuple[str, ...]] = {
-    "CONV_2D": ("conv", "linear", "grouped_conv"),
+    "CONV_2D": ("conv", "linear", "grouped_conv", "channel_map"),
     "FULLY_CONNECTED": ("linear", "conv"),
     "DEPTHWISE_CONV_2D": ("depthwise_conv",),
     "AVERAGE_POOL_2D": ("global_avg_pool", "avg_pool"),
@@ -67,6 +67,7 @@ ACTIVATIONS: Mapping[str, tuple[str, ...]] = {
     "hardsigmoid": ("ADD", "MUL"),
 }
 PADS = ("PAD", "PADV2")  #: before an operator whose padding TFLite does not have
+EDGES = ("SLICE", "CONCATENATION")  #: before a pooling whose padding TFLite does not have
 FLATTENS = ("RESHAPE", "SQUEEZE")
 #: Operators that move or rescale what the network made: they stand in the log and not in the network.
 ASIDE = (*FLATTENS, "SOFTMAX", "TRANSPOSE", "QUANTIZE", "DEQUANTIZE")
@@ -159,6 +160,8 @@ def _laid_beside(log: Log, graph: OpGraph) -> Iterator[tuple[OpNode, OpRow]]:
         where = f"{log.path} is of another network: its operator {place}"
         padded = node.op.kind not in ("pad", "crop") and any((*node.op.padding, *node.op.padding_after))
         own = [rows.pop(0)] if padded and rows and rows[0].type in PADS else []
+        while padded and node.op.kind == "max_pool" and rows and rows[0].type in EDGES:
+            own.append(rows.pop(0))
         if not rows:
             raise UserError(f"{where} should be {node.op} ({node.name}), the log ends before it")
         if node.op.kind != "activation":

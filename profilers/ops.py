@@ -17,21 +17,8 @@ from typing import Any
 TWO_AXIS_KINDS = ("conv", "conv_transpose", "linear", "channel_map", "slice")
 #: Operators that work on vectors (N, C), and on tokens (N, H * W, C), as they do on images (N, C, H, W).
 ANY_RANK_KINDS = (
-    *(
-        "add",
-        "sub",
-        "mul",
-        "scale",
-        "shift",
-        "add_scalar",
-        "mul_scalar",
-        "concat",
-        "activation",
-        "affine",
-        "prelu",
-        "clip",
-    ),
-    *("layer_norm", "l2_norm", "softmax", "log_softmax", "slice", "chunk"),
+    *("add", "sub", "mul", "scale", "shift", "add_scalar", "mul_scalar", "concat", "activation", "affine"),
+    *("prelu", "clip", "layer_norm", "l2_norm", "softmax", "log_softmax", "slice", "chunk"),
 )
 #: Operators with one number of their own for the whole tensor.
 SCALAR_KINDS = ("add_scalar", "mul_scalar")
@@ -42,7 +29,7 @@ NORM_KINDS = ("layer_norm", "group_norm", "instance_norm")
 #: widths nothing changes.
 CONV_KINDS = ("conv", "depthwise_conv", "grouped_conv")
 GROUPED_KINDS = ("depthwise_conv", "grouped_conv")
-#: Operators whose output has the channels of their first input: one axis.
+#: Operators with one axis, the channels of their first input, which the output has, too, where nothing else is said.
 #: `scale` multiplies an image by one number per channel, its second input (N, C), `shift` adds it; `mask` multiplies
 #: by one number per position, its second input (N, 1, H, W); `affine` multiplies and adds weights
 #: of its own (a batch-norm that nothing folds); `prelu` multiplies what is below zero by a weight per channel;
@@ -109,6 +96,7 @@ ONE_AXIS_KINDS = (
 KINDS = (*TWO_AXIS_KINDS, *ONE_AXIS_KINDS, "concat")
 #: Operators with weights whose output channels are their own.
 PRODUCER_KINDS = ("conv", "conv_transpose", "linear", "channel_map")
+#: Operators of one axis that give one channel.
 ONE_CHANNEL_KINDS = ("channel_mean", "channel_max")
 #: Operators that read tokens and give something else.
 _FROM_TOKENS = ("to_image", "take_token", "global_avg_pool")
@@ -324,6 +312,8 @@ class OpSpec:
     def with_axes(self, axes: Iterable[int]) -> OpSpec:
         """The operator of this family at other widths, in the order of `axes`."""
         values = tuple(int(value) for value in axes)
+        if values == self.axes:
+            return self
         if self.kind in TWO_AXIS_KINDS:
             return replace(self, in_channels=(values[0],), out_channels=values[1])
         (channels,) = values

@@ -441,8 +441,8 @@ class Predictor:
 
     def _near(self, family: OpSpec) -> str:
         """What the table has in place of a family that it lacks, where only the activation differs."""
-        others = [each for each in self.families if replace(each, activation=family.activation) == family]
-        activations = [each.activation for each in others]
+        others = [each for each in self.families if each.kind == family.kind != "activation"]
+        activations = [each.activation for each in others if replace(each, activation=family.activation) == family]
         return f" (it has that with activation {', '.join(sorted(activations))})" if activations else ""
 
     def _remedy(self, how: str) -> str:

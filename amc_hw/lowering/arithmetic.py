@@ -79,7 +79,7 @@ class Arithmetic(Attention):
     def _binary(self, node: fx.Node, kind: str) -> None:
         sources = node.all_input_nodes
         tensors = [source for source in sources if source in self.value]
-        if len(sources) == 1 and kind in ("add", "mul"):  # with itself
+        if len(sources) == 1 and kind in ("add", "mul") and sources[0] not in self.expanded:  # with itself
             self._emit(node, kind, sources=sources * 2)
             return
         if len(tensors) != 2 or len(sources) != 2 or kind == "div":
@@ -92,11 +92,13 @@ class Arithmetic(Attention):
             self._emit(node, kind)  # images of other sides by their positions alone: as tokens
             return
         _, channels, *positions = own[image]
-        gates = {("mul", channels): "scale", ("add", channels): "shift", ("mul", 1): "mask"}
-        found = gates.get((kind, own[gate][1]), "")
-        wanted = (1, *positions) if found == "mask" else (channels, *(1 for _ in positions))
-        if not found or self._form(image) not in PLAIN or own[gate][1:] != wanted:
+        by_channel, by_place = (channels, *(1 for _ in positions)), (1, *positions)
+        found = {"mul": "scale", "add": "shift"}.get(kind, "") if own[gate][1:] == by_channel else ""
+        found = "mask" if not found and kind == "mul" and own[gate][1:] == by_place else found
+        if not found or self._form(image) not in PLAIN:
             raise self._unsupported(node)
+        if gate in self.expanded:
+            self._count_repeated(gate, self.value[image])
         self._emit(node, found, sources=[image, gate])
 
     def _and_constant(self, node: fx.Node, kind: str, source: fx.Node, constant: fx.Node) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -164,27 +165,33 @@ def line_of(node: fx.Node) -> str:
     return own_line(FRAME.findall(node.stack_trace or ""))
 
 
+#: Options of activations, in the order of a call's arguments, and what they have to be.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "gelu": {"approximate": "none"},
+    "elu": {"alpha": 1.0},
+    "softplus": {"beta": 1.0, "threshold": 20.0},
+}
+
+
+def _with_options(activation: str | None, given: Mapping[str, Any]) -> str | None:
+    """The activation that options make of one; None for one that is not known."""
+    if activation == "gelu" and given.get("approximate") == "tanh":
+        return "gelu_tanh"
+    usual = OPTIONS.get(activation or "", {})
+    return activation if all(given.get(name, value) == value for name, value in usual.items()) else None
+
+
 def called_activation(call: fx.Node) -> str | None:
     """The activation that a call computes; None for none, and where its options make another one of it."""
-    given = [*call.args[1:], *(value for name, value in call.kwargs.items() if name not in ("input", "inplace"))]
-    if call.target is F.gelu and given == ["tanh"]:
-        return "gelu_tanh"
-    usual = {F.gelu: ("none",), F.elu: (1.0, False), F.softplus: (1.0, 20.0)}
-    odd = call.target in usual and not all(value in usual[call.target] for value in given)
-    return None if odd else ACTIVATION_FUNCTIONS.get(call.target)
+    activation = ACTIVATION_FUNCTIONS.get(call.target)
+    named = zip(OPTIONS.get(activation or "", {}), call.args[1:], strict=False)
+    return _with_options(activation, dict(named) | dict(call.kwargs))
 
 
 def activation_of(module: nn.Module) -> str | None:
     """The activation that a module is, or that its forward() calls and nothing else."""
-    if isinstance(module, nn.GELU) and module.approximate == "tanh":
-        return "gelu_tanh"
-    odd = (isinstance(module, nn.ELU) and module.alpha != 1.0) or (
-        isinstance(module, nn.Softplus) and (module.beta, module.threshold) != (1.0, 20.0)
-    )
-    if odd:
-        return None
     if type(module) in ACTIVATION_MODULES:
-        return ACTIVATION_MODULES[type(module)]
+        return _with_options(ACTIVATION_MODULES[type(module)], vars(module))
     try:
         nodes = list(fx.symbolic_trace(module).graph.nodes)
     except Exception:  # the user's code

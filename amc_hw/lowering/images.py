@@ -27,6 +27,8 @@ from amc_hw.padding import around, in_plane, padding_of
 from amc_hw.symbolic import BATCH_NORMS, HAS_GROUPS, TRANSPOSED, gives, readers
 from profilers.ops import CONV_KINDS, SCALAR_KINDS, OpSpec
 
+SMALL = 1e-6  #: runtimes have a least length of their own
+
 
 @torch.no_grad()
 def _is_group_norm(layer: nn.GroupNorm) -> bool:
@@ -108,7 +110,7 @@ class Images(Shapes):
             raise UnsupportedOperatorError(f"{name}: over channels only a convolution that gives as many is supported")
         row = plain_axes((1, 1, channels), 3)
         self._emit(node, "unflatten", sources=[source], axes=row, out_channels=1, out_size=(1, channels))
-        self.fixed[self.value[source]] = f"read together at {node.name}"
+        self.fixed.setdefault(self.value[source], f"read together at {node.name}")
         self._convolution(node, module, name, source=node)
         self._emit(node, "flatten", sources=[node], axes=axes, out_channels=channels)
 
@@ -186,7 +188,7 @@ class Images(Shapes):
         source, named = node.all_input_nodes[0], ("input", "p", "dim", "eps")
         given: dict[str, Any] = {"p": 2.0, "dim": 1} | dict(zip(named, node.args, strict=False)) | dict(node.kwargs)
         rank = len(shape_of(node) or ())
-        plain = given["p"] == 2 and isinstance(given["dim"], int) and given.get("out") is None
+        plain = given["p"] == 2 and isinstance(given["dim"], int) and given.get("eps", 0) <= SMALL
         if not plain or given["dim"] % rank != self._channel_axis(source):
             raise self._unsupported(node, "only channels are normalised, by the root of their squares' sum")
         self._emit(node, "l2_norm")
@@ -267,10 +269,12 @@ class Images(Shapes):
         left = [axis for at, axis in enumerate(seen.axes) if at not in dims and axis]
         if all(of_dim(axis, POSITIONS) for axis in averaged) and left == list(filter(None, vector_axes(seen.channels))):
             self._pooled(node, source)
-        elif self._form(source) == "image" and dims in ({2}, {3}) and all(u.target in MEANS for u in readers(node)):
-            self.halved[node] = source, 3 if dims == {2} and len(out) == rank else 2
         elif self._form(source) == "image" and dims in ({2}, {3}):
-            self._over_side(node, "avg_pool", source, dims)
+            other = 3 if dims == {2} and len(out) == rank else 2
+            if all(each.target in MEANS and self._reduced(each) == {other} for each in readers(node)):
+                self.halved[node] = source, other
+            else:
+                self._over_side(node, "avg_pool", source, dims)
         else:
             raise self._unsupported(node)
 
@@ -309,10 +313,10 @@ class Images(Shapes):
         sides = [self._number(side, node) for side in ((sides,) * 2 if isinstance(sides, int) else sides)]
         while sides and not any(sides[-2:]):
             sides = sides[:-2]
-        plane = {"image": 4, "signal": 2}.get(self._form(source), 0)
+        plane, zeros = {"image": 4, "signal": 2}.get(self._form(source), 0), mode == "constant" and value == 0
         if not sides:
             self._same(node, source)
-        elif plane and len(sides) == plane + 2 and not any(sides[:plane]) and min(sides) >= 0 and not value:
+        elif plane and len(sides) == plane + 2 and not any(sides[:plane]) and min(sides) >= 0 and zeros:
             self._more_channels(node, source, *sides[plane:])
         elif len(sides) > plane or mode != "constant":
             raise self._unsupported(node)
@@ -330,10 +334,12 @@ class Images(Shapes):
         name, image = self._alone_before(source), source.all_input_nodes[0]
         skips = self.ops[name] if name and self.ops[name].inputs == (self.value.get(image),) else None
         if skips is not None and (skips.op.kind, skips.op.kernel) == ("max_pool", (1, 1)):
-            stride, source = skips.op.stride, image
             del self.ops[skips.name]
+            self.value[source] = self.value[image]  # whose channels code may ask for
+            stride, source = skips.op.stride, image
         self._emit(node, "channel_map", sources=[source], out_channels=out, stride=stride, start=before)
-        self.fixed[self.value[source]] = self.fixed[self.value[node]] = f"given channels of zeros at {node.name}"
+        for each in (source, node):
+            self.fixed.setdefault(self.value[each], f"given channels of zeros at {node.name}")
 
     def _pool_function(self, node: fx.Node) -> None:
         kind = POOL_FUNCTIONS[node.target]
@@ -372,8 +378,9 @@ class Images(Shapes):
             "padding": pair_of(padding, none),
         }
         channels, height, width = self._image(node.all_input_nodes[0])
-        reaches = [reach >= size for reach, size in zip(window["kernel"], (height, width), strict=True)]
-        if ceil and kind == "avg_pool" and all(reaches) and not any(window["padding"]):  # of the pixels that there are
+        if ceil and not any(window["padding"]):  # no further than the image
+            window["kernel"] = tuple(map(min, window["kernel"], (height, width)))
+        if kind == "avg_pool" and window["kernel"] == (height, width) and not any(window["padding"]):
             self._emit(node, "global_avg_pool")
             return
         plain = OpSpec(kind, (channels,), height, width, channels, **window)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
+import operator
 from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
 from amc_hw.errors import UnsupportedOperatorError
@@ -16,6 +17,7 @@ from amc_hw.lowering.axes import (
     IMAGES,
     POSITIONS,
     Axes,
+    Axis,
     has,
     joined,
     of_dim,
@@ -28,7 +30,18 @@ from amc_hw.lowering.axes import (
     vector_axes,
     whole,
 )
-from amc_hw.lowering.calls import KIND_OF, PLAIN, POOL_MODULES, RESHAPES, pair_of, rank_of, shape_of
+from amc_hw.lowering.calls import (
+    KIND_OF,
+    PERMUTES,
+    PLAIN,
+    POOL_MODULES,
+    RESHAPES,
+    SAME_NUMBERS,
+    TRANSPOSES,
+    pair_of,
+    rank_of,
+    shape_of,
+)
 from amc_hw.lowering.constants import is_constant
 from amc_hw.lowering.values import Values
 from amc_hw.padding import Pads, in_plane
@@ -149,13 +162,17 @@ class Shapes(Values):
             else:
                 place = self._number(named[dim], node) % before[dim]
                 self._part(node, source, dim, place, 1, dropped=True, chunks=True)
-        axes, place = list(self.axes[node]), 0
-        for at, key in enumerate(keys):
+        left = iter(self.axes[node])  # of those axes that were cut apart none is there any more
+        axes, at = list[Axis](), 0
+        for key in keys:
             if key is None:
-                axes.insert(place, ())
-            elif sum(each is not None for each in keys[:at]) in single:
-                del axes[place]
-            place += key is None or isinstance(key, slice)
+                axes.append(())
+                continue
+            if isinstance(key, slice):
+                axes.append(next(left))
+            elif at in single:
+                next(left)
+            at += 1
         self.axes[node] = tuple(axes)
 
     def _part(
@@ -272,12 +289,12 @@ class Shapes(Values):
         if form == "vector" and self._is_unfolded(node):
             sizes = in_plane(out[2:], 1)
             laid = plain_axes((out[1], *sizes), len(out))
-            self._emit(node, "unflatten", axes=laid, out_channels=out[1], out_size=sizes)
-            self.fixed[self.value[node]] = f"made of a vector at {node.name}"
+            self._emit(node, "unflatten", sources=[source], axes=laid, out_channels=out[1], out_size=sizes)
+            self.fixed.setdefault(self.value[node], f"made of a vector at {node.name}")
         elif len(axes) == 3 and axes[2] not in ((), channels) and axes == regrouped(seen.shape, size_of(axes[2])):
             self._emit(node, "regroup", sources=[source], axes=token_axes(out[2], out[1]), out_channels=out[2])
             self.fixed.setdefault(self.value[node], f"divided at {node.name}")
-        elif axes == rows:
+        elif axes == rows and self._is_read_as_signal(node):
             row = plain_axes((out[1], 1, out[2]), 3)
             self._emit(node, "rows_to_channels", sources=[source], axes=row, out_channels=out[1])
         elif form not in PLAIN or axes != flat:
@@ -289,16 +306,31 @@ class Shapes(Values):
         """Whether a vector that was divided is read as an image, or as a signal by a layer of such."""
         seen, shape = self._seen(node), shape_of(node) or ()
         divided = joined(tuple(part for axis in seen.axes[1:] for part in axis))
-        if len(shape) not in (3, 4) or divided != whole(CHANNELS, seen.channels):
+        if len(shape) not in (3, 4) or divided != whole(CHANNELS, seen.channels) or sum(map(bool, seen.axes)) < 3:
             return False
-        if 1 in (shape[1], math.prod(shape[2:])):
-            return False
-        return len(shape) == 4 or any(map(self._reads_signal, readers(node)))
+        if len(shape) == 3:
+            return self._is_read_as_signal(node)
+        moved = (*SAME_NUMBERS, *PERMUTES, *TRANSPOSES, operator.getitem)
+        return not all(reader.target in moved for reader in readers(node))
+
+    def _is_read_as_signal(self, node: fx.Node) -> bool:
+        """Whether (N, C, L) goes into a layer of signals, or leaves the network, perhaps after activations and the
+        like."""
+        wanted, found = [node], {node}
+        while wanted:
+            for reader in readers(wanted.pop()):
+                if reader.op == "output" or self._reads_signal(reader):
+                    return True
+                if shape_of(reader) == shape_of(node) and reader not in found:
+                    found.add(reader)
+                    wanted.append(reader)
+        return False
 
     def _reads_signal(self, node: fx.Node) -> bool:
         """Whether a layer takes the channels of (N, C, L) for its first axis."""
         part = self.modules[str(node.target)] if node.op == "call_module" else None
-        return isinstance(part, (nn.Conv1d, nn.ConvTranspose1d, nn.BatchNorm1d)) or type(part) in POOL_MODULES
+        layers = nn.Conv1d, nn.ConvTranspose1d, nn.BatchNorm1d, nn.Upsample
+        return isinstance(part, layers) or type(part) in POOL_MODULES or node.target is F.interpolate
 
     def _given(self, node: fx.Node, name: str, size: Any, done: str, better: str) -> None:
         """The size that the code gives an axis of a value's channels. better: what takes any."""
@@ -310,20 +342,22 @@ class Shapes(Values):
 
     def _expand(self, node: fx.Node) -> None:
         """Repeated to the size of what it is added to or multiplied by."""
-        source = node.all_input_nodes[0]
-        seen, sizes = self._seen(source), self._listed(node)
         if any(reader.target not in KIND_OF for reader in readers(node)):
             raise self._unsupported(node, "only sums and products read what is repeated")
-        self._same(node, source)
-        self.expanded[node] = source
+        self._same(node)
+        self.expanded[node] = node.all_input_nodes[0]
+
+    def _count_repeated(self, node: fx.Node, name: str) -> None:
+        """A value's channels are as many as the code repeats something to at `node`, which it then multiplies by or
+        adds."""
         if node.target == "expand_as":
-            self._counted_alike(node, seen.name, node.args[1])  # type: ignore[arg-type]
+            self._counted_alike(node, name, node.args[1])  # type: ignore[arg-type]
             return
-        for size, axis in zip(sizes[::-1], seen.axes[::-1], strict=False):
-            if has(axis, IMAGES) and isinstance(size, int) and size != -1:
-                raise self._unsupported(node, f"it is for a batch of {size}")
-            if has(axis, CHANNELS):
-                self._given(node, seen.name, size, "repeated to", "expand_as")
+        rank, sizes = len(shape_of(node) or ()), self._listed(node)
+        if len(sizes) == rank and isinstance(sizes[0], int) and sizes[0] != -1:
+            raise self._unsupported(node, f"it is for a batch of {sizes[0]}")
+        if len(sizes) >= rank - 1:
+            self._given(node, name, sizes[1 - rank], "repeated to", "expand_as")
 
     def _sizes_of(self, node: fx.Node, rank: int) -> tuple[Any, ...]:
         """Sizes that the code gives the axes of a reshaped tensor, None where it gives none."""

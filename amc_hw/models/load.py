@@ -64,7 +64,8 @@ class LoadedModel:
     vector; `mean` and `std` are of images in [0, 1] by channel, of what else is read by its first or its last axis, or
     one number; `example_inputs` are tensors with a batch of 1; `checkpoint_sha256` is null for a module with random
     weights; `file` is the spec with the path at which its file was found, where that is another; `asked` is the input
-    shape where the caller named it; `assumed`: images are normalised as ImageNet's because a factory names nothing.
+    shape where the caller named it; `assumed`: which of `mean` and `std` are ImageNet's because a factory of the
+    user's names none.
     """
 
     spec: str
@@ -76,7 +77,7 @@ class LoadedModel:
     checkpoint_sha256: str | None
     file: str | None = None
     asked: tuple[int, ...] | None = None
-    assumed: bool = False
+    assumed: tuple[str, ...] = ()
 
     @property
     def found(self) -> str:
@@ -153,9 +154,9 @@ def load_model(
     if not all(value > 0 for value in loaded_std):
         raise UserError(f"std of {str(spec)!r} must be above 0, not {loaded_std}")
     asked = None if input_shape is None else shape
-    own = all(each is None for each in (mean, built.mean, std, built.std)) and has_own_weights(str(spec))
-    ends = {"asked": asked, "assumed": own and fallback[0] == IMAGENET_MEAN}
-    return LoadedModel(str(spec), module, shape, loaded_mean, loaded_std, inputs, digest, **ends)  # type: ignore[arg-type]
+    unsaid = (("mean", mean, built.mean), ("std", std, built.std)) if has_own_weights(str(spec)) else ()
+    assumed = tuple(name for name, *given in unsaid if given == [None, None] and fallback[0] == IMAGENET_MEAN)
+    return LoadedModel(str(spec), module, shape, loaded_mean, loaded_std, inputs, digest, asked=asked, assumed=assumed)
 
 
 def _make_plain(module: nn.Module) -> None:
@@ -234,9 +235,9 @@ def _from_factory(spec: Spec) -> _Built:
     known = [*MODELS, *_LIBRARIES]
     made = call_factory(spec, kind="model", known=known)
     module, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
-    module = getattr(module, "_orig_mod", module)  # as torch.compile wraps it
-    if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        module = module.module
+    said = {key: getattr(module, key, None) for key in ("input_shape", "mean", "std")}
+    while hasattr(module, "_orig_mod") or isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        module = getattr(module, "_orig_mod", None) or module.module  # compiled, or for several devices
     if not isinstance(module, nn.Module):
         raise UserError(f"{str(spec)!r} returned a {type(made).__name__}, not a module or (module, example inputs)")
     if inputs is not None:
@@ -244,7 +245,7 @@ def _from_factory(spec: Spec) -> _Built:
         if not inputs or not all(isinstance(x, Tensor) and x.dim() > 0 for x in inputs):
             raise UserError(f"{str(spec)!r} returned example inputs that are not tensors")
         inputs = tuple(x[:1].cpu() for x in inputs)
-    shape, mean, std = (getattr(module, key, None) for key in ("input_shape", "mean", "std"))
+    shape, mean, std = (getattr(module, key, None) if value is None else value for key, value in said.items())
     return _Built(module, shape, mean, std, inputs)
 
 

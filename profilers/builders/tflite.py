@@ -169,21 +169,21 @@ def _padded(network: _Network, node: OpNode, *, edges: bool = False, same: bool 
 
 def _with_edges(writer: Writer, source: str, name: str, axis: int, counts: tuple[int, int]) -> str:
     """An image with its first row or column so many times before it, and its last one behind it."""
+    shape = list(writer.shapes[source])
+
+    def edge(what: str, at: int) -> str:
+        begin = tuple(at if place == axis else 0 for place in range(4))
+        return writer.cut(
+            source, f"{name}/{what}", begin, tuple(1 if n == axis else size for n, size in enumerate(shape))
+        )
+
     if not any(counts):
         return source
-    shape = list(writer.shapes[source])
-    last, edge = shape[axis] - 1, [1 if place == axis else size for place, size in enumerate(shape)]
-    ends = [("first", 0, counts[0]), ("last", last, counts[1])]
-    first, end = (
-        [writer.cut(source, f"{name}/{what}", tuple(at if place == axis else 0 for place in range(4)), tuple(edge))]
-        * count
-        if count
-        else []
-        for what, at, count in ends
-    )
-    shape[axis] += sum(counts)
+    first = [edge("first", 0)] * counts[0] if counts[0] else []
+    last = [edge("last", shape[axis] - 1)] * counts[1] if counts[1] else []
+    wider = tuple(size + sum(counts) if place == axis else size for place, size in enumerate(shape))
     options = writer.fusing("ConcatenationOptions", "none", axis=axis)
-    return writer.operator("CONCATENATION", [*first, source, *end], name, tuple(shape), options=options)
+    return writer.operator("CONCATENATION", [*first, source, *last], name, wider, options=options)
 
 
 # One function per kind: (network, node, name of the output, activation to fuse)
