@@ -87,7 +87,7 @@ def _spell_out_sums(graph_module: fx.GraphModule) -> None:
             plain = set(given) <= {"input", "dim", "axis", "keepdim"} and not given.get("keepdim")
             if not plain or along is None or [each % rank for each in along] != [known["dim"] % rank]:
                 continue
-            with graph.inserting_before(node):
+            with graph.inserting_before(stack):  # what is written into its parts afterwards is not in it
                 total = parts[0]
                 for part in parts[1:]:
                     total = graph.call_function(operator.add, (total, part))

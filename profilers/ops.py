@@ -96,6 +96,8 @@ ONE_AXIS_KINDS = (
 KINDS = (*TWO_AXIS_KINDS, *ONE_AXIS_KINDS, "concat")
 #: Operators with weights whose output channels are their own.
 PRODUCER_KINDS = ("conv", "conv_transpose", "linear", "channel_map")
+#: Operators whose channels keep their widths.
+WHOLE_KINDS = ("pixel_shuffle", "attention", "unflatten", "regroup")
 #: Operators of one axis that give one channel.
 ONE_CHANNEL_KINDS = ("channel_mean", "channel_max")
 #: Operators that read tokens and give something else.
@@ -303,8 +305,7 @@ class OpSpec:
             return replace(self, in_channels=(self.step,), out_channels=self.out_channels // self.groups, groups=1)
         if self.kind == "chunk":
             return replace(self, in_channels=(self.groups,), out_channels=1)
-        alone = ("pixel_shuffle", "attention", "unflatten", "regroup")  # whose channels keep their widths
-        if self.groups > 1 or self.kind in alone:
+        if self.groups > 1 or self.kind in WHOLE_KINDS:  # alone
             return self
         ones = (1,) * len(self.in_channels)
         return replace(self, in_channels=ones, out_channels=1, groups=1)
@@ -312,7 +313,7 @@ class OpSpec:
     def with_axes(self, axes: Iterable[int]) -> OpSpec:
         """The operator of this family at other widths, in the order of `axes`."""
         values = tuple(int(value) for value in axes)
-        if values == self.axes:
+        if self.kind in WHOLE_KINDS and values == self.axes:
             return self
         if self.kind in TWO_AXIS_KINDS:
             return replace(self, in_channels=(values[0],), out_channels=values[1])

@@ -97,7 +97,7 @@ class Images(Shapes):
     def _reads_channels(self, node: fx.Node, module: Any) -> bool:
         """Whether a layer of signals slides over the channels of an image of one position, (N, 1, C)."""
         source = node.all_input_nodes[0]
-        if not isinstance(module, nn.Conv1d) or source not in self.value:
+        if not isinstance(module, nn.Conv1d) or self.value.get(source) in (None, *self.tokens):
             return False
         seen = self._seen(source)
         return seen.positions == 1 < seen.channels and seen.axes == (BATCH, (), whole(CHANNELS, seen.channels))

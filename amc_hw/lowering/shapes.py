@@ -294,7 +294,7 @@ class Shapes(Values):
         elif len(axes) == 3 and axes[2] not in ((), channels) and axes == regrouped(seen.shape, size_of(axes[2])):
             self._emit(node, "regroup", sources=[source], axes=token_axes(out[2], out[1]), out_channels=out[2])
             self.fixed.setdefault(self.value[node], f"divided at {node.name}")
-        elif axes == rows and self._is_read_as_signal(node):
+        elif axes == rows and any(reader.target not in SAME_NUMBERS for reader in readers(node)):
             row = plain_axes((out[1], 1, out[2]), 3)
             self._emit(node, "rows_to_channels", sources=[source], axes=row, out_channels=out[1])
         elif form not in PLAIN or axes != flat:

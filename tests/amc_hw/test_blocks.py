@@ -65,11 +65,46 @@ def test_channels_that_a_gate_is_repeated_to_by_a_number_are_frozen() -> None:
 
 
 @pytest.mark.parametrize(
+    ("repeat", "frozen"),
+    [
+        (lambda m, y, z: m, None),
+        (lambda m, y, z: m.expand_as(y), None),
+        (lambda m, y, z: m.expand(y.shape[0], y.shape[1], -1, -1), None),
+        (lambda m, y, z: torch.broadcast_to(m, y.shape), None),
+        (lambda m, y, z: m.expand(-1, 8, -1, -1), "repeated to 8 channels at expand"),
+        (lambda m, y, z: m.expand_as(z), "the network's code counts the channels of z at expand_as"),
+        (lambda m, y, z: m.expand(-1, z.shape[1], -1, -1), "the network's code counts the channels of z at expand"),
+    ],
+)
+def test_a_mask_that_is_repeated_for_every_channel(tmp_path: Path, repeat, frozen: str | None) -> None:
+    def forward(net: Net, x: Tensor) -> Tensor:
+        y, z = net.y(x), net.z(x)
+        return net.c(y * repeat(torch.sigmoid(net.m(x)), y, z)) + net.d(z)
+
+    parts = dict(y=nn.Conv2d(3, 8, 3), z=nn.Conv2d(3, 8, 3), m=nn.Conv2d(3, 1, 3), c=nn.Conv2d(8, 4, 1))
+    graph = half_and_exported(Net(forward, **parts, d=nn.Conv2d(8, 4, 1)), IMAGE, tmp_path)
+    assert "mask" in kinds(graph)
+    assert frozen_of(graph).get("y", "nothing").startswith(frozen or "nothing")
+
+
+def test_a_gate_of_one_channel(tmp_path: Path) -> None:
+    """As pruning may leave one."""
+
+    def forward(net: Net, x: Tensor) -> Tensor:
+        y = net.y(x)
+        return net.c(y * torch.sigmoid(net.g(y.mean((2, 3), keepdim=True))))
+
+    parts = dict(y=nn.Conv2d(3, 1, 3), g=nn.Conv2d(1, 1, 1), c=nn.Conv2d(1, 4, 1))
+    assert "scale" in kinds(half_and_exported(Net(forward, **parts), IMAGE, tmp_path))
+
+
+@pytest.mark.parametrize(
     ("call", "why"),
     [
         (lambda x, y: F.relu(y.expand_as(x)), "expand_as .* only sums and products read what is repeated"),
         (lambda x, y: x * y.expand(1, -1, -1, -1), "expand .* it is for a batch of 1"),
         (lambda x, y: x * (2 * y.expand_as(x)), "operator mul .* is not supported in this form"),
+        (lambda x, y: (lambda e: x * (e * e))(y.expand_as(x)), "operator mul .* is not supported in this form"),
         (lambda x, y: y * y.expand_as(x), "operator mul .* is not supported in this form"),
     ],
 )
@@ -111,6 +146,11 @@ def test_a_quarter_of_the_pixels_four_times(tmp_path: Path) -> None:
     assert [(group.name, group.width) for group in graph.groups] == [("0", 16)]
 
 
+def padded_to(x: Tensor, channels: int) -> Tensor:
+    more = (channels - x.shape[1]) // 2
+    return F.pad(x, (0, 0, 0, 0, more, more))
+
+
 class BasicBlock(nn.Module):
     """Of a ResNet for CIFAR, whose shortcut is of option A."""
 
@@ -134,6 +174,10 @@ class BasicBlock(nn.Module):
     [
         (lambda x: F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4), "constant", 0), ["channel_map"]),
         (lambda x: F.pad(x, (0, 0, 0, 0, 0, 8))[:, :, ::2, ::2], ["channel_map", "max_pool"]),
+        (
+            lambda x: (lambda y: F.pad(y, (0, 0, 0, 0, *[(16 - y.shape[1]) // 2] * 2)))(x[:, :, ::2, ::2]),
+            ["channel_map"],
+        ),
         (lambda x: F.pad(F.avg_pool2d(x, 2), (0, 0, 0, 0, 0, 8)), ["avg_pool", "channel_map"]),
     ],
 )
@@ -145,6 +189,12 @@ def test_a_shortcut_that_is_given_channels_of_zeros(tmp_path: Path, call, wanted
     assert {why[:23] for name, why in frozen_of(graph).items() if name != "2"} == {"given channels of zeros"}
 
 
+def test_channels_padded_with_anything_but_zeros_are_refused() -> None:
+    more = Call(lambda x: F.pad(x, (0, 0, 0, 0, 4, 4), mode="circular"))
+    with pytest.raises(UnsupportedOperatorError, match="operator pad"):
+        build_graph(around(more, out=24).eval(), (3, 12, 12))
+
+
 @pytest.mark.parametrize(
     "call",
     [
@@ -152,6 +202,8 @@ def test_a_shortcut_that_is_given_channels_of_zeros(tmp_path: Path, call, wanted
         lambda x, y: torch.sum(torch.stack((x, y), 1), 1),
         lambda x, y: torch.stack([x, y], dim=-1).mean(-1),
         lambda x, y: torch.mean(torch.stack([x, y], dim=0), dim=[0]),
+        lambda x, y: torch.stack(dim=1, tensors=[x, y]).sum(-4, keepdim=False),
+        lambda x, y: (lambda both: (x.add_(1), both.sum(0))[1])(torch.stack([x, y])),
         lambda x, y: sum([x, y]),
     ],
 )
@@ -335,15 +387,35 @@ def test_activations_of_many_operators(tmp_path: Path, call, wanted: str) -> Non
     assert wanted in {op.activation for op in graph.op_graph().ops}
 
 
-@pytest.mark.parametrize("call", [nn.Softplus(beta=2), lambda x: F.softplus(x, 2.0), nn.Softplus(threshold=5)])
-def test_other_softplus_are_refused(call) -> None:
-    with pytest.raises(UnsupportedOperatorError, match=r"(?i)operator softplus"):
+@pytest.mark.parametrize(
+    "call",
+    [
+        nn.Softplus(beta=2),
+        nn.Softplus(threshold=5),
+        nn.ELU(0.5),
+        lambda x: F.softplus(x, 20),
+        lambda x: F.softplus(x, 1, 1),
+        lambda x: F.elu(x, 0.0),
+        lambda x: F.normalize(x, eps=1.0),
+        lambda x: torch.max(x, x + 1),
+    ],
+)
+def test_other_options_are_refused(call) -> None:
+    with pytest.raises(UnsupportedOperatorError, match=r"(?i)operator (softplus|elu|normalize|max) "):
         build_graph(around(Call(call)).eval(), (3, 12, 12))
 
 
-@pytest.mark.parametrize("pool", [nn.AvgPool2d(32, ceil_mode=True), nn.AvgPool2d((12, 40), ceil_mode=True)])
-def test_a_window_larger_than_the_image_is_all_of_it(tmp_path: Path, pool: nn.Module) -> None:
-    assert kinds(half_and_exported(around(pool), IMAGE, tmp_path)) == ["conv", "global_avg_pool", "conv"]
+@pytest.mark.parametrize(
+    ("pool", "wanted"),
+    [
+        (nn.AvgPool2d(32, ceil_mode=True), "global_avg_pool"),
+        (nn.AvgPool2d((12, 40), ceil_mode=True), "global_avg_pool"),
+        (nn.AvgPool2d((13, 4), ceil_mode=True), "avg_pool"),
+        (nn.MaxPool2d(13, ceil_mode=True), "max_pool"),
+    ],
+)
+def test_a_window_larger_than_the_image_is_all_of_it(tmp_path: Path, pool: nn.Module, wanted: str) -> None:
+    assert kinds(half_and_exported(around(pool), IMAGE, tmp_path)) == ["conv", wanted, "conv"]
 
 
 @pytest.mark.parametrize(
@@ -400,8 +472,8 @@ class Optional(nn.Module):
         super().__init__()
         self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
 
-    def forward(self, x: Tensor, y: Tensor | None = None, *more: Tensor) -> Tensor:
-        x = self.a(x) if y is None else self.a(x) * self.a(y)
+    def forward(self, x: Tensor, input_1: Tensor | None = None, *more: Tensor) -> Tensor:
+        x = self.a(x) if input_1 is None else self.a(x) * self.a(input_1)
         for each in more:
             x = x + self.a(each)
         return self.b(x)
@@ -484,6 +556,52 @@ def test_rows_become_channels(tmp_path: Path, call) -> None:
     assert kinds(graph) == ["conv", "rows_to_channels", "conv", "conv"]
     assert [(group.name, group.width) for group in graph.groups] == [("a", 8), ("b", 6)]
     assert graph.op_graph([3, 6]).ops[1].out_channels == 15
+
+
+def test_rows_that_become_channels_and_rows_again_cost_nothing() -> None:
+    def forward(net: Net, x: Tensor) -> Tensor:
+        x = net.a(x)
+        return net.b(x.flatten(1, 2).view(x.shape))
+
+    net = Net(forward, a=nn.Conv2d(3, 8, 3), b=nn.Conv2d(8, 4, 1)).eval()
+    assert kinds(build_graph(net, (3, 9, 9))) == ["conv", "conv"]
+
+
+@pytest.mark.parametrize(
+    "call", [lambda net, x: net.n(x.transpose(1, 2)), lambda net, x: net.n(x.mean(2)), lambda net, x: net.n(x.amax(2))]
+)
+def test_rows_that_become_channels_of_sequences_and_vectors(tmp_path: Path, call) -> None:
+    parts = dict(a=nn.Conv2d(1, 8, 3, padding=1), n=nn.Linear(40, 6))
+    net = Net(lambda net, x: call(net, F.relu(net.a(x)).flatten(1, 2)), **parts)
+    graph = half_and_exported(net, torch.randn(4, 1, 5, 14), tmp_path)
+    assert "rows_to_channels" in kinds(graph) and [group.name for group in graph.groups] == ["a"]
+
+
+def test_a_picture_of_one_channel_out_of_a_vector(tmp_path: Path) -> None:
+    """As generators end, and where pictures come flat."""
+    net = nn.Sequential(nn.Linear(5, 12), nn.ReLU(), nn.Linear(12, 36), nn.Tanh(), nn.Unflatten(1, (1, 6, 6)))
+    graph = half_and_exported(net, torch.randn(8, 5), tmp_path)
+    assert [group.name for group in graph.groups] == ["0"]
+    net = nn.Sequential(Call(lambda x: x.view(-1, 1, 6, 6)), nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    assert kinds(half_and_exported(net, torch.randn(8, 36), tmp_path)) == ["unflatten", "conv", "conv"]
+
+
+def test_a_vector_in_the_shape_of_another_tensor(tmp_path: Path) -> None:
+    def forward(net: Net, x: Tensor) -> Tensor:
+        y = net.a(x)
+        return net.b(y + torch.tanh(y.flatten(1)).view_as(y))
+
+    net = Net(forward, a=nn.Conv2d(3, 8, 3), b=nn.Conv2d(8, 4, 1))
+    assert "unflatten" in kinds(half_and_exported(net, torch.randn(4, 3, 6, 6), tmp_path))
+
+
+@pytest.mark.parametrize(
+    "between", [[], [nn.LeakyReLU(0.1), nn.Dropout(0.1)], [nn.ReLU(), nn.Upsample(scale_factor=2)]]
+)
+def test_a_vector_becomes_a_signal_before_other_layers(tmp_path: Path, between: list[nn.Module]) -> None:
+    first = nn.Linear(7, 12), nn.ReLU(), nn.Linear(12, 40), nn.Unflatten(1, (8, 5))
+    net = nn.Sequential(*first, *between, nn.Conv1d(8, 6, 3), nn.Conv1d(6, 2, 1))
+    assert "unflatten" in kinds(half_and_exported(net, torch.randn(16, 7), tmp_path))
 
 
 @pytest.mark.parametrize("middle", [nn.Unflatten(1, (6, 3, 2)), Call(lambda x: x.view(-1, 6, 3, 2))])

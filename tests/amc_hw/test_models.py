@@ -471,7 +471,12 @@ def test_images_of_a_factory_that_names_no_normalisation_are_normalised_aloud(ne
         warnings.simplefilter("error")
         for each in said:
             Classification(each, data)
-    assert unsaid.assumed and not load_model(f"{nets}:bare?channels=1", input_shape=(1, 8, 8)).assumed
+    half = load_model(f"{nets}:bare", input_shape=(3, 16, 16), mean=(0.5,))
+    with pytest.warns(UserWarning, match="nets.py:bare names no std: images are"):
+        Classification(half, data)
+    assert (
+        unsaid.assumed == ("mean", "std") and not load_model(f"{nets}:bare?channels=1", input_shape=(1, 8, 8)).assumed
+    )
 
 
 def test_one_number_is_the_mean_of_all_channels(tmp_path: Path) -> None:
@@ -500,6 +505,13 @@ def net():
 def parallel(): return nn.DataParallel(net())
 def compiled(): return torch.compile(net())
 
+def outside():
+    inner = net()
+    del inner.input_shape
+    made = nn.DataParallel(torch.compile(inner))
+    made.input_shape = (3, 8, 8)
+    return made
+
 def normed():
     made = net()
     parametrizations.weight_norm(made[0])
@@ -516,7 +528,7 @@ def hooked():
 """
 
 
-@pytest.mark.parametrize("name", ["parallel", "compiled"])
+@pytest.mark.parametrize("name", ["parallel", "compiled", "outside"])
 def test_a_network_is_taken_out_of_what_runs_it_elsewhere(tmp_path: Path, name: str) -> None:
     (tmp_path / "wrapped.py").write_text(WRAPPED)
     loaded = load_model(f"{tmp_path / 'wrapped.py'}:{name}")

@@ -444,6 +444,13 @@ def test_tokens_are_computed_like_images(builder: ModuleType, op: OpSpec, batch:
     check(builder, alone(replace(op, batch=batch)))
 
 
+@pytest.mark.parametrize("op", [*SMALL_OPS.values(), *IN_TOKENS], ids=str)
+def test_every_operator_is_of_its_own_family(op: OpSpec) -> None:
+    """As a table has it: by what all have in common, and by widths."""
+    assert op.family().with_axes(op.axes) == op and op.family().family() == op.family()
+    assert OpSpec.from_json(op.to_json()) == op
+
+
 @every_builder
 @pytest.mark.parametrize("tokens", [False, True])
 @pytest.mark.parametrize("batch", [1, 2])

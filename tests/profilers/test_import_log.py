@@ -247,6 +247,21 @@ def test_padding_and_activations_of_their_own_belong_to_their_operator(desk: Des
         desk.rows(new_log([*log[:8], Op("RELU", 9)]), graph=graph)
 
 
+def test_a_pooling_that_is_padded_by_the_edges_of_the_image_is_one_operator(desk: Desk) -> None:
+    pool = OpSpec("max_pool", (8,), 16, 16, 8, (3, 3), (2, 2), (1, 1))
+    nodes = (
+        OpNode("stem", OpSpec("conv", (3,), 16, 16, 8, activation="silu"), (OpGraph.INPUT,)),
+        OpNode("pool", pool, ("stem",)),
+    )
+    kinds = ["CONV_2D", "LOGISTIC", "MUL", "SLICE", "CONCATENATION", "SLICE", "CONCATENATION", "MAX_POOL_2D"]
+    log = [Op(kind, 1 << place) for place, kind in enumerate(kinds)]
+    graph = OpGraph(nodes, (3, 16, 16), ("pool",))
+    *ops, _ = desk.rows(new_log(log), graph=graph)
+    assert [1000 * row.median_ms for row in ops] == pytest.approx([7, 8 + 16 + 32 + 64 + 128])
+    with pytest.raises(UserError, match="the network ends before it"):
+        desk.rows(new_log([*log, Op("SLICE", 9)]), graph=graph)
+
+
 def test_operators_that_move_or_shift_values_have_rows_of_their_own(desk: Desk) -> None:
     nodes = (
         OpNode("pad", OpSpec("pad", (3,), 16, 16, 3, padding=(1, 1)), (OpGraph.INPUT,)),

@@ -173,6 +173,11 @@ def test_an_operator_that_is_there_with_another_activation_is_told_so() -> None:
     found = predictor([op_row(spatial(3, 8), 0.25), op_row(spatial(3, 8, "relu6"), 0.75)])
     with pytest.raises(TableError, match=r"k3x3 s1 tanh \(it has that with activation none, relu6\): measure it with"):
         found.op_ms([spatial(3, 8, "tanh")])
+    alone = OpSpec("activation", (8,), 8, 8, 8, activation="silu")
+    found = predictor([op_row(spatial(3, 8), 0.25), op_row(alone, 0.125)])
+    for lacking in (spatial(3, 8, "tanh"), replace(alone, activation="gelu")):
+        with pytest.raises(TableError, match="no measurement for"):
+            found.op_ms([lacking])
 
 
 def test_an_empty_table_knows_nothing_but_says_so() -> None:
