@@ -120,7 +120,7 @@ def test_a_convolution_of_ones_own_is_compared_with_what_it_computes() -> None:
         lambda net, x: net.b(F.pad(net.a(x), (-1, 1))),
         lambda net, x: net.b(F.pad(net.a(x), (1, 1), value=0.5)),
         lambda net, x: net.b(F.pad(net.a(x), (1, 1, 1, 1), mode="replicate")),
-        lambda net, x: net.b(F.pad(net.a(x), (0, 0, 0, 0, 0, 1))[:, :8]),
+        lambda net, x: net.b(F.pad(net.a(x), (0, 1, 0, 0, 0, 1))[:, :8]),
     ],
 )
 def test_other_paddings_are_refused(forward) -> None:
