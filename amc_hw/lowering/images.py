@@ -380,9 +380,9 @@ class Images(Shapes):
         channels, height, width = self._image(node.all_input_nodes[0])
         if ceil and not any(window["padding"]):  # no further than the image
             window["kernel"] = tuple(map(min, window["kernel"], (height, width)))
-        if kind == "avg_pool" and window["kernel"] == (height, width) and not any(window["padding"]):
-            self._emit(node, "global_avg_pool")
-            return
+            if kind == "avg_pool" and window["kernel"] == (height, width):
+                self._emit(node, "global_avg_pool")
+                return
         plain = OpSpec(kind, (channels,), height, width, channels, **window)
         ceil = ceil and (plain.out_height, plain.out_width) != self._out_image(node)[1:]
         if ceil and kind == "avg_pool":

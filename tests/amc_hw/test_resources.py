@@ -252,7 +252,8 @@ def test_a_term_is_its_table_and_its_table_of_some_positions_alone(model, seed):
             assert term.at(at) == table[places]
     some = MinSum([term.factor(allowed) for term in model.terms], [len(each) for each in allowed])
     least = min(model.cost_at(at) for at in itertools.product(*allowed)) - model.constant
-    assert some.exact and min(some.offers(())) == pytest.approx(least)
+    known = float(min(some.offers(())))  # of many sums over many groups a table is too large: then what descent finds
+    assert known == pytest.approx(least) if some.exact else known >= least - 1e-9
 
 
 class Dense(nn.Module):
