@@ -28,7 +28,7 @@ from amc_hw.find import (
     timed_anew,
 )
 from amc_hw.finetune import LAYER_NORM_LR, PRECISIONS, USUAL_LR, FinetuneConfig, finetune, plan_finetune
-from amc_hw.graph import FrozenGroup, Layer, LayerGraph
+from amc_hw.graph import LayerGraph
 from amc_hw.models import LoadedModel
 from amc_hw.models.checkpoint import not_finite
 from amc_hw.plots import check_picture, save_predictions
@@ -213,11 +213,6 @@ def describe_graph(
     _, graph = load_graph(model, input_shape=input_shape, keep=keep)
     network = graph.op_graph()
     latency = None if device is None else _operator_ms(graph, device)
-    frozen = []
-    for group in graph.frozen:
-        names = {layer.name for layer in _touching(graph, group)}
-        share = latency and sum(ms for name, ms in latency.items() if name in names) / sum(latency.values())
-        frozen.append(_frozen_row(graph, group) | {"latency_share": share})
     return {
         "model": model,
         "groups": [
@@ -230,19 +225,29 @@ def describe_graph(
             }
             for group in graph.groups
         ],
-        "frozen": frozen,
+        "frozen": _frozen(graph, latency),
         "macs": network.macs,
         "params": graph.params(),
     }
 
 
-def _touching(graph: LayerGraph, group: FrozenGroup) -> list[Layer]:
-    return [layer for layer in graph.layers if {layer.module, layer.batch_norm} & set(group.modules)]
-
-
-def _frozen_row(graph: LayerGraph, group: FrozenGroup) -> dict[str, Any]:
-    share = sum(layer.op.macs for layer in _touching(graph, group)) / max(graph.macs(), 1)
-    return {"name": group.name, "width": group.width, "reason": group.reason, "macs_share": share}
+def _frozen(graph: LayerGraph, latency: Mapping[str, float] | None = None) -> list[dict[str, Any]]:
+    """What is frozen, why, and what it locks; latency: of every operator, where it is known."""
+    total, rows = max(graph.macs(), 1), []
+    for group in graph.frozen:
+        touching = [layer for layer in graph.layers if {layer.module, layer.batch_norm} & set(group.modules)]
+        names = {layer.name for layer in touching}
+        rows.append(
+            {
+                "name": group.name,
+                "width": group.width,
+                "reason": group.reason,
+                "macs_share": sum(layer.op.macs for layer in touching) / total,
+                "latency_share": latency
+                and sum(ms for name, ms in latency.items() if name in names) / sum(latency.values()),
+            }
+        )
+    return rows
 
 
 def check_network(
@@ -286,7 +291,7 @@ def check_network(
         "model": subject.model.spec,
         **found,
         "groups": len(subject.graph.groups),
-        "frozen": [_frozen_row(subject.graph, group) for group in subject.graph.frozen],
+        "frozen": _frozen(subject.graph),
         "macs": network.macs,
         "params": subject.graph.params(),
         "smallest_macs": subject.graph.macs([grid[0] for grid in subject.grids]),

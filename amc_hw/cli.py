@@ -235,7 +235,7 @@ def _blocks(group: dict[str, Any]) -> str:
 
 def _locked(frozen: dict[str, Any]) -> str:
     text = f"; it is read or written by {frozen['macs_share']:.1%} of the MACs"
-    return text if frozen.get("latency_share") is None else f"{text}, {frozen['latency_share']:.1%} of the latency"
+    return text if frozen["latency_share"] is None else f"{text}, {frozen['latency_share']:.1%} of the latency"
 
 
 @cli.command()

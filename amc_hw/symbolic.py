@@ -147,8 +147,7 @@ class _Tracer(fx.Tracer):
 
     def _is_chunks(self, node: fx.Node, parts: Sequence[torch.Tensor]) -> bool:
         """Whether parts are as many equal ones as the network's code wants."""
-        given = [*node.args[1:], *node.kwargs.values()]
-        wanted = node.kwargs.get("chunks", given[0] if given else None)
+        wanted = node.kwargs.get("chunks", node.args[1] if len(node.args) > 1 else None)
         return node.target in CHUNKS and len({part.shape for part in parts}) == 1 and len(parts) == wanted
 
     def _of_buffers(self, node: fx.Node) -> bool:

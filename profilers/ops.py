@@ -121,7 +121,8 @@ class OpSpec:
     Of a transposed convolution `padding` and `padding_end` are cut off its output.
     groups: 1, or in_channels for `depthwise_conv`, or what divides in_channels.
     ceil: the output size of a pooling is rounded up: a last window may reach beyond the padding.
-    out_size: of an `upsample_*` that has no whole factors, or an `adaptive_avg_pool`, (height, width); else ().
+    out_size: of an `upsample_*` that has no whole factors, an `adaptive_avg_pool` or an `unflatten`, (height, width);
+    else ().
     align_corners: of an `upsample_bilinear`, as PyTorch's.
     exclude_pad: an `avg_pool` divides by the pixels of the image in a window, without those of the padding.
     tokens: the inputs are tokens, (N, height * width, C), not images.

@@ -59,6 +59,7 @@ ACTIVATION_FUNCTIONS: dict[Any, str] = {
 IDENTITY_MODULES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d)
 DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d)
 IDENTITY_FUNCTIONS: tuple[Any, ...] = ("contiguous", "clone", "detach")
+#: To a type, which may be what the tensor has.
 CASTS: tuple[Any, ...] = ("float", "to", "type_as")
 #: Of torchvision, by name: to import it takes as long as PyTorch does, and many networks do without.
 STOCHASTIC_DEPTH = ("torchvision.ops.stochastic_depth", "stochastic_depth")

@@ -24,6 +24,7 @@ from amc_hw.lowering.axes import (
     plain_axes,
     regrouped,
     reshaped,
+    signal_axes,
     size_of,
     taken,
     token_axes,
@@ -74,8 +75,8 @@ class Shapes(Values):
     def _join(self, node: fx.Node, parts: list[fx.Node]) -> None:
         """Positions behind each other: what a detector finds at several scales."""
         channels, total = self._seen(parts[0]).channels, sum(self._seen(part).positions for part in parts)
-        row = BATCH, whole(CHANNELS, channels), whole(POSITIONS, total)
-        axes = token_axes(channels, total) if self._are_tokens(parts[0]) else row
+        tokens = self._are_tokens(parts[0])
+        axes = token_axes(channels, total) if tokens else signal_axes((channels, 1, total))
         self._emit(node, "join", sources=parts, axes=axes)
 
     def _beside(self, dim: int, node: fx.Node) -> Axes:

@@ -12,9 +12,7 @@ from torch import fx
 
 from amc_hw.errors import UnsupportedOperatorError
 from amc_hw.lowering.axes import (
-    BATCH,
     CHANNELS,
-    POSITIONS,
     Axes,
     Seen,
     image_axes,
@@ -208,7 +206,7 @@ class Values:
         seen = self._seen(node)
         if seen.axes == image_axes(self._sides(seen)):
             return "image"
-        if seen.axes == signal_axes(seen.shape) and self._sides(seen)[1] == 1:
+        if self._is_row(node) and self._sides(seen)[1] == 1:
             return "signal"
         if seen.axes == vector_axes(seen.channels) and seen.positions == 1:
             return "vector"
@@ -224,7 +222,7 @@ class Values:
     def _is_row(self, node: fx.Node) -> bool:
         """Whether a node's tensor is (N, channels, positions), all of either."""
         seen = self._seen(node)
-        return seen.axes == (BATCH, whole(CHANNELS, seen.channels), whole(POSITIONS, seen.positions))
+        return seen.axes == signal_axes(seen.shape)
 
     def _sides(self, seen: Seen) -> tuple[int, int, int]:
         """(C, H, W) of a value; of tokens as the tensor has them."""

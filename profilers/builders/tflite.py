@@ -173,9 +173,8 @@ def _with_edges(writer: Writer, source: str, name: str, axis: int, counts: tuple
 
     def edge(what: str, at: int) -> str:
         begin = tuple(at if place == axis else 0 for place in range(4))
-        return writer.cut(
-            source, f"{name}/{what}", begin, tuple(1 if n == axis else size for n, size in enumerate(shape))
-        )
+        thin = tuple(1 if place == axis else size for place, size in enumerate(shape))
+        return writer.cut(source, f"{name}/{what}", begin, thin)
 
     if not any(counts):
         return source
@@ -570,9 +569,7 @@ def _over_channels(network: _Network, node: OpNode, output: str, activation: str
 def _adaptive_avg_pool(network: _Network, node: OpNode, output: str, activation: str) -> None:
     """Products with the shares of pixels, along either side, which comes last for it."""
     op, writer, name = node.op, network.writer, node.name
-    source = writer.transpose(
-        network.as_image(node.inputs[0]), f"{name}/rows", (0, 3, 1, 2)
-    )  # the last axis first, twice
+    source = writer.transpose(network.as_image(node.inputs[0]), f"{name}/rows", (0, 3, 1, 2))
     for side, size, to in (("across", op.width, op.out_width), ("down", op.height, op.out_height)):
         weight = writer.constant(f"{name}/{side}", averages(size, to))
         bias = writer.constant(f"{name}/{side}/bias", np.zeros(to))
