@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from amc_hw.choices import MAX_MINUTES, RUNTIME_OF, TOLERANCE_PCT
 from amc_hw.compare import CompareConfig, compare, plan_compare
 from amc_hw.data import named_path
 from amc_hw.errors import DeviceError, FailedError, TableError, UserError
 from amc_hw.evaluate import Evaluator, check_expected, warn_of_guessing
-from amc_hw.export import FORMATS, MARK, RUNTIME_OF, SUFFIXES, export_int8, export_network
+from amc_hw.export import MARK, SUFFIXES, export_int8, export_network
 from amc_hw.find import (
-    BUDGETS,
     LOAD_ROUNDS,
     SearchConfig,
     check_workers,
@@ -27,17 +27,16 @@ from amc_hw.find import (
     search_time,
     timed_anew,
 )
-from amc_hw.finetune import LAYER_NORM_LR, PRECISIONS, USUAL_LR, FinetuneConfig, finetune, plan_finetune
+from amc_hw.finetune import FinetuneConfig, finetune, plan_finetune
 from amc_hw.graph import LayerGraph
 from amc_hw.models import LoadedModel
 from amc_hw.models.checkpoint import not_finite
 from amc_hw.plots import check_picture, save_predictions
 from amc_hw.policy import Policy, load_policy, policy_file
-from amc_hw.pretrain import DEFAULT_DATA, DEFAULT_MODEL, checkpoint_for, data_for
+from amc_hw.pretrain import checkpoint_for, data_for
 from amc_hw.refit import count_of
 from amc_hw.report import write_report
 from amc_hw.runs import JOURNAL, Progress, none_better, save_weights, silent
-from amc_hw.search.loop import METHODS
 from amc_hw.specs import parse_spec
 from amc_hw.subject import (
     Subject,
@@ -52,13 +51,13 @@ from amc_hw.tables import export_csv, list_tables, merge_tables, plot_table, sho
 from amc_hw.task import Task, load_task
 from amc_hw.weights import drawn, folded_weights
 from profilers import import_log as import_logs
-from profilers.device import DTYPES, device_names, load_device
+from profilers.device import device_names, load_device
 from profilers.farm import run_steps
 from profilers.files import check_replaceable
 from profilers.multiple import channel_multiple
 from profilers.ops import OpGraph, digest
 from profilers.predictor import Predictor
-from profilers.profile import WAYS, Anchor, Step, missing_steps, refining_steps, time_network
+from profilers.profile import Anchor, Step, missing_steps, refining_steps, time_network
 from profilers.sampling import random_widths
 from profilers.store import TableStore, table_files
 from profilers.targets import Network, Probe, Target, open_target
@@ -66,19 +65,9 @@ from profilers.targets.adb import AdbTarget
 from profilers.timing import Steady, ratio_ci95
 
 __all__ = [
-    "BUDGETS",
     "CompareConfig",
-    "DTYPES",
-    "METHODS",
-    "DEFAULT_DATA",
-    "DEFAULT_MODEL",
-    "FORMATS",
     "FinetuneConfig",
-    "PRECISIONS",
-    "USUAL_LR",
-    "LAYER_NORM_LR",
     "SearchConfig",
-    "WAYS",
     "Policy",
     "Subject",
     "check_device",
@@ -124,7 +113,6 @@ __all__ = [
     "write_report",
 ]
 
-TOLERANCE_PCT, MAX_MINUTES = 4.0, 10.0  #: of `profile`
 KNOWN_BY_HEART = 0.999  #: an accuracy that images have which a network was trained on
 VALIDATION = 1000  #: begins the seeds of networks that no profile draws
 INT8_IMAGES = 200  #: that an int8 export is calibrated on
@@ -342,7 +330,8 @@ def profile(
     """Measure what the device's table lacks for this network, and append it.
 
     Then go on where predictions are least sure, until 90% of the networks that calibrate are predicted within
-    `tolerance` percent by a fit without them, or `max_minutes` are over. way: how operators are measured, of WAYS.
+    `tolerance` percent by a fit without them, `max_minutes` are over, or the table is exhausted: as much is measured
+    as is planned for a network. way: how operators are measured, of `profilers.device.WAYS`.
     """
     start = time.monotonic()
     job, target = subject.job(seed=seed, way=way), subject.target
@@ -358,10 +347,11 @@ def profile(
         )
 
     time_up = not measured(missing_steps(job, table, target))
-    predictor, unpruned = read_predictor(subject, table), digest(subject.network_at(None))
+    predictor, unpruned, exhausted = read_predictor(subject, table), digest(subject.network_at(None)), False
     while not time_up and (predictor.error_pct_of(unpruned) or 0.0) > tolerance:
         steps = refining_steps(job, table, target, predictor)
         if not steps:
+            exhausted = True
             break
         time_up = not measured(steps)
         predictor = read_predictor(subject, table)
@@ -372,6 +362,7 @@ def profile(
         "seconds": time.monotonic() - start,
         "error_pct": predictor.error_pct_of(unpruned),
         "time_up": time_up,
+        "exhausted": exhausted,
         "channel_multiple": channel_multiple(table),
     }
 

@@ -10,10 +10,21 @@ from typing import Any
 
 import click
 
-from amc_hw import api
-from amc_hw.console import PATH, POLICY, SUBJECT, TASK, Group, Progress, options, run, show
+from amc_hw.choices import (
+    BUDGETS,
+    DEFAULT_MODEL,
+    FORMATS,
+    LAYER_NORM_LR,
+    MAX_MINUTES,
+    METHODS,
+    PRECISIONS,
+    TOLERANCE_PCT,
+    USUAL_LR,
+)
+from amc_hw.console import PATH, POLICY, SUBJECT, TASK, Group, Progress, api, devices_from, options, run, show
 from amc_hw.errors import UserError
 from amc_hw.settings import FILE, extend_settings, read_settings, record_settings, write_settings
+from profilers.device import WAYS
 
 MUCH_LEFT = 0.9  #: of a budget is used, or less: worth a word
 
@@ -41,7 +52,7 @@ def _with_data(arguments: dict[str, Any], *, needed: bool = True) -> None:
     needed: UserError where another network has neither data nor functions of the user's own.
     """
     model, task = arguments["model"], [arguments[name] for name in TASK]
-    if model != api.DEFAULT_MODEL and not any(task):
+    if model != DEFAULT_MODEL and not any(task):
         if not needed:
             return
         api.load_graph(model, input_shape=arguments["input_shape"])  # where that is mistyped, too, that comes first
@@ -156,7 +167,7 @@ def devices(context: click.Context, as_json: bool) -> None:
 
 
 @devices.command("check")
-@click.argument("name")
+@click.argument("name", shell_complete=devices_from)
 @options("serial", "json")
 @click.pass_context
 def check_device(context: click.Context, name: str, serials: tuple[str, ...], as_json: bool) -> None:
@@ -175,7 +186,7 @@ def _probe_lines(r: dict[str, Any]) -> list[str]:
 
 
 @devices.command("setup")
-@click.argument("name")
+@click.argument("name", shell_complete=devices_from)
 @click.option("--binary", type=PATH, help="The runner's program, built for the device.")
 @options("serial", "json")
 @click.pass_context
@@ -193,7 +204,7 @@ def setup_device(
 
 
 @devices.command("clean")
-@click.argument("name")
+@click.argument("name", shell_complete=devices_from)
 @options("serial", "json")
 def clean_device(name: str, serials: tuple[str, ...], as_json: bool) -> None:
     """Remove all that was put on a phone or board.
@@ -298,14 +309,14 @@ def _search_time(r: dict[str, Any]) -> str:
 @options(*SUBJECT, "seed", "dry", "json")
 @click.option(
     "--tolerance",
-    default=api.TOLERANCE_PCT,
+    default=TOLERANCE_PCT,
     show_default=True,
     type=click.FloatRange(0, min_open=True),
     help="Percent that 90% of random networks should be predicted within.",
 )
 @click.option(
     "--max-minutes",
-    default=api.MAX_MINUTES,
+    default=MAX_MINUTES,
     show_default=True,
     type=click.FloatRange(0, min_open=True),
     help="Stop then; the next run goes on.",
@@ -314,7 +325,7 @@ def _search_time(r: dict[str, Any]) -> str:
     "--way",
     default="auto",
     show_default=True,
-    type=click.Choice(api.WAYS),
+    type=click.Choice(WAYS),
     help="How operators are measured: in context, alone, or whole networks only.",
 )
 @click.pass_context
@@ -360,6 +371,10 @@ def _profile_lines(r: dict[str, Any]) -> list[str]:
     lines = [f"{r['table']}: {r['rows_new']} new rows, {r['rows_total']} in all, {r['seconds']:.0f} s; {error}"]
     if r["time_up"]:
         lines.append("its time is up (--max-minutes): the same command goes on from here")
+    if r["exhausted"]:
+        lines.append(
+            "that is more than --tolerance, and no more is measured: a new table on a quieter device may do better"
+        )
     if r["channel_multiple"] is not None:
         multiple = r["channel_multiple"]
         lines.append(
@@ -592,7 +607,7 @@ def measure(context: click.Context, as_json: bool, seed: int, max_ms: float | No
 @click.option("--latency-ratio", type=float, help="Budget: measured share of the unpruned latency.")
 @click.option("--flops-ratio", type=float, help="Budget: share of the unpruned MACs.")
 @click.option("--params-ratio", type=float, help="Budget: share of the unpruned parameters.")
-@click.option("--method", default="ddpg", show_default=True, help=f"auto, or one of {', '.join(api.METHODS)}.")
+@click.option("--method", default="ddpg", show_default=True, help=f"auto, or one of {', '.join(METHODS)}.")
 @options("reward")
 @click.option("--eval-device", default="cpu", show_default=True, help="Where networks are scored: cpu, cuda, cuda:1.")
 @options("refit", "workers")
@@ -696,7 +711,7 @@ def _budget_lines(r: dict[str, Any], config: api.SearchConfig) -> Iterator[str]:
 @click.option("--latency-ratio", "latency_ratio", type=float, multiple=True, help="A budget.")
 @click.option("--flops-ratio", "flops_ratio", type=float, multiple=True, help="A budget.")
 @click.option("--params-ratio", "params_ratio", type=float, multiple=True, help="A budget.")
-@click.option("--methods", default="all", show_default=True, help=f"all, or some of {', '.join(api.METHODS)}.")
+@click.option("--methods", default="all", show_default=True, help=f"all, or some of {', '.join(METHODS)}.")
 @click.option("--seeds", default="0", show_default=True, help="0,1,2 for intervals.")
 @click.option("--matched", is_flag=True, help="Beside each latency budget a FLOPs budget of equal measured latency.")
 @click.option("--eval-device", default="cpu", show_default=True, help="Where networks are scored: cpu, cuda, cuda:1.")
@@ -723,9 +738,9 @@ def compare(
     amc-hw compare --methods knapsack,ddpg --latency-ratio 0.5 --latency-ratio 0.7 --seeds 0,1,2 --matched
     """
     _with_data(arguments)
-    budgets = tuple((name, value) for name in api.BUDGETS for value in arguments.pop(name))
+    budgets = tuple((name, value) for name in BUDGETS for value in arguments.pop(name))
     named = [part.strip() for part in methods.split(",") if part.strip()]
-    chosen = tuple(api.METHODS if methods == "all" else named)
+    chosen = tuple(METHODS if methods == "all" else named)
     try:
         numbers = tuple(int(part) for part in seeds.split(","))
     except ValueError:
@@ -791,7 +806,7 @@ def report(runs: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
 @cli.command()
 @click.option("--policy", type=POLICY, help="A policy.json of a search, or its folder.")
 @click.option("--unpruned", is_flag=True, help="The network that searches begin with, of --model and --checkpoint.")
-@click.option("--format", "file_format", type=click.Choice(api.FORMATS), required=True, help="Format of the file.")
+@click.option("--format", "file_format", type=click.Choice(FORMATS), required=True, help="Format of the file.")
 @click.option("--out", type=PATH, required=True, help="The file to write.")
 @click.option("--batch", default=1, show_default=True, type=click.IntRange(1), help="Images that the file takes.")
 @click.option("--int8", is_flag=True, help="Quantized after training, calibrated on the data.")
@@ -849,8 +864,7 @@ def _export_lines(r: dict[str, Any]) -> list[str]:
 @click.option(
     "--lr",
     type=float,
-    help="Largest learning rate; a cosine takes it to zero.  "
-    f"[default: {api.USUAL_LR}; with layer-norms {api.LAYER_NORM_LR}]",
+    help=f"Largest learning rate; a cosine takes it to zero.  [default: {USUAL_LR}; with layer-norms {LAYER_NORM_LR}]",
 )
 @click.option(
     "--batch", default=128, show_default=True, type=click.IntRange(2), help="Images of a step, on each process."
@@ -860,9 +874,7 @@ def _export_lines(r: dict[str, Any]) -> list[str]:
 @click.option(
     "--crop", default=0.125, show_default=True, type=click.FloatRange(0, 0.5), help="Shift them by this share."
 )
-@click.option(
-    "--precision", default="no", show_default=True, type=click.Choice(api.PRECISIONS), help="Mixed precision."
-)
+@click.option("--precision", default="no", show_default=True, type=click.Choice(PRECISIONS), help="Mixed precision.")
 @click.option("--out", type=PATH, help="Folder of the run; an interrupted one goes on.")
 @options("seed", "dry", "json")
 @click.pass_context

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from amc_hw.choices import BUDGETS
 from amc_hw.errors import BudgetError, UserError
-from amc_hw.find import BUDGETS, POLICY, RESULT, SearchConfig, check_budget, plan_search, search, timed_anew
+from amc_hw.find import POLICY, RESULT, SearchConfig, check_budget, plan_search, search, timed_anew
 from amc_hw.plots import save_pareto
 from amc_hw.resources import check_ratio
 from amc_hw.runs import Progress, Scores, alone_in, save_json, silent

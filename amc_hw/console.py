@@ -11,13 +11,28 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import click
 
-from amc_hw import api
+from amc_hw.choices import DEFAULT_DATA, DEFAULT_MODEL
 from amc_hw.errors import UserError
+from profilers.device import DTYPES, device_names
+
+if TYPE_CHECKING:
+    from amc_hw import api
+else:
+
+    class _Later:
+        """`amc_hw.api`, imported where it is first asked for something: torch takes seconds, for which help and a
+        mistyped flag need not wait."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(import_module("amc_hw.api"), name)
+
+    api = _Later()
 
 
 def _of_its_model(context: click.Context, parameter: click.Parameter, value: Any) -> Any:
@@ -49,12 +64,23 @@ class PolicyFile(click.Path):
 
 
 POLICY = PolicyFile(path_type=Path)
+
+
+def devices_from(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    """For the completion of a shell."""
+    return [name for name in device_names() if name.startswith(incomplete)]
+
+
 _OPTIONS = {
     "json": click.option("--json", "as_json", is_flag=True, help="JSON on stdout, messages on stderr."),
-    "device": click.option("--device", default="host", show_default=True, help="A name from `amc-hw devices`."),
-    "model": click.option(
-        "--model", default=api.DEFAULT_MODEL, show_default=True, help="NAME[?key=value], FILE.py:FN."
+    "device": click.option(
+        "--device",
+        default="host",
+        show_default=True,
+        shell_complete=devices_from,
+        help="A name from `amc-hw devices`.",
     ),
+    "model": click.option("--model", default=DEFAULT_MODEL, show_default=True, help="NAME[?key=value], FILE.py:FN."),
     "input": click.option("--input", "input_shape", callback=_shape, help="Input shape, such as 1x3x224x224."),
     "threads": click.option(
         "--threads", type=click.IntRange(1), help="Threads of the runtime; default: the device's or policy's."
@@ -65,7 +91,7 @@ _OPTIONS = {
         multiple=True,
         help="A phone's serial, or HOST:PORT; default: ANDROID_SERIAL, or the only one. Repeatable: profile uses all.",
     ),
-    "dtype": click.option("--dtype", type=click.Choice(api.DTYPES), help="Numeric type of the network on the device."),
+    "dtype": click.option("--dtype", type=click.Choice(DTYPES), help="Numeric type of the network on the device."),
     "multiple": click.option("--channel-multiple", type=click.IntRange(1), help="Widths are multiples of it."),
     "floor": click.option("--floor", default=0.2, show_default=True, help="Smallest fraction of channels kept."),
     "keep": click.option("--keep", multiple=True, help="Modules left at full width, such as 'head.*'; repeatable."),
@@ -84,7 +110,7 @@ _OPTIONS = {
         "--checkpoint", type=PATH, callback=_of_its_model, help="Trained weights (a state dict)."
     ),
     "data": click.option(
-        "--data", help=f"{api.DEFAULT_DATA} (of the default model), imagefolder:PATH, cifar10:PATH, npz:PATH."
+        "--data", help=f"{DEFAULT_DATA} (of the default model), imagefolder:PATH, cifar10:PATH, npz:PATH."
     ),
     "evaluate": click.option("--evaluate", help="file.py:fn, model -> score (higher is better): your own task."),
     "calibrate": click.option("--calibrate", help="file.py:fn, yields inputs of the network, to refit with."),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from amc_hw.choices import FORMATS, RUNTIME_OF
 from amc_hw.errors import FailedError, UserError
 from amc_hw.graph import LayerGraph
 from amc_hw.refit import Inputs, batches, count_of
@@ -23,8 +24,6 @@ from profilers.files import check_replaceable, write_whole
 from profilers.ops import OpGraph
 from profilers.runtimes import Runtime, load_runtime
 
-RUNTIME_OF = {"onnx": "onnxruntime", "tflite": "litert"}
-FORMATS = ("torch", *RUNTIME_OF)
 SUFFIXES = {f".{file_format}": file_format for file_format in RUNTIME_OF}
 TOLERANCE = 1e-3  #: of the largest output
 LABEL = "amc-hw"  #: of a file's metadata, a JSON object

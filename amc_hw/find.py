@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from amc_hw.choices import BUDGETS
 from amc_hw.env import REWARDS
 from amc_hw.errors import UserError
 from amc_hw.evaluate import REFITS, Evaluator, check_expected, check_refit, warn_of_guessing
@@ -62,7 +63,6 @@ from profilers.timing import Steady, TimingPlan, loaded_anew, ratio_ci95, refuse
 
 LOAD_ROUNDS = 25  #: samples of one load, where they are reported
 POLICY, RESULT = "policy.json", "result.json"
-BUDGETS = ("latency_ms", "latency_ratio", "flops_ratio", "params_ratio")
 MOST_RUNS = 1_000_000  #: of a burst in a fresh process, which is as long as `min_time_s` asks
 
 

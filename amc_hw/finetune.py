@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from amc_hw.choices import LAYER_NORM_LR, USUAL_LR
 from amc_hw.data import Splits, load_data, load_tensors
 from amc_hw.errors import FailedError, UserError
 from amc_hw.images import ImageFiles, TensorImages
@@ -34,11 +35,9 @@ from amc_hw.subject import Pruned, found_near, open_pruned
 from amc_hw.task import Classification, check_labels
 from profilers.files import write_whole
 
-PRECISIONS = ("no", "fp16", "bf16")
 IN_MEMORY = 2_000_000_000  #: bytes of decoded training images that are kept
 STATE = "state.pt"
 SEEDS = 1 << 63  #: of a generator
-USUAL_LR, LAYER_NORM_LR = 0.05, 0.002  #: transformers lose with the one what convolutional networks gain
 PLAN_STEPS = 5  #: that are made to tell what all of them will take
 
 

@@ -8,13 +8,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from amc_hw.choices import DEFAULT_DATA, DEFAULT_MODEL
 from amc_hw.data import load_data, load_tensors
 from amc_hw.errors import FailedError, UserError
 from amc_hw.models import has_own_weights, load_model
 from amc_hw.runs import Progress, silent
 
-DEFAULT_MODEL = "mobilenet_v1_cifar?width=0.25"
-DEFAULT_DATA = "digits"
 EPOCHS = 40
 
 

@@ -67,7 +67,7 @@ class Subject:
         }
 
     def job(self, *, seed: int = 0, way: str = "auto") -> ProfileJob:
-        """What its table should hold: widths on and off the channel multiple. way: of `profilers.profile.WAYS`."""
+        """What its table should hold: widths on and off the channel multiple. way: of `profilers.device.WAYS`."""
         smallest = [max(1, math.ceil(self.floor * group.width - 1e-9)) for group in self.graph.groups]
         blocks = [group.block for group in self.graph.groups]
         fine = tuple(

@@ -15,6 +15,8 @@ from profilers.errors import UserError
 
 MANY = ("adb", "fake")  #: targets of which there may be several, told apart by serials and addresses
 DTYPES = ("float32", "int8", "tf32", "float16", "bfloat16")
+#: Of measuring operators: in context while random networks run, alone, or not at all (whole networks tell).
+WAYS = ("auto", "context", "alone", "networks")
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,6 @@ COPIED_MACS, COPIED_BYTES, MOST_COPIES, FLOAT_BYTES = 4e6, 1 << 20, 12, 4
 POOL = 60  #: random networks of which the least known are measured
 REFINE_NETWORKS, REFINE_OPS = 6, 24  #: at a time
 MAX_REFINEMENTS = 6
-#: Of measuring operators: in context while random networks run, alone, or not at all (whole networks tell).
-WAYS = ("auto", "context", "alone", "networks")
 READ, ALONE, RANDOM = "reading operators in random networks", "timing operators", "timing random networks"
 
 
@@ -36,7 +34,7 @@ READ, ALONE, RANDOM = "reading operators in random networks", "timing operators"
 class ProfileJob:
     """network_at: the network at some widths; grids: the widths that every group may take, ascending; fine: every
     width from the smallest, where those off the channel multiple are to be predicted, too; networks: whose operators
-    are measured; calibration: networks that are timed as a whole. way: of WAYS."""
+    are measured; calibration: networks that are timed as a whole. way: of `profilers.device.WAYS`."""
 
     network_at: Callable[[Sequence[int]], OpGraph]
     grids: Grids

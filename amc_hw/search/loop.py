@@ -37,6 +37,7 @@ from amc_hw.search.sensitivity import SensitivitySearch
 from amc_hw.search.uniform import tied_groups, uniform_policies
 from amc_hw.task import Judged
 
+#: By the names of `amc_hw.choices.METHODS`, in that order.
 METHODS: dict[str, type[Method]] = {
     "ddpg": DDPGSearch,
     "amc": AMCSearch,

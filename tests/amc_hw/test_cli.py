@@ -1,12 +1,15 @@
 """The commands on the fake device: whole paths, exit codes, one line per mistake."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from amc_hw import choices
+from amc_hw.search import loop
 from profilers.ops import OpGraph
 from profilers.targets.fake import OVERHEAD_MS, op_latency_ms
 
@@ -29,6 +32,34 @@ def test_profile_then_validate_predict_and_measure(tmp_path: Path) -> None:
     assert measured["speedup"] == pytest.approx(1.0)
     gate = amc_hw(tmp_path, "measure", "--device", "fake", "--max-ms", "0.0001")
     assert gate.returncode == 4 and "--max-ms" in gate.stderr
+
+
+def test_help_needs_no_torch_and_names_what_there_is() -> None:
+    script = "import sys, amc_hw.cli; print(sorted({'torch', 'numpy', 'scipy', 'onnx'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout == "[]\n"
+    assert tuple(loop.METHODS) == choices.METHODS
+
+
+def test_a_shell_completes_devices(tmp_path: Path) -> None:
+    (tmp_path / "device_configs").mkdir()
+    (tmp_path / "device_configs/fake-mine.toml").write_text("")
+    for words in ("profile --device fake-", "devices check fake-"):
+        asked = {"COMP_WORDS": f"amc-hw {words}", "COMP_CWORD": "3", "_AMC_HW_COMPLETE": "bash_complete"}
+        script = "import sys; from amc_hw.cli import main; sys.argv[0] = 'amc-hw'; main()"
+        done = subprocess.run(
+            [sys.executable, "-c", script], cwd=tmp_path, env=os.environ | asked, capture_output=True, text=True
+        )
+        offered = [line.removeprefix("plain,") for line in done.stdout.split()]
+        assert "fake-mine" in offered and "fake-flops" in offered and all(each.startswith("fake-") for each in offered)
+
+
+def test_a_profile_that_measures_no_more_says_so(tmp_path: Path) -> None:
+    asked = ["profile", "--device", "fake", "--tolerance", "0.000001"]
+    done = json.loads(amc_hw(tmp_path, *asked, "--json").stdout)
+    assert done["exhausted"] and not done["time_up"] and done["error_pct"] > 0
+    again = amc_hw(tmp_path, *asked)
+    assert "0 new rows" in again.stdout and "more than --tolerance, and no more is measured" in again.stdout
+    assert "no more is measured" not in amc_hw(tmp_path, "profile", "--device", "fake").stdout
 
 
 def test_an_interrupted_profile_goes_on_where_it_stopped(tmp_path: Path) -> None:
