@@ -12,6 +12,7 @@ from torch import fx, nn
 from amc_hw.lowering.attention import Attention
 from amc_hw.lowering.calls import PLAIN, shape_of
 from amc_hw.lowering.constants import WRITTEN, is_constant
+from amc_hw.padding import in_plane
 from amc_hw.symbolic import BATCH_NORMS, CONVS, TRANSPOSED
 from profilers.ops import CONV_KINDS
 
@@ -95,11 +96,16 @@ class Arithmetic(Attention):
         by_channel, by_place = (channels, *(1 for _ in positions)), (1, *positions)
         found = {"mul": "scale", "add": "shift"}.get(kind, "") if own[gate][1:] == by_channel else ""
         found = "mask" if not found and kind == "mul" and own[gate][1:] == by_place else found
-        if not found or self._form(image) not in PLAIN:
+        if self._form(image) not in PLAIN or not (found or own[gate][1] == channels):
             raise self._unsupported(node)
         if gate in self.expanded:
             self._count_repeated(gate, self.value[image])
-        self._emit(node, found, sources=[image, gate])
+        if found:
+            self._emit(node, found, sources=[image, gate])
+            return
+        by = [size // small for size, small in zip(positions, own[gate][2:], strict=True)]  # small: 1, or as large
+        self._emit(node, "upsample_nearest", sources=[gate], stride=in_plane(by, 1))
+        self._emit(node, kind, sources=[node if source is gate else source for source in tensors])
 
     def _and_constant(self, node: fx.Node, kind: str, source: fx.Node, constant: fx.Node) -> None:
         """A product with a parameter of one number per channel, or with what is computed of parameters; either with

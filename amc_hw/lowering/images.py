@@ -271,7 +271,8 @@ class Images(Shapes):
             self._pooled(node, source)
         elif self._form(source) == "image" and dims in ({2}, {3}):
             other = 3 if dims == {2} and len(out) == rank else 2
-            if all(each.target in MEANS and self._reduced(each) == {other} for each in readers(node)):
+            averaged_again = (each.target in MEANS and self._reduced(each) == {other} for each in readers(node))
+            if node.target in MEANS and all(averaged_again):
                 self.halved[node] = source, other
             else:
                 self._over_side(node, "avg_pool", source, dims)
@@ -284,8 +285,6 @@ class Images(Shapes):
         size, window = ((channels, 1, width), (height, 1)) if dims == {2} else ((channels, height, 1), (1, width))
         axes = plain_axes(size, len(shape_of(node) or ()))
         self._emit(node, kind, sources=[source], axes=axes, kernel=window, stride=window)
-        if dims == {3} and len(axes) == 3:  # a column, which as tokens is as good as a row
-            self.value[node] = self._as_tokens(node)
 
     def _over_channels(self, node: fx.Node, kind: str, source: fx.Node) -> None:
         """One number for every position, of all channels."""

@@ -24,7 +24,6 @@ from amc_hw.lowering.axes import (
     plain_axes,
     regrouped,
     reshaped,
-    signal_axes,
     size_of,
     taken,
     token_axes,
@@ -62,21 +61,32 @@ class Shapes(Values):
             self._same(node)
         elif is_constant(parts[0]):
             self._prepended(node, dim, list(parts))
-        elif (dim == 1 and all(map(self._are_tokens, parts))) or (dim == 2 and all(map(self._is_row, parts))):
+        elif dim and all(dim == self._behind(part) for part in parts):
             self._join(node, list(parts))
         elif {self._channel_axis(part) for part in parts} != {dim} or len(
             {self._beside(dim, each) for each in parts}
         ) > 1:
-            raise self._unsupported(node, "only channels are joined: return the parts, and join them outside")
+            raise self._unsupported(node, "only channels and rows are joined: return the parts, and join them outside")
         else:
             channels = sum(self._seen(part).channels for part in parts)
             self._emit(node, "concat", sources=list(parts), out_channels=channels)
 
+    def _behind(self, node: fx.Node) -> int | None:
+        """The axis along which another tensor's positions follow those of a node, which are in their order."""
+        if self._are_tokens(node):
+            return 1
+        return 3 if self._form(node) == "image" and not self.axes[node][2] else 2 if self._is_plain(node) else None
+
+    def _is_plain(self, node: fx.Node) -> bool:
+        return self._is_row(node) or self._form(node) in PLAIN
+
     def _join(self, node: fx.Node, parts: list[fx.Node]) -> None:
-        """Positions behind each other: what a detector finds at several scales."""
+        """Positions behind each other: rows below rows, what a detector finds at several scales."""
         channels, total = self._seen(parts[0]).channels, sum(self._seen(part).positions for part in parts)
-        tokens = self._are_tokens(parts[0])
-        axes = token_axes(channels, total) if tokens else signal_axes((channels, 1, total))
+        axes = token_axes(channels, total)
+        if not self._are_tokens(parts[0]):
+            _, _, *sides = shape_of(node) or ()
+            axes = plain_axes((channels, *in_plane(sides, 1)), len(sides) + 2)
         self._emit(node, "join", sources=parts, axes=axes)
 
     def _beside(self, dim: int, node: fx.Node) -> Axes:
@@ -196,9 +206,11 @@ class Shapes(Values):
                 axes, after = token_axes(seen.channels, count), seen.positions - start - count
                 ends = {} if after == start else {"padding_end": (after, 0)}
                 self._emit(node, "crop", sources=[source], axes=axes, padding=(start, 0), **ends)
-        elif of_dim(axis, POSITIONS) and self._form(source) == "signal":
-            self._crop(node, source, ((0, start), (0, seen.positions - start - count)))
-            if dropped:
+        elif of_dim(axis, POSITIONS) and (form := self._form(source)) in PLAIN:
+            end = size_of(axis) - start - count
+            rows = (form, dim) == ("image", 2)
+            self._crop(node, source, ((start, 0), (end, 0)) if rows else ((0, start), (0, end)))
+            if dropped and form == "signal":
                 self._emit(node, "flatten", sources=[node], axes=vector_axes(seen.channels), out_channels=seen.channels)
         elif has(axis, IMAGES) or (found := taken(seen, dim, start, count)) is None:
             raise self._unsupported(node)

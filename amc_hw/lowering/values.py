@@ -225,8 +225,8 @@ class Values:
         return seen.axes == signal_axes(seen.shape)
 
     def _sides(self, seen: Seen) -> tuple[int, int, int]:
-        """(C, H, W) of a value; of tokens as the tensor has them."""
-        if seen.name in self.tokens and len(seen.axes) in (3, 4):
+        """(C, H, W) of a value; of tokens, and of an only row or column, as the tensor has them."""
+        if (seen.name in self.tokens or 1 in seen.shape[1:]) and len(seen.axes) in (3, 4):
             height, width = map(size_of, ((), *seen.axes[2:])[-2:])
             return (seen.channels, height, width) if height * width == seen.positions else seen.shape
         return seen.shape
@@ -239,7 +239,9 @@ class Values:
     def _as_image(self, node: fx.Node) -> str:
         """A node's value as an image or a vector."""
         seen = self._seen(node)
-        return self._relaid(seen.name, "to_image", self._sides(seen)) if seen.name in self.tokens else seen.name
+        sides = self._sides(seen)
+        lies = seen.name not in self.tokens and sides == seen.shape
+        return seen.name if lies else self._relaid(self._as_tokens(node), "to_image", sides)
 
     def _relaid(self, name: str, kind: str, shape: tuple[int, int, int]) -> str:
         channels, height, width = shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any
 
@@ -39,6 +40,7 @@ from amc_hw.lowering.calls import (
     SPLITS,
     SQUARES,
     STOCHASTIC_DEPTH,
+    SUMS,
     TOLD,
     TRANSPOSES,
     activation_of,
@@ -346,6 +348,14 @@ class Lowering(Arithmetic, Images):
         else:
             raise self._unsupported(node)
 
+    def _sum(self, node: fx.Node) -> None:
+        """Over positions: as many times the mean."""
+        before, reduced = shape_of(node.all_input_nodes[0]) or (), self._reduced(node)
+        if 1 in reduced:
+            raise self._unsupported(node, "only positions are added up")
+        self._mean(node)
+        self._with_number(node, "mul_scalar", node, float(math.prod(before[dim] for dim in reduced)))
+
     def _function(self, node: fx.Node) -> None:
         target = node.target
         if "tensor_meta" not in node.meta:  # computed of sizes: no tensor
@@ -405,6 +415,8 @@ class Lowering(Arithmetic, Images):
             return  # a tuple: what is taken of it is read
         elif target in MEANS:
             self._mean(node)
+        elif target in SUMS:
+            self._sum(node)
         elif target in (*RESHAPES, *REGROUPS):
             self._reshape(node)
         elif target in EXPANSIONS:

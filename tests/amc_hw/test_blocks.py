@@ -526,6 +526,93 @@ def test_one_number_for_every_row_or_column_of_an_image(tmp_path: Path, dim: int
     assert kinds(graph) == ["conv", "avg_pool", "conv", "conv"]
 
 
+class CoordAtt(nn.Module):
+    """Coordinate attention (Hou et al., CVPR 2021) as its authors wrote it."""
+
+    def __init__(self, inp: int, oup: int, apply) -> None:
+        super().__init__()
+        self.pool_h, self.pool_w = nn.AdaptiveAvgPool2d((None, 1)), nn.AdaptiveAvgPool2d((1, None))
+        self.conv1, self.bn1, self.act = nn.Conv2d(inp, 8, 1), nn.BatchNorm2d(8), nn.Hardswish()
+        self.conv_h, self.conv_w = nn.Conv2d(8, oup, 1), nn.Conv2d(8, oup, 1)
+        self.apply_to = apply
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x
+        n, c, h, w = x.size()
+        x_h = self.pool_h(x)
+        x_w = self.pool_w(x).permute(0, 1, 3, 2)
+        y = torch.cat([x_h, x_w], dim=2)
+        y = self.act(self.bn1(self.conv1(y)))
+        x_h, x_w = torch.split(y, [h, w], dim=2)
+        x_w = x_w.permute(0, 1, 3, 2)
+        a_h, a_w = self.conv_h(x_h).sigmoid(), self.conv_w(x_w).sigmoid()
+        return self.apply_to(identity, a_w, a_h)
+
+
+@pytest.mark.parametrize(
+    "apply",
+    [
+        lambda x, w, h: x * w * h,
+        lambda x, w, h: h.expand_as(x) * (x * w.expand_as(x)),
+        lambda x, w, h: x - w + h,
+    ],
+)
+def test_attention_to_rows_and_columns(tmp_path: Path, apply) -> None:
+    image = torch.randn(4, 3, 12, 10, generator=torch.Generator().manual_seed(1))
+    graph = half_and_exported(around(CoordAtt(16, 16, apply)), image, tmp_path)
+    assert [group.name for group in graph.groups] == ["0", "3.conv1"]
+    assert kinds(graph).count("join") == 1 and kinds(graph).count("crop") == 2 == kinds(graph).count("upsample_nearest")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda a, b: torch.cat([a, b], 2),
+        lambda a, b: torch.cat([a, b], -2)[:, :, 3:20],
+        lambda a, b: torch.cat(list(torch.cat([a, b], 2).chunk(2, dim=2)), 1),
+        lambda a, b: torch.cat([each.mean(3) for each in (a, b)], 2).unsqueeze(-1),
+        lambda a, b: torch.cat([each.amax(3) for each in (a, b)], 2)[:, :, None],
+        lambda a, b: torch.cat([a[:, :, 2], b[:, :, -1]], 2)[..., None],
+        lambda a, b: torch.cat([a[..., :1], b[..., -1:]], 2).transpose(2, 3),
+        lambda a, b: (a[..., 0] + b[:, :, :, 5]).unsqueeze(2),
+    ],
+)
+def test_rows_and_columns_are_cut_and_joined(tmp_path: Path, call) -> None:
+    def forward(net: Net, x: Tensor) -> Tensor:
+        return net.d(F.relu(net.c(call(F.relu(net.a(x)), F.relu(net.b(x))))))
+
+    image = torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+    wide = call(torch.zeros(1, 8, 12, 12), torch.zeros(1, 8, 12, 12)).shape[1]
+    parts = dict(a=nn.Conv2d(3, 8, 1), b=nn.Conv2d(3, 8, 1), c=nn.Conv2d(wide, 6, (1, 1)), d=nn.Conv2d(6, 4, 1))
+    graph = half_and_exported(Net(forward, **parts), image, tmp_path)
+    assert "c" in [group.name for group in graph.groups]
+
+
+def test_columns_beside_columns_are_refused() -> None:
+    """Their positions are not behind each other."""
+    call = Net(lambda net, x: torch.cat([net.a(x), net.b(x)], 3), a=nn.Conv2d(3, 4, 1), b=nn.Conv2d(3, 4, 1))
+    with pytest.raises(UnsupportedOperatorError, match="only channels and rows are joined"):
+        build_graph(call.eval(), (3, 5, 5))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: x.sum((2, 3)),
+        lambda x: torch.sum(x, dim=(-1, -2), keepdim=True).flatten(1),
+        lambda x: x.sum(3).sum(2),
+        lambda x: x.sum(dim=2).mean(2),
+        lambda x: x.mean(3, keepdim=True).sum(2).squeeze(-1),
+        lambda x: x.flatten(2).sum(-1),
+    ],
+)
+def test_positions_are_added_up(tmp_path: Path, call) -> None:
+    parts = dict(a=nn.Conv2d(3, 8, 3), b=nn.Linear(8, 6), c=nn.Linear(6, 4))
+    net = Net(lambda net, x: net.c(F.relu(net.b(call(F.relu(net.a(x)))))), **parts)
+    graph = half_and_exported(net, torch.randn(4, 3, 7, 5), tmp_path)
+    assert [group.name for group in graph.groups] == ["a", "b"] and "mul_scalar" in kinds(graph)
+
+
 def test_a_pooling_of_sounds_that_adds_the_largest_and_the_mean(tmp_path: Path) -> None:
     """PANNs (Kong et al., 2020), whose code writes into what it reads."""
 
@@ -628,7 +715,7 @@ def test_the_only_pixel_is_taken_by_its_place(tmp_path: Path, call) -> None:
     assert [group.name for group in half_and_exported(net, IMAGE, tmp_path).groups] == ["0"]
 
 
-@pytest.mark.parametrize("call", [lambda x: x[:, :, 0, 0], lambda x: x[:, :, 2]])
+@pytest.mark.parametrize("call", [lambda x: x[:, :, 0, 0], lambda x: x[:, :, 2, 1:3]])
 def test_one_pixel_of_many_is_refused(call) -> None:
     with pytest.raises(UnsupportedOperatorError, match="operator getitem"):
         build_graph(nn.Sequential(nn.Conv2d(3, 8, 3), Call(call)).eval(), (3, 12, 12))
@@ -717,10 +804,10 @@ def test_the_heads_of_a_detector(tmp_path: Path, what: str) -> None:
     ("forward", "why"),
     [
         (lambda net, x: net.a(x).unflatten(1, (2, 4)), r"10, 10.: return what the layers give"),
-        (lambda net, x: torch.cat([net.a(x), net.b(x)], 2), "only channels are joined: return the parts"),
+        (lambda net, x: torch.cat([net.a(x), net.b(x)], 3), "only channels and rows are joined: return the parts"),
     ],
 )
 def test_what_detectors_do_after_their_layers_is_left_to_the_caller(forward, why: str) -> None:
-    net = Net(forward, a=nn.Conv2d(3, 8, 3), b=nn.Conv2d(3, 8, (5, 3)))
+    net = Net(forward, a=nn.Conv2d(3, 8, 3), b=nn.Conv2d(3, 8, (3, 5)))
     with pytest.raises(UnsupportedOperatorError, match=why):
         build_graph(net.eval(), (3, 12, 12))
