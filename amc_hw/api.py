@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from amc_hw.choices import MAX_MINUTES, RUNTIME_OF, TOLERANCE_PCT
 from amc_hw.compare import CompareConfig, compare, plan_compare
-from amc_hw.data import named_path
+from amc_hw.devices import check_device, clean_device, list_devices, setup_device
 from amc_hw.errors import DeviceError, FailedError, TableError, UserError
 from amc_hw.evaluate import Evaluator, check_expected, warn_of_guessing
 from amc_hw.export import MARK, SUFFIXES, export_int8, export_network
@@ -36,8 +36,7 @@ from amc_hw.policy import Policy, load_policy, policy_file
 from amc_hw.pretrain import checkpoint_for, data_for
 from amc_hw.refit import count_of
 from amc_hw.report import write_report
-from amc_hw.runs import JOURNAL, Progress, none_better, save_weights, silent
-from amc_hw.specs import parse_spec
+from amc_hw.runs import JOURNAL, Progress, save_weights, silent
 from amc_hw.subject import (
     Subject,
     found_near,
@@ -51,7 +50,7 @@ from amc_hw.tables import export_csv, list_tables, merge_tables, plot_table, sho
 from amc_hw.task import Task, load_task
 from amc_hw.weights import drawn, folded_weights
 from profilers import import_log as import_logs
-from profilers.device import device_names, load_device
+from profilers.device import load_device
 from profilers.farm import run_steps
 from profilers.files import check_replaceable
 from profilers.multiple import channel_multiple
@@ -59,9 +58,8 @@ from profilers.ops import OpGraph, digest
 from profilers.predictor import Predictor
 from profilers.profile import Anchor, Step, missing_steps, refining_steps, time_network
 from profilers.sampling import random_widths
-from profilers.store import TableStore, table_files
-from profilers.targets import Network, Probe, Target, open_target
-from profilers.targets.adb import AdbTarget
+from profilers.store import TableStore
+from profilers.targets import Network, open_target
 from profilers.timing import Steady, ratio_ci95
 
 __all__ = [
@@ -72,7 +70,6 @@ __all__ = [
     "Subject",
     "check_device",
     "check_network",
-    "check_there",
     "checkpoint_for",
     "clean_device",
     "compare",
@@ -92,7 +89,6 @@ __all__ = [
     "load_pruned",
     "measure",
     "merge_tables",
-    "none_better",
     "open_policy",
     "open_subject",
     "plan_compare",
@@ -118,76 +114,6 @@ VALIDATION = 1000  #: begins the seeds of networks that no profile draws
 INT8_IMAGES = 200  #: that an int8 export is calibrated on
 ROUGH = 0.1  #: root mean square difference over outputs, above which an int8 export warns
 CHECK_IMAGES = 32  #: real inputs on which an export is compared with PyTorch
-
-
-def check_there(
-    *, model: str, checkpoint: Path | None, data: str | None, evaluate: str | None, calibrate: str | None
-) -> None:
-    """UserError where a file or folder that one of these names is not there."""
-    specs = [parse_spec(text) for text in (model, data, evaluate, calibrate) if text]
-    for path in (checkpoint, *map(named_path, specs)):
-        if path is not None and not Path(path).expanduser().exists():
-            raise UserError(f"there is no {str(path)!r} here")
-
-
-def list_devices() -> dict[str, Any]:
-    """Configurations by name, and the latency tables that were measured with them."""
-    devices = []
-    for name in device_names():
-        config = load_device(name)
-        devices.append(
-            {
-                "name": name,
-                "target": config.target,
-                "runtime": config.runtime,
-                "description": config.description,
-                "tables": [str(path) for path in table_files(config.name)],
-            }
-        )
-    return {"devices": devices}
-
-
-def check_device(name: str, *, serials: Sequence[str] = ()) -> dict[str, Any]:
-    """What is there and what is missing on a device, or on each of several; `ok` where nothing is."""
-    targets = map(open_target, load_device(name).at(serials).members())
-    probes = [probe for target in targets for probe in (*target.probes(), *_of_its_table(target))]
-    return _probed(name, probes)
-
-
-def _of_its_table(target: Target) -> list[Probe]:
-    """Whether there is a table of a device that is away: nothing else can be had of it."""
-    if target.can_time:
-        return []
-    try:
-        table = TableStore(target).read()
-    except TableError as error:
-        return [Probe("table", False, str(error))]
-    return [Probe("table", True, f"{table.path}, {len(table.rows)} rows")]
-
-
-def _probed(name: str, probes: Sequence[Probe]) -> dict[str, Any]:
-    return {"device": name, "ok": all(probe.ok for probe in probes), "probes": [asdict(probe) for probe in probes]}
-
-
-def setup_device(name: str, *, binary: Path | None = None, serials: Sequence[str] = ()) -> dict[str, Any]:
-    """Put a device's runner there, or on each of several; what is there afterwards."""
-    return _probed(name, [probe for target in _over_adb(name, serials) for probe in target.setup(binary)])
-
-
-def clean_device(name: str, *, serials: Sequence[str] = ()) -> dict[str, Any]:
-    """Remove all that was put on a device, or on each of several."""
-    targets = _over_adb(name, serials)
-    for target in targets:
-        target.clean()
-    return {"device": name, "removed": targets[0].config.workdir}
-
-
-def _over_adb(name: str, serials: Sequence[str]) -> list[AdbTarget]:
-    config = load_device(name).at(serials)
-    targets = [target for target in map(open_target, config.members()) if isinstance(target, AdbTarget)]
-    if not targets:
-        raise UserError(f"device {name} is not reached over ADB: there is nothing to put there or to remove")
-    return targets
 
 
 def describe_graph(

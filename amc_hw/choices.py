@@ -5,6 +5,8 @@ from __future__ import annotations
 
 DEFAULT_MODEL = "mobilenet_v1_cifar?width=0.25"
 DEFAULT_DATA = "digits"
+#: Of them `amc_hw.data.DATASETS` has a function each.
+DATA_SETS = ("digits", "imagefolder", "cifar10", "npz")
 BUDGETS = ("latency_ms", "latency_ratio", "flops_ratio", "params_ratio")
 #: In the order of `amc_hw.search.loop.METHODS`, which has a class for each.
 METHODS = (

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import click
 
+from amc_hw import lines
 from amc_hw.choices import (
     BUDGETS,
     DEFAULT_MODEL,
@@ -21,12 +21,24 @@ from amc_hw.choices import (
     TOLERANCE_PCT,
     USUAL_LR,
 )
-from amc_hw.console import PATH, POLICY, SUBJECT, TASK, Group, Progress, api, devices_from, options, run, show
+from amc_hw.console import (
+    PATH,
+    POLICY,
+    SUBJECT,
+    TASK,
+    Group,
+    Progress,
+    api,
+    devices,
+    devices_from,
+    options,
+    run,
+    show,
+    tables,
+)
 from amc_hw.errors import UserError
-from amc_hw.settings import FILE, extend_settings, read_settings, record_settings, write_settings
-from profilers.device import WAYS
-
-MUCH_LEFT = 0.9  #: of a budget is used, or less: worth a word
+from amc_hw.settings import FILE, check_there, extend_settings, read_settings, record_settings, write_settings
+from profilers.device import WAYS, load_device
 
 
 def _subject(arguments: dict[str, Any], **more: Any) -> api.Subject:
@@ -36,10 +48,6 @@ def _subject(arguments: dict[str, Any], **more: Any) -> api.Subject:
 
 def _flag(name: str) -> str:
     return f"--{name.removesuffix('_shape')}"
-
-
-def _metric(r: dict[str, Any]) -> str:
-    return "score" if r["accuracy_split"] == "evaluate" else "accuracy"
 
 
 def _typed(context: click.Context, name: str) -> bool:
@@ -125,11 +133,11 @@ def init(context: click.Context, as_json: bool, **values: Any) -> None:
     """
     if not _typed(context, "data"):  # the default is that of one network, and of no other that is named later
         values["data"] = None
-    offered = [device["name"] for device in api.list_devices()["devices"]]
+    offered = [device["name"] for device in devices.list_devices()["devices"]]
     if sys.stdin.isatty() and not as_json and not _typed(context, "device"):
         values["device"] = click.prompt("device", type=click.Choice(offered), default=values["device"])
-    api.load_device(values["device"])
-    api.check_there(**{name: values[name] for name in ("model", "checkpoint", *TASK)})
+    load_device(values["device"])
+    check_there(**{name: values[name] for name in ("model", "checkpoint", *TASK)})
     values["checkpoint"] = str(values["checkpoint"]) if values["checkpoint"] else None
     typed = {key: value for key, value in values.items() if _typed(context, key)}
     values, typed = _with_input(values), _with_input(typed)
@@ -146,10 +154,10 @@ def _with_input(values: dict[str, Any]) -> dict[str, Any]:
     return values if shape is None else values | {"input": "x".join(map(str, shape))}
 
 
-@cli.group(invoke_without_command=True)
+@cli.group("devices", invoke_without_command=True)
 @options("json")
 @click.pass_context
-def devices(context: click.Context, as_json: bool) -> None:
+def device(context: click.Context, as_json: bool) -> None:
     """List devices and their tables.
 
     \b
@@ -157,16 +165,10 @@ def devices(context: click.Context, as_json: bool) -> None:
     amc-hw devices check host
     """
     if context.invoked_subcommand is None:
-        show(
-            api.list_devices(),
-            as_json,
-            lambda r: [
-                f"{d['name']:<14}{d['runtime']:<14}{len(d['tables'])} tables  {d['description']}" for d in r["devices"]
-            ],
-        )
+        show(devices.list_devices(), as_json, lines.devices)
 
 
-@devices.command("check")
+@device.command("check")
 @click.argument("name", shell_complete=devices_from)
 @options("serial", "json")
 @click.pass_context
@@ -176,16 +178,12 @@ def check_device(context: click.Context, name: str, serials: tuple[str, ...], as
     \b
     amc-hw devices check host-litert
     """
-    result = api.check_device(name, serials=serials)
-    show(result, as_json, _probe_lines)
+    result = devices.check_device(name, serials=serials)
+    show(result, as_json, lines.probes)
     context.exit(0 if result["ok"] else 3)
 
 
-def _probe_lines(r: dict[str, Any]) -> list[str]:
-    return [f"{'ok' if p['ok'] else 'MISSING':<8}{p['name']}: {p['text']}" for p in r["probes"]]
-
-
-@devices.command("setup")
+@device.command("setup")
 @click.argument("name", shell_complete=devices_from)
 @click.option("--binary", type=PATH, help="The runner's program, built for the device.")
 @options("serial", "json")
@@ -198,12 +196,12 @@ def setup_device(
     \b
     amc-hw devices setup pixel --binary android_aarch64_benchmark_model
     """
-    result = api.setup_device(name, binary=binary, serials=serials)
-    show(result, as_json, _probe_lines)
+    result = devices.setup_device(name, binary=binary, serials=serials)
+    show(result, as_json, lines.probes)
     context.exit(0 if result["ok"] else 3)
 
 
-@devices.command("clean")
+@device.command("clean")
 @click.argument("name", shell_complete=devices_from)
 @options("serial", "json")
 def clean_device(name: str, serials: tuple[str, ...], as_json: bool) -> None:
@@ -212,7 +210,7 @@ def clean_device(name: str, serials: tuple[str, ...], as_json: bool) -> None:
     \b
     amc-hw devices clean pixel
     """
-    show(api.clean_device(name, serials=serials), as_json, lambda r: [f"removed {r['removed']} from {r['device']}"])
+    show(devices.clean_device(name, serials=serials), as_json, lambda r: [f"removed {r['removed']} from {r['device']}"])
 
 
 @cli.command()
@@ -226,27 +224,7 @@ def graph(model: str, input_shape: tuple[int, ...] | None, keep: tuple[str, ...]
     amc-hw graph --model torchvision:resnet18
     amc-hw graph --model torchvision:resnet18 --keep 'layer1.*'
     """
-    show(
-        api.describe_graph(model, input_shape=input_shape, keep=keep, device=device),
-        as_json,
-        lambda r: [
-            *(["channels, the group that they are of -> what reads them"] if r["groups"] else []),
-            *(f"{g['width']:>6}  {g['name']} -> {', '.join(g['consumers'])}{_blocks(g)}" for g in r["groups"]),
-            *(f"frozen {f['name']} ({f['width']}): {f['reason']}{_locked(f)}" for f in r["frozen"]),
-            f"{r['macs'] / 1e6:.1f} MMACs, {r['params'] / 1e6:.2f} M parameters (batch-norms folded)",
-            *([] if r["groups"] else ["nothing can be pruned"]),
-        ],
-    )
-
-
-def _blocks(group: dict[str, Any]) -> str:
-    each = f"; {group['each']} channels each" if group["each"] > 1 else ""
-    return each + (f"; {group['block']} at a time" if group["block"] > 1 else "")
-
-
-def _locked(frozen: dict[str, Any]) -> str:
-    text = f"; it is read or written by {frozen['macs_share']:.1%} of the MACs"
-    return text if frozen["latency_share"] is None else f"{text}, {frozen['latency_share']:.1%} of the latency"
+    show(api.describe_graph(model, input_shape=input_shape, keep=keep, device=device), as_json, lines.graph)
 
 
 @cli.command()
@@ -266,43 +244,7 @@ def check(context: click.Context, as_json: bool, checkpoint: Path | None, **argu
     task = {name: arguments.pop(name) for name in names}
     if any(task[name] for name in TASK):
         checkpoint = api.checkpoint_for(arguments["model"], task["data"], checkpoint, progress=Progress())
-    show(api.check_network(_subject(arguments, checkpoint=checkpoint), **task), as_json, _check_lines)
-
-
-def _check_lines(r: dict[str, Any]) -> list[str]:
-    if r["table"] is None:
-        table = "the device is not here: its table is all there is"
-    elif r["measurements_missing"]:
-        table = f"{r['measurements_missing']} measurements to make, about {r['profile_minutes']:.0f} minutes of profile"
-    else:
-        table = f"{r['table']} has all that a search needs"
-    lines = [
-        f"groups      {r['groups']} to prune, {len(r['frozen'])} frozen{_most_locked(r['frozen'])}",
-        f"MMACs       {r['macs'] / 1e6:.1f}; {r['smallest_macs'] / 1e6:.1f} with all groups at their smallest",
-        f"table       {table}",
-    ]
-    if r["accuracy"] is None:
-        return [*lines, "accuracy    not known, nor what a search takes: no --data, nor --evaluate and --calibrate"]
-    where = "" if r["metric"] == "score" else ", on held-out data"
-    return [
-        f"{r['metric']:<11} {r['accuracy']:.4f} unpruned{where}",
-        *lines,
-        f"search      {_search_time(r)}: {r['search_minutes']:.0f} minutes",
-    ]
-
-
-def _most_locked(frozen: list[dict[str, Any]]) -> str:
-    """Which frozen group locks most, but for outputs: that cannot be helped."""
-    helped = [each for each in frozen if each["reason"] != "network output"]
-    if not helped:
-        return " (amc-hw graph says why)"
-    most = max(helped, key=lambda each: float(each["macs_share"]))
-    return f", most of all {most['name']}: {most['reason']}{_locked(most)} (amc-hw graph tells all)"
-
-
-def _search_time(r: dict[str, Any]) -> str:
-    workers = f" by {r['workers']} workers" if r["workers"] > 1 else ""
-    return f"{r['episodes']} episodes, one in {r['seconds_per_episode']:.1f} s{workers}, then the candidates' refits"
+    show(api.check_network(_subject(arguments, checkpoint=checkpoint), **task), as_json, lines.check)
 
 
 @cli.command()
@@ -347,11 +289,7 @@ def profile(
     chosen = _with_input({name: arguments[name] for name in ("device", "model", "input_shape")})
     subject = _subject(arguments)
     if dry_run:
-        show(
-            api.plan_profile(subject, seed=seed, way=way),
-            as_json,
-            lambda r: [f"{r['table']}: {r['steps']} measurements to make, about {r['minutes']:.1f} minutes"],
-        )
+        show(api.plan_profile(subject, seed=seed, way=way), as_json, lines.profile_plan)
         return
     result = api.profile(subject, seed=seed, tolerance=tolerance, max_minutes=max_minutes, way=way, progress=Progress())
     if read_settings().get("model", chosen["model"]) != chosen["model"]:
@@ -361,27 +299,7 @@ def profile(
         but = f" (repeat {', '.join(again)})" if again else ""
         names = f"{', '.join(recorded)} recorded in {FILE}"
         click.echo(f"{names}: the commands that follow need no flags for it{but}", err=True)
-    show(result, as_json, _profile_lines)
-
-
-def _profile_lines(r: dict[str, Any]) -> list[str]:
-    error = (
-        "not calibrated yet" if r["error_pct"] is None else f"90% of networks predicted within {r['error_pct']:.1f}%"
-    )
-    lines = [f"{r['table']}: {r['rows_new']} new rows, {r['rows_total']} in all, {r['seconds']:.0f} s; {error}"]
-    if r["time_up"]:
-        lines.append("its time is up (--max-minutes): the same command goes on from here")
-    if r["exhausted"]:
-        lines.append(
-            "that is more than --tolerance, and no more is measured: a new table on a quieter device may do better"
-        )
-    if r["channel_multiple"] is not None:
-        multiple = r["channel_multiple"]
-        lines.append(
-            f"channel multiple that this device and runtime show: {multiple} (of groups below {8 * multiple} channels "
-            "an eighth of their width)"
-        )
-    return lines
+    show(result, as_json, lines.profile)
 
 
 @cli.command()
@@ -396,26 +314,10 @@ def validate(as_json: bool, dry_run: bool, seed: int, samples: int, plot: Path |
     """
     subject = _subject(arguments)
     if dry_run:
-        show(
-            api.plan_validate(subject, samples=samples, seed=seed),
-            as_json,
-            lambda r: [f"{r['samples']} random networks to time, about {r['minutes']:.1f} minutes"],
-        )
+        show(api.plan_validate(subject, samples=samples, seed=seed), as_json, lines.validate_plan)
         return
     result = api.validate(subject, samples=samples, seed=seed, plot=plot, progress=Progress())
-    show(
-        result,
-        as_json,
-        lambda r: [
-            *(
-                f"{s['predicted_ms']:9.4f} ms predicted {s['measured_ms']:9.4f} measured {s['pct_error']:+6.1f}%"
-                for s in r["samples"]
-            ),
-            f"median error {r['median_abs_pct_error']:.1f}%, {r['within_5pct']:.0%} within 5%, "
-            f"{r['within_10pct']:.0%} within 10%"
-            + ("" if r["spearman"] is None else f", Spearman {r['spearman']:.3f}"),
-        ],
-    )
+    show(result, as_json, lines.validate)
 
 
 @cli.group()
@@ -436,20 +338,7 @@ def table_list(as_json: bool) -> None:
     \b
     amc-hw table list
     """
-    show(
-        api.list_tables(),
-        as_json,
-        lambda r: [
-            f"{t['file']}: {t['identity']['soc']}, {t['identity']['runtime']} {t['identity']['runtime_version']}, "
-            f"{t['identity']['threads']} thread(s), {t['identity']['dtype']}, batch {t['identity']['batch']}, "
-            f"{_counted(t['rows'])}"
-            for t in r["tables"]
-        ],
-    )
-
-
-def _counted(rows: dict[str, int]) -> str:
-    return ", ".join(f"{count} {kind} rows" for kind, count in rows.items()) or "empty"
+    show(tables.list_tables(), as_json, lines.tables)
 
 
 @table.command("show")
@@ -461,23 +350,7 @@ def table_show(name: str, as_json: bool) -> None:
     \b
     amc-hw table show pixel1
     """
-    show(api.show_table(name), as_json, _table_lines)
-
-
-def _table_lines(r: dict[str, Any]) -> list[str]:
-    multiple = r["channel_multiple"]
-    return [
-        r["file"],
-        *(f"  {key}: {value}" for key, value in (r["identity"] | r["provenance"]).items()),
-        f"  rows: {_counted(r['rows'])}",
-        "  error: " + ("unknown" if r["error_pct"] is None else f"90% of networks within {r['error_pct']:.1f}%"),
-        f"  channel multiple: {'not enough widths to tell' if multiple is None else multiple}",
-        *(
-            f"{o['points']:6} points  {o['op']}, widths "
-            + " by ".join(f"{low:.0f}-{high:.0f}" for low, high in zip(o["low"], o["high"], strict=True))
-            for o in r["operators"]
-        ),
-    ]
+    show(tables.show_table(name), as_json, lines.table)
 
 
 @table.command("plot")
@@ -492,7 +365,7 @@ def table_plot(name: str, op: str | None, out: Path, as_json: bool) -> None:
     amc-hw table plot pixel1 --op "conv 14x14" --out staircase.svg
     """
     show(
-        api.plot_table(name, op=op, out=out),
+        tables.plot_table(name, op=op, out=out),
         as_json,
         lambda r: [f"{r['file']}: {r['op']}, {r['points']} measured widths"],
     )
@@ -508,7 +381,7 @@ def table_merge(paths: tuple[Path, ...], out: Path, as_json: bool) -> None:
     \b
     amc-hw table merge mine.jsonl yours.jsonl --out both.jsonl
     """
-    show(api.merge_tables(paths, out=out), as_json, lambda r: [f"{r['file']}: {r['rows']} rows"])
+    show(tables.merge_tables(paths, out=out), as_json, lambda r: [f"{r['file']}: {r['rows']} rows"])
 
 
 @table.command("export-csv")
@@ -521,7 +394,7 @@ def table_csv(name: str, out: Path, as_json: bool) -> None:
     \b
     amc-hw table export-csv pixel1 --out pixel1.csv
     """
-    show(api.export_csv(name, out=out), as_json, lambda r: [f"{r['file']}: {r['rows']} rows"])
+    show(tables.export_csv(name, out=out), as_json, lambda r: [f"{r['file']}: {r['rows']} rows"])
 
 
 @cli.command("import-log")
@@ -536,18 +409,7 @@ def import_log(as_json: bool, widths: str | None, logs: tuple[Path, ...], **argu
     """
     subject = _subject(arguments)
     chosen = None if widths is None else subject.graph.parse_widths(widths)
-    show(
-        api.import_log(subject, chosen, logs),
-        as_json,
-        lambda r: [
-            *(
-                f"{log['file']}: {log['mean_ms']:.4g} ms, {log['operators']} operators"
-                + (f", {'partly ' if log['partial'] else ''}run by {log['delegate']}" if log["delegate"] else "")
-                for log in r["logs"]
-            ),
-            f"{r['table']}: {r['rows_new']} new rows, {r['rows_total']} in all",
-        ],
-    )
+    show(api.import_log(subject, chosen, logs), as_json, lines.import_log)
 
 
 @cli.command()
@@ -560,18 +422,7 @@ def predict(context: click.Context, as_json: bool, **arguments: Any) -> None:
     amc-hw predict --device host --model mobilenet_v1 --widths features.0=24
     """
     subject, widths, _ = _subject_and_widths(context, arguments)
-    result = api.predict(subject, widths)
-    error = "unknown error" if result["error_pct"] is None else f"90% within {result['error_pct']:.1f}%"
-    show(
-        result,
-        as_json,
-        lambda r: [f"{r['predicted_ms']:.4f} ms predicted ({error}): {r['predicted_speedup']:.2f}x on {_where(r)}"],
-    )
-
-
-def _where(r: dict[str, Any]) -> str:
-    batch = f", batch {r['batch']}" if r["batch"] > 1 else ""
-    return f"{r['device']}, {r['runtime']}, {r['dtype']}, {r['threads']} thread(s){batch}"
+    show(api.predict(subject, widths), as_json, lines.predict)
 
 
 @cli.command()
@@ -587,15 +438,7 @@ def measure(context: click.Context, as_json: bool, seed: int, max_ms: float | No
     """
     subject, widths, module = _subject_and_widths(context, arguments)
     result = api.measure(subject, widths or subject.graph.full_widths, module=module, seed=seed)
-    low, high = result["speedup_ci95"]
-    show(
-        result,
-        as_json,
-        lambda r: [
-            f"{r['baseline_ms']:.4f} ms -> {r['pruned_ms']:.4f} ms: {r['speedup']:.2f}x (95%: {low:.2f} to {high:.2f})"
-            f" on {_where(r)}"
-        ],
-    )
+    show(result, as_json, lines.measure)
     if max_ms is not None and result["pruned_ms"] > max_ms:
         click.echo(f"measured {result['pruned_ms']:.4f} ms, above --max-ms {max_ms}", err=True)
         context.exit(4)
@@ -646,63 +489,18 @@ def search(
         _of_policy(context, arguments, api.load_policy(from_policy))
     model, names = arguments["model"], [field.name for field in fields(api.SearchConfig)]
     config = api.SearchConfig(out, **{name: arguments[name] for name in names if name in arguments})
-    _ = config.budget, api.load_device(arguments["device"])  # mistakes come before a minute of training
+    _ = config.budget, load_device(arguments["device"])  # mistakes come before a minute of training
     if from_policy is None:
         checkpoint = api.checkpoint_for(model, arguments["data"], checkpoint, progress=Progress())
     elif checkpoint is not None and _typed(context, "checkpoint"):
         raise UserError("--from-policy has weights of its own: leave --checkpoint out")
     subject = _subject(arguments, checkpoint=checkpoint, start=from_policy)
     if dry_run:
-        show(
-            api.plan_search(subject, config),
-            as_json,
-            lambda r: [f"{r['groups']} groups, {_search_time(r)}: about {r['minutes']:.1f} minutes"],
-        )
+        show(api.plan_search(subject, config), as_json, lines.search_plan)
         return
     result = api.search(subject, config, progress=Progress())
-    show(result, as_json, lambda r: _search_lines(r, from_policy, config))
-
-
-def _search_lines(r: dict[str, Any], start: Path | None, config: api.SearchConfig) -> list[str]:
-    if r["policy"] is None:
-        return [r["message"]]
-    error = "" if r["error_pct"] is None else f", 90% within {r['error_pct']:.1f}%"
-    if r["measured_ms"] is None:
-        latency = [
-            f"latency     {r['predicted_ms']:.4f} ms predicted{error}; not measured: the device is not here",
-            f"speed-up    {r['predicted_speedup']:.2f}x predicted",
-        ]
-    else:
-        low, high = r["speedup_ci95"]
-        predicted = f"(predicted {r['predicted_ms']:.4f}{error})"
-        latency = [
-            f"latency     {r['baseline_ms']:.4f} -> {r['measured_ms']:.4f} ms {predicted}",
-            f"speed-up    {r['speedup']:.2f}x (95%: {low:.2f} to {high:.2f})",
-        ]
-    return [
-        f"{_metric(r):<11} {r['baseline_accuracy']:.4f} -> {r['accuracy']:.4f} ({r['accuracy_split']})",
-        *latency,
-        *([f"on          {_where(r)}"] if "device" in r else []),  # results of old have none
-        f"MMACs       {r['baseline_macs'] / 1e6:.2f} -> {r['macs'] / 1e6:.2f}",
-        *_budget_lines(r, config),
-        *([] if start is None else [f"beside      {start}, not its unpruned network"]),
-        f"policy      {r['policy']}",
-    ]
-
-
-def _budget_lines(r: dict[str, Any], config: api.SearchConfig) -> Iterator[str]:
-    if r["budget"] is not None:
-        name, value = r["budget"]
-        ended = 2 * r["episodes"] < config.episodes  # by itself, as it would again
-        more = "; more --episodes may find a wider policy" if r["budget_used"] < MUCH_LEFT and not ended else ""
-        over = f", within its slack of {config.slack:.0%}" if r["budget_used"] >= 1.005 else ""
-        yield f"budget      {name.replace('_', ' ')} {value:g}, {r['budget_used']:.0%} used{over}{more}"
-    if r["found_by"] not in ("method", config.method):
-        who = {
-            "uniform": "the best uniform policy",
-            "demonstration": "one near uniform widths that the agent was shown",
-        }
-        yield f"winner      {who[r['found_by']]}: {api.none_better(r)}"
+    asked = {name: getattr(config, name) for name in ("method", "episodes", "slack")}
+    show(result, as_json, lambda r: lines.search(r, start=from_policy, **asked))
 
 
 @cli.command()
@@ -763,27 +561,11 @@ def compare(
     checkpoint = api.checkpoint_for(arguments["model"], shared.data, checkpoint, progress=Progress())
     subject = _subject(arguments, checkpoint=checkpoint)
     if dry_run:
-        show(api.plan_compare(subject, config), as_json, _compare_plan)
+        show(api.plan_compare(subject, config), as_json, lines.compare_plan)
         return
     result = api.compare(subject, config, progress=Progress())
-    show(result, as_json, _compare_lines)
+    show(result, as_json, lines.compare)
     context.exit(0 if any(row["feasible"] for row in result["rows"]) else 4)
-
-
-def _compare_plan(r: dict[str, Any]) -> list[str]:
-    ended = f", {r['ended']} of them ended" if r["ended"] else ""
-    return [f"at most {r['searches']} searches{ended}; {_search_time(r)}: at most {r['minutes']:.1f} minutes"]
-
-
-def _compare_lines(r: dict[str, Any]) -> list[str]:
-    def line(row: dict[str, Any]) -> str:
-        head = f"{row['method']:<12} {row['budget']:<36} {row['seed']:>4} "
-        if row["accuracy"] is None:
-            return f"{head} {row['reason']}"
-        latency = f"{row['measured_ms']:9.4f} ms {row['speedup']:.2f}x" if row["measured_ms"] else "not measured"
-        return f"{head} {row['accuracy']:.4f} {latency} {row['macs'] / 1e6:9.2f} MMACs {row['reason'] or ''}".rstrip()
-
-    return [*map(line, r["rows"]), *r["verdict"], r["plot"]]
 
 
 @cli.command()
@@ -833,27 +615,7 @@ def export(context: click.Context, as_json: bool, policy: Path | None, unpruned:
         _leave_out(context, "--policy", *known)
         left = known if _typed(context, "data") else (*known, "data")
         result = api.export(policy, **{name: value for name, value in arguments.items() if name not in left})
-    show(result, as_json, _export_lines)
-
-
-def _export_lines(r: dict[str, Any]) -> list[str]:
-    several = f" ({', '.join(r['outputs'])})" if len(r.get("outputs", ())) > 1 else ""
-    own = "" if r.get("on_others", True) else " that it was calibrated on"
-    line = f"{r['file']}: {r['bytes']} bytes; on {r['images']} inputs{own} outputs{several},"
-    line += f" as large as {r['largest']:.3g}, differ from PyTorch's by {r['max_abs_diff']:.2g} at most"
-    line += f", {100 * r['rms_diff']:.2g}% in the root mean square" if "rms_diff" in r else ""
-    if "accuracy" in r:
-        line += f"; {_metric(r)} {r['float_accuracy']:.4f} -> {r['accuracy']:.4f} ({r['accuracy_split']})"
-    stored = [
-        f"{name} is int8: (q - {zero}) * {scale:.6g}" for name, (scale, zero) in r.get("quantization", {}).items()
-    ]
-    if "mean" not in r:
-        return [line, *stored]
-    mean, std = (" ".join(f"{value:.4g}" for value in r[name]) for name in ("mean", "std"))
-    layout = r["layout"].replace("_", " ")
-    shapes = " and ".join("x".join(map(str, shape)) for shape in r["inputs"].values())
-    what = "images x in [0, 1]" if "range" in r else f"inputs x, as {shapes}"
-    return [line, f"it reads (x - mean) / std of {what}, {layout}: mean {mean}, std {std}", *stored]
+    show(result, as_json, lines.export)
 
 
 @cli.command()
@@ -889,24 +651,10 @@ def finetune(context: click.Context, as_json: bool, dry_run: bool, policy: Path,
         arguments[name] = arguments[name] if _typed(context, name) else None
     config = api.FinetuneConfig(**arguments)
     if dry_run:
-        show(
-            api.plan_finetune(policy, config),
-            as_json,
-            lambda r: [
-                f"{r['epochs']} epochs, {r['steps']} steps of {r['batch']} images: about {r['minutes']:.1f} minutes"
-            ],
-        )
+        show(api.plan_finetune(policy, config), as_json, lines.finetune_plan)
         return
     result = api.finetune(policy, config, progress=Progress())
-    show(result, as_json, _finetune_lines)
-
-
-def _finetune_lines(r: dict[str, Any]) -> list[str]:
-    unpruned = "" if r["baseline_accuracy"] is None else f"; unpruned {r['baseline_accuracy']:.4f}"
-    return [
-        f"accuracy    {r['accuracy_before']:.4f} -> {r['accuracy_after']:.4f} ({r['accuracy_split']}{unpruned})",
-        f"policy      {r['policy']}",
-    ]
+    show(result, as_json, lines.finetune)
 
 
 def main() -> None:

@@ -22,17 +22,20 @@ from amc_hw.errors import UserError
 from profilers.device import DTYPES, device_names
 
 if TYPE_CHECKING:
-    from amc_hw import api
+    from amc_hw import api, devices, tables
 else:
 
     class _Later:
-        """`amc_hw.api`, imported where it is first asked for something: torch takes seconds, for which help and a
-        mistyped flag need not wait."""
+        """A module that is imported where it is first asked for something: torch takes seconds, for which help, a
+        mistyped flag and a list of devices need not wait."""
+
+        def __init__(self, module: str) -> None:
+            self._module = module
 
         def __getattr__(self, name: str) -> Any:
-            return getattr(import_module("amc_hw.api"), name)
+            return getattr(import_module(self._module), name)
 
-    api = _Later()
+    api, devices, tables = map(_Later, ("amc_hw.api", "amc_hw.devices", "amc_hw.tables"))
 
 
 def _of_its_model(context: click.Context, parameter: click.Parameter, value: Any) -> Any:

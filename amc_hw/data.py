@@ -285,11 +285,6 @@ def _check_values(where: str, values: Tensor, shape: Shape, *, told: bool) -> No
     )
 
 
-def named_path(spec: Spec) -> str | None:
-    """The Python file, or the file or folder of a data set, that a spec names; None where it names none."""
-    return spec.name if spec.is_file else spec.path if spec.name in DATASETS else None
-
-
 def _what(shape: Shape) -> str:
     return "images" if len(shape) == 3 else "inputs"
 
@@ -304,6 +299,7 @@ def _by(sizes: Sequence[int]) -> str:
     return "x".join(map(str, sizes)) or "single numbers"
 
 
+#: By the names of `amc_hw.choices.DATA_SETS`.
 DATASETS: dict[str, Callable[[Spec, Shape], Splits]] = {
     "digits": _digits,
     "imagefolder": _imagefolder,

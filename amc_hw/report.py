@@ -18,9 +18,10 @@ import numpy as np
 
 from amc_hw import plots
 from amc_hw.errors import DeviceError, TableError, UserError
+from amc_hw.lines import none_better
 from amc_hw.policy import load_policy
 from amc_hw.resources import CostModel, keeps, latency_model, macs_model, params_model
-from amc_hw.runs import JOURNAL, none_better
+from amc_hw.runs import JOURNAL
 from amc_hw.subject import Pruned, Subject, open_pruned, open_subject, read_predictor, read_table
 from amc_hw.task import shown_gain
 from profilers.files import check_replaceable, write_whole

@@ -9,7 +9,7 @@ import itertools
 import json
 import platform
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -166,13 +166,6 @@ def save_weights(path: Path, state: dict[str, Tensor]) -> None:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     write_whole(path, buffer.getvalue())
-
-
-def none_better(result: Mapping[str, Any]) -> str:
-    """Why uniform widths won the search of a result."""
-    if over := result.get("over"):
-        return f"the method's better ones were over the budget, by {over - 1:.1%} or more"
-    return "the method found none better"
 
 
 def save_json(path: Path, data: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from amc_hw.errors import UserError
+from amc_hw.specs import named_path, parse_spec
 from profilers.files import write_whole
 
 FILE = Path("amc-hw.toml")
@@ -72,6 +73,16 @@ def record_settings(values: Mapping[str, Any], path: Path = FILE) -> list[str]:
     old = path.read_bytes()
     _write(path, _lines(new), before=old + (b"\n" if old and not old.endswith(b"\n") else b""))
     return list(new)
+
+
+def check_there(
+    *, model: str, checkpoint: Path | None, data: str | None, evaluate: str | None, calibrate: str | None
+) -> None:
+    """UserError where a file or folder that one of these names is not there."""
+    specs = [parse_spec(text) for text in (model, data, evaluate, calibrate) if text]
+    for path in (checkpoint, *map(named_path, specs)):
+        if path is not None and not Path(path).expanduser().exists():
+            raise UserError(f"there is no {str(path)!r} here")
 
 
 def _write(path: Path, lines: list[str], *, before: bytes = b"") -> None:

@@ -27,6 +27,7 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
 
+from amc_hw.choices import DATA_SETS
 from amc_hw.errors import UserError
 
 FACTORY_FORMS = ("file.py:factory", "package.module:factory")
@@ -63,6 +64,11 @@ class Spec:
 def parse_spec(text: str | Spec) -> Spec:
     """Parse `NAME[:PATH][?key=value&...]`. Raises UserError on an empty part, an option without `=` or given twice."""
     return text if isinstance(text, Spec) else Spec(*_split(text))
+
+
+def named_path(spec: Spec) -> str | None:
+    """The Python file, or the file or folder of a data set, that a spec names; None where it names none."""
+    return spec.name if spec.is_file else spec.path if spec.name in DATA_SETS else None
 
 
 def _split(text: str) -> tuple[str, str | None, dict[str, str]]:

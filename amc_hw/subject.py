@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import nn
 
-from amc_hw.data import named_path
 from amc_hw.errors import UserError
 from amc_hw.graph import LayerGraph, build_graph, width_grid
 from amc_hw.models import LoadedModel, load_model
@@ -19,7 +18,7 @@ from amc_hw.models.checkpoint import checkpoint_sha256, load_checkpoint
 from amc_hw.policy import Policy, load_policy, policy_file
 from amc_hw.prune import slice_channels
 from amc_hw.resources import Grids
-from amc_hw.specs import parse_spec, source_sha256
+from amc_hw.specs import named_path, parse_spec, source_sha256
 from amc_hw.weights import check_reading
 from profilers.device import DeviceConfig, load_device
 from profilers.multiple import channel_multiple as detect_multiple

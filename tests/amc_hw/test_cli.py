@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from amc_hw import choices
+from amc_hw.data import DATASETS
 from amc_hw.search import loop
 from profilers.ops import OpGraph
 from profilers.targets.fake import OVERHEAD_MS, op_latency_ms
@@ -37,7 +38,7 @@ def test_profile_then_validate_predict_and_measure(tmp_path: Path) -> None:
 def test_help_needs_no_torch_and_names_what_there_is() -> None:
     script = "import sys, amc_hw.cli; print(sorted({'torch', 'numpy', 'scipy', 'onnx'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout == "[]\n"
-    assert tuple(loop.METHODS) == choices.METHODS
+    assert (tuple(loop.METHODS), tuple(DATASETS)) == (choices.METHODS, choices.DATA_SETS)
 
 
 def test_a_shell_completes_devices(tmp_path: Path) -> None:
