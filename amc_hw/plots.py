@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,13 +27,13 @@ def check_picture(path: Path) -> None:
     check_replaceable(path, MARKS[path.suffix].encode())
 
 
-def _axes(*, size: tuple[float, float] = (6.4, 4.4)) -> tuple[Any, Any]:
+def _axes(*, size: tuple[float, float] = (6.4, 4.4), rows: int = 1, columns: int = 1, **more: Any) -> tuple[Any, Any]:
     import matplotlib
     from matplotlib.figure import Figure
 
     matplotlib.rcParams["svg.hashsalt"] = "amc-hw"  # the same picture is the same file
     figure = Figure(figsize=size, layout="constrained")
-    return figure, figure.subplots()
+    return figure, figure.subplots(rows, columns, **more)
 
 
 def _drawn(figure: Any, kind: str = "svg") -> bytes:
@@ -95,6 +96,42 @@ def _pareto(title: str, rows: Sequence[dict[str, Any]], score: str) -> Any:
     if measured:
         axes.legend(fontsize=7)
     return figure
+
+
+class Lost(NamedTuple):
+    """budget: for which a policy was found. points: of accuracy, of 100."""
+
+    budget: float
+    speedup: float
+    points: float
+
+
+def save_losses(path: Path, panels: Mapping[str, Mapping[str, Sequence[Lost]]]) -> None:
+    """Points of accuracy lost against the speed-up; a panel by its title, in it by name the policies of several
+    budgets: the mean of every budget's, and single ones as dots."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    check_picture(path)
+    columns = min(len(panels), 3)
+    rows = math.ceil(len(panels) / columns)
+    figure, grid = _axes(size=(3.4 * columns, 2.8 * rows), rows=rows, columns=columns, squeeze=False)
+    for axes, (title, lines) in zip(grid.flat, panels.items(), strict=False):
+        for (name, found), colour in zip(lines.items(), ("#c2410c", "#8a94a6", "#2f6fde"), strict=True):
+            axes.plot([one.speedup for one in found], [one.points for one in found], ".", color=colour, alpha=0.4)
+            budgets = sorted({one.budget for one in found})
+            means = [np.mean([one[1:] for one in found if one.budget == budget], axis=0) for budget in budgets]
+            axes.plot(*np.transpose(means), "o-", color=colour, markersize=4, linewidth=1.5, label=name)
+        axes.set(yscale="log", xlabel="measured speed-up", ylabel="points of accuracy lost")
+        axes.set_title(title, fontsize=8)
+        axes.yaxis.set_major_locator(FixedLocator([0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50]))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda points, _: f"{points:g}"))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda times, _: f"{times:g}x"))
+        axes.invert_yaxis()
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
+    figure.legend(*grid.flat[0].get_legend_handles_labels(), fontsize=8, loc="outside upper center", ncols=3)
+    _save(figure, path)
 
 
 def save_predictions(path: Path, title: str, samples: Sequence[dict[str, Any]]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -180,3 +181,25 @@ def test_timings_that_are_none_are_refused_and_not_passed_over(
     network = ("--network", "mobilenet_v1_cifar", "--checkpoint", "w.pt", "--data", "digits")
     done = run("latency_against_flops", *network, *where)
     assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_plot_latency_against_flops_draws_what_the_results_say(tmp_path: Path) -> None:
+    rows = ROOT / "docs/experiments/0001-runs/rows.csv"
+    done = run("plot_latency_against_flops", str(rows), "--out", str(tmp_path / "a.svg"))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "a.svg").read_bytes().startswith(b"<?xml")
+    read = runpy.run_path(str(ROOT / "scripts/plot_latency_against_flops"))["read"]
+    half = [one for one in read([rows])["MobileNet-V1, ONNX Runtime"]["latency budget"] if one.budget == 0.5]
+    lost, times = (sum(each) / len(half) for each in zip(*((one.points, one.speedup) for one in half), strict=True))
+    assert len(half) == 5 and lost == pytest.approx(100 * (0.8640 - 0.8586), abs=0.006)  # as docs/results.md has it
+    assert times == pytest.approx(1 / 0.48, rel=0.02)  # as the experiment's "devices crossed" has it
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("content", ["a,b\n1,2\n", "network,measured\nresnet56,True\n", "network\n"])
+def test_plot_latency_against_flops_refuses_in_one_line(tmp_path: Path, content: str) -> None:
+    (tmp_path / "rows.csv").write_text(content)
+    done = run("plot_latency_against_flops", str(tmp_path / "rows.csv"), "--out", str(tmp_path / "a.svg"))
+    assert done.returncode == 2 and "rows.csv" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "a.svg").exists()
