@@ -598,7 +598,8 @@ def save_pruned(module: nn.Module, policy: str | Path, out: str | Path) -> Path:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FailedError(f"cannot write in {out}: {error.strerror}") from None
-    wanted.update(weights)  # and keeps the versions of its modules
+    # in its types, where some were trained in half precision; and with the versions of its modules
+    wanted.update({name: value.to(wanted[name].dtype) for name, value in weights.items()})
     save_weights(out / found.policy.weights, wanted)
     found.policy.save(target)
     return target

@@ -31,6 +31,7 @@ from amc_hw.console import (
     api,
     devices,
     devices_from,
+    methods_from,
     options,
     run,
     show,
@@ -450,7 +451,13 @@ def measure(context: click.Context, as_json: bool, seed: int, max_ms: float | No
 @click.option("--latency-ratio", type=float, help="Budget: measured share of the unpruned latency.")
 @click.option("--flops-ratio", type=float, help="Budget: share of the unpruned MACs.")
 @click.option("--params-ratio", type=float, help="Budget: share of the unpruned parameters.")
-@click.option("--method", default="ddpg", show_default=True, help=f"auto, or one of {', '.join(METHODS)}.")
+@click.option(
+    "--method",
+    default="ddpg",
+    show_default=True,
+    shell_complete=methods_from,
+    help=f"auto, or one of {', '.join(METHODS)}.",
+)
 @options("reward")
 @click.option("--eval-device", default="cpu", show_default=True, help="Where networks are scored: cpu, cuda, cuda:1.")
 @options("refit", "workers")

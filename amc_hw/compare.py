@@ -7,6 +7,7 @@ until its winner is as fast, as measured side by side: only then do their accura
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -32,6 +33,7 @@ from profilers.timing import Steady, mean_half_width
 
 EQUAL = 0.01  #: how near measured latencies must lie to count as equal, relative
 STEPS = 8  #: of the search for a FLOPs ratio that gives the latency wanted
+COMPARED = "compare.json"
 AS_FAST = "flops, as fast as "  #: the latency budget that a FLOPs budget was matched to
 
 
@@ -78,6 +80,7 @@ def compare(subject: Subject, config: CompareConfig, *, progress: Progress = sil
     arms = _arms(subject, config)
     rows: list[dict[str, Any]] = []
     with alone_in(config.out):
+        _refuse_others(config, arms)
         scores = {seed: Scores(config.out / f"scores-{seed}.jsonl") for seed in config.seeds}
         run = partial(_row, subject, config, scores, progress=_quieter(progress))
         for number, (seed, budget, method) in enumerate(arms):
@@ -95,7 +98,7 @@ def compare(subject: Subject, config: CompareConfig, *, progress: Progress = sil
         }
         score = "accuracy" if config.search.evaluate is None else "score"
         save_pareto(config.out / "pareto.svg", f"{subject.model.spec}, {subject.device.name}", rows, score=score)
-        save_json(config.out / "compare.json", result)
+        save_json(config.out / COMPARED, result)
     return result
 
 
@@ -122,6 +125,25 @@ def _arms(subject: Subject, config: CompareConfig) -> list[tuple[int, tuple[str,
     if config.matched and not subject.target.can_time:
         raise UserError(f"--matched needs a device that can be timed, {subject.device.name} is a table alone")
     return list(itertools.product(config.seeds, config.budgets, config.methods))
+
+
+def _refuse_others(config: CompareConfig, arms: Sequence[tuple[int, tuple[str, float], str]]) -> None:
+    """UserError where the folder has a comparison with searches that are not among these: it would be replaced."""
+    path = config.out / COMPARED
+    if not path.exists():
+        return
+    asked = {(method, _named(*budget), seed) for seed, budget, method in arms}
+    if config.matched:
+        asked |= {(method, f"{AS_FAST}{budget}", seed) for method, budget, seed in asked if _of_latency(budget)}
+    try:
+        found = [(row["method"], row["budget"], row["seed"]) for row in json.loads(path.read_text())["rows"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged, or not of amc-hw: name another --out") from None
+    for method, budget, seed in found:
+        if (method, budget, seed) not in asked:
+            raise UserError(
+                f"{path} compares {method} at {budget}, seed {seed}, too: name another --out, or ask for that and more"
+            )
 
 
 def _folder(method: str, budget: tuple[str, float], seed: int) -> str:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import click
 
-from amc_hw.choices import DEFAULT_DATA, DEFAULT_MODEL
+from amc_hw.choices import DEFAULT_DATA, DEFAULT_MODEL, METHODS
 from amc_hw.errors import UserError
 from profilers.device import DTYPES, device_names
 
@@ -69,6 +69,11 @@ class PolicyFile(click.Path):
 POLICY = PolicyFile(path_type=Path)
 
 
+def methods_from(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    """For the completion of a shell."""
+    return [name for name in ("auto", *METHODS) if name.startswith(incomplete)]
+
+
 def devices_from(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
     """For the completion of a shell."""
     return [name for name in device_names() if name.startswith(incomplete)]
@@ -113,7 +118,7 @@ _OPTIONS = {
         "--checkpoint", type=PATH, callback=_of_its_model, help="Trained weights (a state dict)."
     ),
     "data": click.option(
-        "--data", help=f"{DEFAULT_DATA} (of the default model), imagefolder:PATH, cifar10:PATH, npz:PATH."
+        "--data", help=f"{DEFAULT_DATA} (of the default model), imagefolder:PATH, cifar10:PATH, npz:PATH, FILE.py:FN."
     ),
     "evaluate": click.option("--evaluate", help="file.py:fn, model -> score (higher is better): your own task."),
     "calibrate": click.option("--calibrate", help="file.py:fn, yields inputs of the network, to refit with."),

@@ -179,6 +179,9 @@ def check_refit(refit: str) -> None:
         raise UserError(f"unknown --refit {refit!r}; known: {', '.join(REFITS)}")
 
 
+CHANCE = 0.005  #: between two scores of a network, relative: more is not by rounding
+
+
 def check_expected(found: float, expected: float | None) -> None:
     """UserError where the unpruned accuracy is off by more than a point: the normalisation or the data is wrong."""
     if expected is not None and found <= 1 < expected <= 100:
@@ -188,6 +191,16 @@ def check_expected(found: float, expected: float | None) -> None:
         if found > expected:
             advice = "was it trained on these images? Put others aside (val/, or x_val and y_val)"
         raise UserError(f"the unpruned network scores {found:.4f}, --expect-accuracy says {expected}: {advice}")
+
+
+def warn_of_chance(task: Task, module: nn.Module, unpruned: float) -> None:
+    """A warning where a user's function scores the same network otherwise the next time."""
+    if task.split == "evaluate" and abs((again := task.score(module)) - unpruned) > CHANCE * abs(unpruned):
+        warnings.warn(
+            f"the same network scored {unpruned:.4f}, then {again:.4f}: such scores do not tell policies apart (fix "
+            "its order, seed and inputs)",
+            stacklevel=2,
+        )
 
 
 def warn_of_guessing(task: Task, unpruned: float) -> None:

@@ -20,7 +20,7 @@ from torch import nn
 from amc_hw.choices import BUDGETS
 from amc_hw.env import REWARDS
 from amc_hw.errors import UserError
-from amc_hw.evaluate import REFITS, Evaluator, check_expected, check_refit, warn_of_guessing
+from amc_hw.evaluate import REFITS, Evaluator, check_expected, check_refit, warn_of_chance, warn_of_guessing
 from amc_hw.models.checkpoint import put_back
 from amc_hw.policy import Policy
 from amc_hw.pretrain import data_for
@@ -361,13 +361,13 @@ class _Search:
         self._refuse_others()
         journal = Journal(self.out / JOURNAL, self._header())
         record_command(self.out)
-        finished = self.out / RESULT
-        if self._ended:
-            self.progress(0, 1, f"{self.out} has this search's result already")
-            result: dict[str, Any] = json.loads(finished.read_text())
-            return result
+        if self._ended and config.expect_accuracy is None:
+            return self._found_before()
         self.evaluator = Evaluator(self.model, self.graph, task, seed=config.seed, refit=config.refit)
         unpruned = self.evaluator.unpruned_score
+        if self._ended:
+            check_expected(unpruned, config.expect_accuracy)
+            return self._found_before()
         what = "score" if task.split == "evaluate" else "accuracy"
         where = f"of {config.evaluate}" if config.evaluate else "on held-out training data"
         own = "" if self.model.checkpoint_sha256 else f", with the weights that {self.model.spec} brings itself"
@@ -375,6 +375,7 @@ class _Search:
         self.progress(0, config.episodes, f"{whose} {what} {unpruned:.4f} {where}{own}")
         check_expected(unpruned, config.expect_accuracy)
         warn_of_guessing(task, unpruned)
+        warn_of_chance(task, self.model.module, unpruned)
         enough = METHODS[config.method].enough(len(self.graph.groups))
         if self.scores is None and config.episodes < enough:
             other = ", or --method auto" if config.method == "ddpg" else ""
@@ -420,7 +421,12 @@ class _Search:
             | self._kept(outcome)
             | {"episodes": outcome.episodes, "seconds": time.monotonic() - start}
         )
-        save_json(finished, result)
+        save_json(self.out / RESULT, result)
+        return result
+
+    def _found_before(self) -> dict[str, Any]:
+        self.progress(0, 1, f"{self.out} has this search's result already")
+        result: dict[str, Any] = json.loads((self.out / RESULT).read_text())
         return result
 
     def _working(self) -> AbstractContextManager[Workers | None]:

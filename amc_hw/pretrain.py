@@ -40,6 +40,7 @@ def checkpoint_for(
         return checkpoint
     if (model, data) == (DEFAULT_MODEL, DEFAULT_DATA):
         return default_checkpoint(progress)
+    load_model(model)  # where that is mistyped, it comes first
     raise UserError(f"--checkpoint is missing: the weights of {model} would be random")
 
 

@@ -48,7 +48,7 @@ def read_settings(path: Path = FILE) -> dict[str, Any]:
 def write_settings(values: Mapping[str, Any], path: Path = FILE) -> None:
     """A new file with `values`; UserError where there is one already."""
     if path.exists():
-        raise UserError(f"{path} is there already: edit it, or remove it first")
+        raise UserError(f"{path} is there already: edit it, name what to add (--device ...), or remove it first")
     _write(path, ["# Defaults of the amc-hw commands run in this folder; a flag wins over them.", *_lines(values)])
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
 from typing import Any, NamedTuple, Protocol
@@ -405,7 +405,10 @@ def collect_inputs(
     """At most `limit` inputs that a user's function yields; UserError where they do not fit the `examples`."""
     wanted, batches, count = [tuple(example.shape[1:]) for example in examples], [], 0
     try:
-        for item in calibrate():
+        yielded = calibrate()
+        if not isinstance(yielded, Iterable):
+            raise UserError(f"{name} returned {yielded!r}: it yields batches of inputs")
+        for item in yielded:
             batch = tuple(item) if isinstance(item, tuple | list) else (item,)
             if not all(isinstance(part, Tensor) and part.dim() > 0 for part in batch):
                 raise UserError(f"{name} yielded a {type(item).__name__} of other things than tensors")

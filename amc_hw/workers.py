@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from amc_hw.errors import FailedError
+from amc_hw.errors import FailedError, UserError
 from amc_hw.evaluate import Evaluator
 from amc_hw.graph import build_graph
 from amc_hw.models import load_model
@@ -99,7 +99,9 @@ class Workers:
     """
 
     def __init__(self, count: int, recipe: Recipe) -> None:
-        self._count, self._recipe = count, recipe
+        if getattr(multiprocessing.current_process(), "_inheriting", False):  # a worker imports the script that made it
+            raise UserError(GUARD)
+        self._count, self._recipe, self._worked = count, recipe, False
         self._made: ProcessPoolExecutor | None = None
         self._asked: dict[tuple[Widths, str], Future[Any]] = {}
 
@@ -133,7 +135,7 @@ class Workers:
                 try:
                     self._asked[widths, work] = self._submitted(widths, work)
                 except BrokenProcessPool:
-                    raise FailedError(LOST) from None
+                    raise self._lost() from None
 
     def begun(self, widths: Widths, work: str = "judge") -> bool:
         """Whether a policy was announced, and not taken yet."""
@@ -143,11 +145,18 @@ class Workers:
         """What WORK says of a policy."""
         self.ahead([widths], work)
         try:
-            return self._asked.pop((widths, work)).result()
+            found = self._asked.pop((widths, work)).result()
         except BrokenProcessPool:
-            raise FailedError(LOST) from None
+            raise self._lost() from None
+        self._worked = True
+        return found
+
+    def _lost(self) -> FailedError:
+        script = getattr(sys.modules["__main__"], "__spec__", None) is None and sys.argv[0].endswith(".py")
+        return FailedError(f"{LOST}; or {GUARD}" if script and not self._worked else LOST)
 
 
+GUARD = 'a script that asks for workers is imported by them: put what it does under if __name__ == "__main__":'
 LOST = (
     "a worker process ended (out of memory?): run the same command again, it goes on; fewer --workers need less memory"
 )

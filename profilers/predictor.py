@@ -432,7 +432,7 @@ class Predictor:
             outside = cost.outside(axes)
             if outside.any() and not self.extrapolate:
                 op = ops[members[int(outside.argmax())]]
-                how = self._remedy("'amc-hw profile', the --model, --input and --floor wanted")
+                how = self._remedy("'amc-hw profile' and this --model, --input and --floor")
                 raise TableError(
                     f"{op} lies outside of the widths that {self.path} holds for it ({_range(cost)}): {how}"
                 )

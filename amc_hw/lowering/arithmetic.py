@@ -10,11 +10,13 @@ from typing import Any
 from torch import fx, nn
 
 from amc_hw.lowering.attention import Attention
+from amc_hw.lowering.axes import plain_axes
 from amc_hw.lowering.calls import PLAIN, shape_of
 from amc_hw.lowering.constants import WRITTEN, is_constant
+from amc_hw.lowering.values import TracedOp
 from amc_hw.padding import in_plane
 from amc_hw.symbolic import BATCH_NORMS, CONVS, TRANSPOSED
-from profilers.ops import CONV_KINDS
+from profilers.ops import CONV_KINDS, OpSpec
 
 
 class Arithmetic(Attention):
@@ -88,7 +90,8 @@ class Arithmetic(Attention):
         own = {source: shape_of(self.expanded.get(source, source)) or () for source in tensors}
         image, gate = sorted(tensors, key=lambda source: -math.prod(own[source]))
         if own[image] != shape_of(node):
-            raise self._unsupported(node)
+            self._spread(node, kind, tensors, own)
+            return
         if self.axes[image] == self.axes[gate]:
             self._emit(node, kind)  # images of other sides by their positions alone: as tokens
             return
@@ -96,16 +99,36 @@ class Arithmetic(Attention):
         by_channel, by_place = (channels, *(1 for _ in positions)), (1, *positions)
         found = {"mul": "scale", "add": "shift"}.get(kind, "") if own[gate][1:] == by_channel else ""
         found = "mask" if not found and kind == "mul" and own[gate][1:] == by_place else found
-        if self._form(image) not in PLAIN or not (found or own[gate][1] == channels):
+        if not found:
+            self._spread(node, kind, tensors, own)
+            return
+        if self._form(image) not in PLAIN:
             raise self._unsupported(node)
         if gate in self.expanded:
             self._count_repeated(gate, self.value[image])
-        if found:
-            self._emit(node, found, sources=[image, gate])
-            return
-        by = [size // small for size, small in zip(positions, own[gate][2:], strict=True)]  # small: 1, or as large
-        self._emit(node, "upsample_nearest", sources=[gate], stride=in_plane(by, 1))
-        self._emit(node, kind, sources=[node if source is gate else source for source in tensors])
+        self._emit(node, found, sources=[image, gate])
+
+    def _spread(self, node: fx.Node, kind: str, tensors: list[fx.Node], own: dict[fx.Node, tuple[int, ...]]) -> None:
+        """Of images of as many channels, of which an only row or column stands for all. own: their shapes."""
+        _, channels, *sides = shape_of(node) or ()
+        if any(self._form(source) not in PLAIN or own[source][1] != channels for source in tensors):
+            raise self._unsupported(node, "of as many channels only a single row, column or pixel is repeated")
+        names = []
+        for source in tensors:
+            if source in self.expanded:
+                self._count_repeated(source, self.value[source])
+            by = in_plane([size // small for size, small in zip(sides, own[source][2:], strict=True)], 1)
+            names.append(self._as_image(source))
+            if by != (1, 1):  # small: 1, or as large
+                op = OpSpec("upsample_nearest", (channels,), *self._size(names[-1])[1:], channels, stride=by)
+                spread = TracedOp(self._free_name(f"{names[-1]}.spread"), op, (names[-1],))
+                self._add(spread)
+                names[-1] = spread.name
+        height, width = in_plane(sides, 1)
+        op = OpSpec(kind, (channels, channels), height, width, channels)
+        self.value[node] = self._free_name(node.name)
+        self.axes[node] = plain_axes((channels, height, width), len(sides) + 2)
+        self._add(TracedOp(self.value[node], op, tuple(names)))
 
     def _and_constant(self, node: fx.Node, kind: str, source: fx.Node, constant: fx.Node) -> None:
         """A product with a parameter of one number per channel, or with what is computed of parameters; either with

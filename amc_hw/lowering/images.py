@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from amc_hw.errors import UnsupportedOperatorError
-from amc_hw.lowering.axes import BATCH, CHANNELS, POSITIONS, of_dim, plain_axes, vector_axes, whole
+from amc_hw.lowering.axes import BATCH, CHANNELS, POSITIONS, image_axes, of_dim, plain_axes, vector_axes, whole
 from amc_hw.lowering.calls import (
     IDENTITY_MODULES,
     MEANS,
@@ -243,8 +243,11 @@ class Images(Shapes):
         if self._form(source) == "image" and dims in ({2}, {3}):
             self._over_side(node, "max_pool", source, dims)
             return
+        if self._is_row(source) and self._form(source) not in PLAIN:  # the positions of an image, flattened
+            self._same(node, source)
+            self.axes[node], source = image_axes(self._size(self.value[source])), node
         if self._form(source) not in PLAIN or dims != set(range(2, rank)):
-            raise self._unsupported(node)
+            raise self._unsupported(node, "only the largest of all positions, of a side or of all channels")
         channels, *window = self._image(source)
         axes = plain_axes((channels, 1, 1), rank)
         self._emit(node, "max_pool", sources=[source], axes=axes, kernel=pair_of(window), stride=pair_of(window))
@@ -350,14 +353,20 @@ class Images(Shapes):
         if odd or arguments.get("divisor_override") or len(node.args) > 4 + len(last):
             raise self._unsupported(node)
         kernel, padding = arguments["kernel_size"], arguments.get("padding", 0)
-        kernel = self._ask(kernel) if isinstance(kernel, fx.Node) else kernel
-        if not isinstance(kernel, int | tuple | list):
-            raise self._unsupported(node)
+        stride = arguments.get("stride") or kernel
+        kernel, stride = (self._sizes_given(each, node) for each in (kernel, stride))
         options = {
             "ceil": bool(arguments.get("ceil_mode")),
             "exclude_pad": not arguments.get("count_include_pad", True),
         }
-        self._pool(node, kind, kernel, arguments.get("stride") or kernel, padding, **options)
+        self._pool(node, kind, kernel, stride, padding, **options)
+
+    def _sizes_given(self, given: Any, node: fx.Node) -> int | tuple[int, ...]:
+        """A number, or one for every side, that a call of `node` is given or that code computed of sizes."""
+        given = self._ask(given) if isinstance(given, fx.Node) else given
+        if isinstance(given, tuple | list):
+            return tuple(self._number(each, node) for each in given)
+        return self._number(given, node)
 
     def _pool(
         self,

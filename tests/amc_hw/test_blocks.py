@@ -105,7 +105,7 @@ def test_a_gate_of_one_channel(tmp_path: Path) -> None:
         (lambda x, y: x * y.expand(1, -1, -1, -1), "expand .* it is for a batch of 1"),
         (lambda x, y: x * (2 * y.expand_as(x)), "operator mul .* is not supported in this form"),
         (lambda x, y: (lambda e: x * (e * e))(y.expand_as(x)), "operator mul .* is not supported in this form"),
-        (lambda x, y: y * y.expand_as(x), "operator mul .* is not supported in this form"),
+        (lambda x, y: x - x.mean(1, keepdim=True).relu(), "operator sub .* of as many channels only a single row"),
     ],
 )
 def test_other_repetitions_are_refused(call, why: str) -> None:
@@ -555,6 +555,8 @@ class CoordAtt(nn.Module):
         lambda x, w, h: x * w * h,
         lambda x, w, h: h.expand_as(x) * (x * w.expand_as(x)),
         lambda x, w, h: x - w + h,
+        lambda x, w, h: x * (w * h),
+        lambda x, w, h: F.relu(w.expand(-1, -1, x.size(2), x.size(3)) + h.expand_as(x)) + x,  # SPNet
     ],
 )
 def test_attention_to_rows_and_columns(tmp_path: Path, apply) -> None:
@@ -586,6 +588,24 @@ def test_rows_and_columns_are_cut_and_joined(tmp_path: Path, call) -> None:
     parts = dict(a=nn.Conv2d(3, 8, 1), b=nn.Conv2d(3, 8, 1), c=nn.Conv2d(wide, 6, (1, 1)), d=nn.Conv2d(6, 4, 1))
     graph = half_and_exported(Net(forward, **parts), image, tmp_path)
     assert "c" in [group.name for group in graph.groups]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: F.max_pool2d(x, (x.size(2), x.size(3)), stride=(x.size(2), x.size(3))).flatten(1),  # CBAM's authors
+        lambda x: F.avg_pool2d(x, (x.shape[2], x.size(3))).flatten(1),
+        lambda x: x.flatten(2).max(dim=2)[0],
+        lambda x: x.reshape(x.size(0), x.size(1), -1).max(-1).values,
+        lambda x: x.flatten(2).amax(-1, keepdim=True).squeeze(-1),
+        lambda x: x.flatten(2).transpose(1, 2).transpose(1, 2).amax(2),
+    ],
+)
+def test_the_largest_and_the_mean_of_all_positions(tmp_path: Path, call) -> None:
+    parts = dict(a=nn.Conv2d(3, 8, 3), b=nn.Linear(8, 6), c=nn.Linear(6, 4))
+    net = Net(lambda net, x: net.c(F.relu(net.b(call(net.a(x))))), **parts)
+    graph = half_and_exported(net, torch.randn(4, 3, 7, 5), tmp_path)
+    assert [group.name for group in graph.groups] == ["a", "b"] and kinds(graph)[1].endswith("pool")
 
 
 def test_columns_beside_columns_are_refused() -> None:

@@ -77,6 +77,23 @@ def test_a_dry_run_counts_what_is_left_to_search(here: Path, amc_hw: Callable) -
 
 
 @pytest.mark.slow
+def test_a_comparison_is_not_replaced_by_another(here: Path, amc_hw: Callable) -> None:
+    two = ("--methods", "uniform,random", "--latency-ratio", "0.6")
+    assert amc_hw(*COMMAND, *two).code == 0
+    before = Path("runs/compare/compare.json").read_bytes()
+    for others in (
+        ("--methods", "uniform", "--latency-ratio", "0.6"),
+        ("--methods", "uniform,random", "--flops-ratio", "0.5"),
+    ):
+        done = amc_hw(*COMMAND, *others)
+        assert done.code == 2 and "compares" in done.mistake and "name another --out" in done.mistake
+        assert Path("runs/compare/compare.json").read_bytes() == before
+    assert amc_hw(*COMMAND, *two, "--flops-ratio", "0.5").code == 0  # all that is there, and more
+    Path("runs/compare/compare.json").write_text("[]")
+    assert "compare.json is damaged, or not of amc-hw" in amc_hw(*COMMAND, *two).mistake
+
+
+@pytest.mark.slow
 def test_a_budget_that_cannot_be_met_is_a_row_with_a_reason(here: Path, amc_hw: Callable) -> None:
     done = amc_hw(*COMMAND, "--methods", "uniform", "--latency-ratio", "0.01", "--json")
     assert done.code == 4

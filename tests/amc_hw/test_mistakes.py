@@ -6,6 +6,7 @@ The commands run in this process where they can: importing torch takes longer th
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.util
 import itertools
 import json
@@ -147,6 +148,8 @@ def test_an_accuracy_that_is_not_the_expected_one(here: Path, amc_hw: Run) -> No
     assert off.code == 2 and "1.0000" in off.mistake and "0.897" in off.mistake
     assert "unpruned accuracy 1.0000" in off.err.splitlines()[0]
     assert amc_hw(*HALF, "--expect-accuracy", "0.995").code == 0  # within a point; the same folder
+    ended = amc_hw(*HALF, "--expect-accuracy", "0.897")
+    assert ended.code == 2 and "--expect-accuracy says 0.897" in ended.mistake
 
 
 @pytest.mark.parametrize(
@@ -761,7 +764,7 @@ def test_init_adds_to_what_is_there_and_changes_none_of_it(here: Path, amc_hw: R
     done = amc_hw("init", "--model", "resnet20", "--data", "digits")
     assert done.code == 2 and "amc-hw.toml says model = 'nets.py:tiny' already: edit it" in done.mistake
     done = amc_hw("init")
-    assert done.code == 2 and "is there already: edit it, or remove it first" in done.mistake
+    assert done.code == 2 and "is there already: edit it, name what to add" in done.mistake
     assert Path("amc-hw.toml").read_bytes() == before
 
 
@@ -1382,6 +1385,8 @@ def test_weights_of_a_training_of_ones_own_are_kept(ended: Path, amc_hw: Run) ->
     again = load_pruned(saved)
     assert not again.training and torch.equal(again[9].bias, module[9].bias)
     assert save_pruned(torch.nn.DataParallel(module), "run", "run-tuned") == saved  # the next epoch's
+    assert save_pruned(copy.deepcopy(module).half(), "run", "run-half").exists()
+    assert load_pruned("run-half")[9].bias.dtype == torch.float32
     assert amc_hw("export", "--policy", "run-tuned", "--format", "onnx", "--out", "tuned.onnx").code == 0
     assert amc_hw("measure", "--policy", "run-tuned").code == 0
     with pytest.raises(UserError, match="save_pruned takes the network itself, not a OrderedDict"):

@@ -20,7 +20,7 @@ from amc_hw import api
 from amc_hw.errors import FailedError
 from amc_hw.evaluate import Evaluator
 from amc_hw.task import load_task
-from amc_hw.workers import Recipe, Workers
+from amc_hw.workers import GUARD, Recipe, Workers
 
 SEARCH = ("search", "--device", "fake", "--model", "nets.py:tiny", "--data", "npz:images.npz", "--latency-ratio", "0.6")
 
@@ -131,6 +131,23 @@ def test_a_worker_that_dies_is_one_clear_line(here: Path) -> None:
         worker.join()
         with pytest.raises(FailedError, match="run the same command again"):
             workers(widths)
+
+
+@pytest.mark.slow
+def test_a_script_without_a_guard_is_told(here: Path) -> None:
+    script = """
+from amc_hw import api
+subject = api.open_subject(device="fake", model="nets.py:tiny")
+found = dict(data="npz:images.npz", latency_ratio=0.6, episodes=4, method="random", workers=2)
+api.search(subject, api.SearchConfig(**found))
+"""
+    Path("plain.py").write_text(script)
+    done = subprocess.run([sys.executable, "plain.py"], capture_output=True, text=True)
+    assert done.returncode == 1 and GUARD in done.stderr.splitlines()[-1]
+    head, body = script.split("subject", 1)
+    lines = f"subject{body}".strip().replace("\n", "\n    ")
+    Path("guarded.py").write_text(f'{head}if __name__ == "__main__":\n    {lines}\n')
+    subprocess.run([sys.executable, "guarded.py"], check=True)
 
 
 @pytest.mark.slow
