@@ -16,7 +16,7 @@ from amc_hw.choices import MAX_MINUTES, RUNTIME_OF, TOLERANCE_PCT
 from amc_hw.compare import CompareConfig, compare, plan_compare
 from amc_hw.devices import check_device, clean_device, list_devices, setup_device
 from amc_hw.errors import DeviceError, FailedError, TableError, UserError
-from amc_hw.evaluate import Evaluator, check_expected, warn_of_guessing
+from amc_hw.evaluate import Evaluator, check_expected, warn_of_chance, warn_of_guessing
 from amc_hw.export import MARK, SUFFIXES, export_int8, export_network
 from amc_hw.find import (
     LOAD_ROUNDS,
@@ -190,6 +190,7 @@ def check_network(
         score = evaluator.unpruned_score
         check_expected(score, expect_accuracy)
         warn_of_guessing(task, score)
+        warn_of_chance(task, subject.model.module, score)
         if task.split == "test" and score >= KNOWN_BY_HEART:
             warnings.warn(
                 f"the accuracy on held-out images is {score:.4f}: if the network was trained on them, put others aside "

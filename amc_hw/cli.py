@@ -29,9 +29,8 @@ from amc_hw.console import (
     Group,
     Progress,
     api,
+    completing,
     devices,
-    devices_from,
-    methods_from,
     options,
     run,
     show,
@@ -39,7 +38,7 @@ from amc_hw.console import (
 )
 from amc_hw.errors import UserError
 from amc_hw.settings import FILE, check_there, extend_settings, read_settings, record_settings, write_settings
-from profilers.device import WAYS, load_device
+from profilers.device import WAYS, device_names, load_device
 
 
 def _subject(arguments: dict[str, Any], **more: Any) -> api.Subject:
@@ -170,7 +169,7 @@ def device(context: click.Context, as_json: bool) -> None:
 
 
 @device.command("check")
-@click.argument("name", shell_complete=devices_from)
+@click.argument("name", shell_complete=completing(device_names))
 @options("serial", "json")
 @click.pass_context
 def check_device(context: click.Context, name: str, serials: tuple[str, ...], as_json: bool) -> None:
@@ -185,7 +184,7 @@ def check_device(context: click.Context, name: str, serials: tuple[str, ...], as
 
 
 @device.command("setup")
-@click.argument("name", shell_complete=devices_from)
+@click.argument("name", shell_complete=completing(device_names))
 @click.option("--binary", type=PATH, help="The runner's program, built for the device.")
 @options("serial", "json")
 @click.pass_context
@@ -203,7 +202,7 @@ def setup_device(
 
 
 @device.command("clean")
-@click.argument("name", shell_complete=devices_from)
+@click.argument("name", shell_complete=completing(device_names))
 @options("serial", "json")
 def clean_device(name: str, serials: tuple[str, ...], as_json: bool) -> None:
     """Remove all that was put on a phone or board.
@@ -455,7 +454,7 @@ def measure(context: click.Context, as_json: bool, seed: int, max_ms: float | No
     "--method",
     default="ddpg",
     show_default=True,
-    shell_complete=methods_from,
+    shell_complete=completing(lambda: ("auto", *METHODS)),
     help=f"auto, or one of {', '.join(METHODS)}.",
 )
 @options("reward")

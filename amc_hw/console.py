@@ -9,7 +9,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from importlib import import_module
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import click
 
-from amc_hw.choices import DEFAULT_DATA, DEFAULT_MODEL, METHODS
+from amc_hw.choices import DEFAULT_DATA, DEFAULT_MODEL
 from amc_hw.errors import UserError
 from profilers.device import DTYPES, device_names
 
@@ -69,14 +69,9 @@ class PolicyFile(click.Path):
 POLICY = PolicyFile(path_type=Path)
 
 
-def methods_from(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
-    """For the completion of a shell."""
-    return [name for name in ("auto", *METHODS) if name.startswith(incomplete)]
-
-
-def devices_from(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
-    """For the completion of a shell."""
-    return [name for name in device_names() if name.startswith(incomplete)]
+def completing(names: Callable[[], Sequence[str]]) -> Callable[[click.Context, click.Parameter, str], list[str]]:
+    """Names for the completion of a shell."""
+    return lambda context, parameter, incomplete: [name for name in names() if name.startswith(incomplete)]
 
 
 _OPTIONS = {
@@ -85,7 +80,7 @@ _OPTIONS = {
         "--device",
         default="host",
         show_default=True,
-        shell_complete=devices_from,
+        shell_complete=completing(device_names),
         help="A name from `amc-hw devices`.",
     ),
     "model": click.option("--model", default=DEFAULT_MODEL, show_default=True, help="NAME[?key=value], FILE.py:FN."),

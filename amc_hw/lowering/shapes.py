@@ -75,10 +75,10 @@ class Shapes(Values):
         """The axis along which another tensor's positions follow those of a node, which are in their order."""
         if self._are_tokens(node):
             return 1
-        return 3 if self._form(node) == "image" and not self.axes[node][2] else 2 if self._is_plain(node) else None
-
-    def _is_plain(self, node: fx.Node) -> bool:
-        return self._is_row(node) or self._form(node) in PLAIN
+        form = self._form(node)
+        if form == "image" and not self.axes[node][2]:
+            return 3
+        return 2 if form in PLAIN or self._is_row(node) else None
 
     def _join(self, node: fx.Node, parts: list[fx.Node]) -> None:
         """Positions behind each other: rows below rows, what a detector finds at several scales."""

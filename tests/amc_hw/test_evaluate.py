@@ -6,6 +6,7 @@ import copy
 import math
 import warnings
 import zlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch.utils.data import Dataset
 
 from amc_hw.data import Splits, load_data
 from amc_hw.errors import UserError
-from amc_hw.evaluate import SEARCH_ROWS, Evaluator, check_expected, fold_batch_norms, warn_of_guessing
+from amc_hw.evaluate import SEARCH_ROWS, Evaluator, check_expected, fold_batch_norms, warn_of_chance, warn_of_guessing
 from amc_hw.graph import LayerGraph, build_graph
 from amc_hw.images import TensorImages, load_tensors
 from amc_hw.models import LoadedModel
@@ -106,6 +107,19 @@ def test_expected_accuracy() -> None:
         advice = "trained on these images" if found > 0.893 else "check normalisation and data"
         assert advice in str(caught.value)
         assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
+
+
+def test_scores_that_change_by_chance_are_warned_of() -> None:
+    net = nn.Identity()
+    for again, warned in ((0.7, False), (0.7005, False), (0.71, True), (-0.7, True)):
+        task = SimpleNamespace(split="evaluate", score=lambda module, again=again: again)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            warn_of_chance(task, net, 0.7)  # type: ignore[arg-type]
+            warn_of_chance(SimpleNamespace(split="test", score=task.score), net, 0.7)  # type: ignore[arg-type]
+        assert [str(one.message).startswith(f"the same network scored 0.7000, then {again:.4f}") for one in said] == (
+            [True] * warned
+        )
 
 
 def test_an_unpruned_network_that_only_guesses_is_warned_of(
