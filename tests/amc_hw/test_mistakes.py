@@ -685,23 +685,6 @@ def test_the_network_that_a_search_begins_with_is_exported_too(here: Path, amc_h
     assert not Path("a.onnx").exists()
 
 
-def test_more_episodes_are_not_advised_where_the_method_ended_by_itself() -> None:
-    result = {"budget": ("latency_ratio", 0.6), "budget_used": 0.8, "found_by": "method", "episodes": 16}
-    (line,) = command_line._budget_lines(result, api.SearchConfig(episodes=30))
-    assert line.endswith("80% used; more --episodes may find a wider policy")
-    (line,) = command_line._budget_lines(result, api.SearchConfig(episodes=200))
-    assert line.endswith("80% used")
-
-
-def test_a_uniform_policy_is_a_surprise_to_other_methods_alone() -> None:
-    result = {"budget": None, "found_by": "uniform"}
-    assert list(command_line._budget_lines(result, api.SearchConfig(method="uniform"))) == []
-    (line,) = command_line._budget_lines(result, api.SearchConfig(method="ddpg"))
-    assert line.endswith("the best uniform policy: the method found none better")
-    (line,) = command_line._budget_lines(result | {"over": 1.0214}, api.SearchConfig(method="ddpg"))
-    assert line.endswith("the best uniform policy: the method's better ones were over the budget, by 2.1% or more")
-
-
 def test_a_policy_without_one_of_the_groups(ended: Path, amc_hw: Run) -> None:
     policy = json.loads((ended / "policy.json").read_text())
     policy["widths"].popitem()
