@@ -59,6 +59,12 @@ def test_a_gate_that_is_repeated_for_every_pixel(tmp_path: Path, call) -> None:
     assert kinds(graph) == ["conv", "global_avg_pool", "linear", "linear", "scale", "conv"]
 
 
+def test_a_gate_that_is_multiplied_by_itself_repeated(tmp_path: Path) -> None:
+    graph = half_and_exported(around(SELayer(16, lambda x, y: y * y.expand_as(x))), IMAGE, tmp_path)
+    assert [group.name for group in graph.groups] == ["3.fc.0"] and "mul" in kinds(graph)
+    assert frozen_of(graph)["0"].startswith("the network's code counts the channels of")
+
+
 def test_channels_that_a_gate_is_repeated_to_by_a_number_are_frozen() -> None:
     graph = build_graph(around(SELayer(16, lambda x, y: x * y.expand(-1, 16, 12, 12))).eval(), (3, 12, 12))
     assert frozen_of(graph)["0"].startswith("repeated to 16 channels at expand: expand_as takes any number")

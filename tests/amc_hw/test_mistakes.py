@@ -747,7 +747,8 @@ def test_init_adds_to_what_is_there_and_changes_none_of_it(here: Path, amc_hw: R
     done = amc_hw("init", "--model", "resnet20", "--data", "digits")
     assert done.code == 2 and "amc-hw.toml says model = 'nets.py:tiny' already: edit it" in done.mistake
     done = amc_hw("init")
-    assert done.code == 2 and "is there already: edit it, name what to add" in done.mistake
+    message = "is there already: edit it, name what to add (--device ...), or remove it first"
+    assert done.code == 2 and message in done.mistake
     assert Path("amc-hw.toml").read_bytes() == before
 
 

@@ -128,7 +128,9 @@ def test_a_place_that_cannot_be_read(tmp_path: Path) -> None:
 def test_an_existing_file_is_never_overwritten(file: Path, tmp_path: Path) -> None:
     for content in ("", "# mine\n", "not toml at all"):
         file.write_text(content)
-        with pytest.raises(UserError, match="is there already: edit it, name what to add"):
+        with pytest.raises(
+            UserError, match=r"is there already: edit it, name what to add \(--device \.\.\.\), or remove it first"
+        ):
             write_settings(VALUES, file)
         assert file.read_text() == content
     with pytest.raises(UserError, match="is there already"):
